@@ -1,0 +1,145 @@
+"""GRASS through the contract: a thin adapter over `grass.Grass`, with no other door into the harness than any rival's.
+
+`sampler: static` is the paper's GRASS* (probabilities from the probe for ever); `sampler: uniform` is the control that
+the paper lacks, LISA's draws with persistent state.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from baselines.method import (
+    Calibration,
+    Expectation,
+    LayerTrace,
+    Method,
+    ModelFacts,
+    Options,
+    StepFacts,
+    moment_bytes,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor, nn
+
+    from grass import Grass
+
+
+class GrassOptions(Options):
+    """GRASS's block in the config; every default is ours, since the paper gives no value."""
+
+    active_layers: int = Field(default=4, gt=0, description="gamma")
+    sample_every: int | None = Field(default=None, gt=0, description="T_s; null: 50, or 25 under 1,000 steps")
+    refresh_every: int | None = Field(default=None, gt=0, description="T_u, a multiple of T_s; null: T_s")
+    probe_steps: int = Field(default=50, gt=0, description="T_p, batches of the probe, beside the training steps")
+    temperature: float = Field(default=1.0, gt=0, description="tau")
+    norm: Literal["none", "mean", "sum", "max", "zscore"] = "mean"
+    ema: float = Field(default=0.5, ge=0, le=1, description="alpha, weight of the new measurement")
+    sampler: Literal["importance", "static", "uniform"] = "importance"
+    state: Literal["keep", "reset"] = "keep"
+    train_embedding: bool = True
+    train_head: bool = True
+    train_final_norm: bool = True
+
+
+class GrassMethod(Method):
+    """GRASS (arXiv 2604.07808)."""
+
+    Config = GrassOptions
+    PAPER = "arXiv 2604.07808"
+    options: GrassOptions
+    optimizer: Grass
+
+    @property
+    def sample_every(self) -> int:
+        """T_s, resolved: 25 under 1,000 steps, else 50, where the config leaves it open."""
+        return self.options.sample_every or (25 if self.recipe.steps < 1000 else 50)
+
+    def skip(self, facts: ModelFacts) -> str | None:
+        """Refuse what `Grass` would refuse, before any work."""
+        if self.options.active_layers > facts.layers:
+            return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
+        if self.options.refresh_every is not None and self.options.refresh_every % self.sample_every:
+            return f"refresh_every {self.options.refresh_every} is no multiple of sample_every {self.sample_every}"
+        return None
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Build the optimizer over the whole model; it freezes what sleeps."""
+        from grass import Grass
+
+        self.model = model
+        self.optimizer = Grass(
+            model,
+            lr=self.lr,
+            active_layers=self.options.active_layers,
+            sample_every=self.sample_every,
+            refresh_every=self.options.refresh_every,
+            temperature=self.options.temperature,
+            norm=self.options.norm,
+            ema=self.options.ema,
+            sampler=self.options.sampler,
+            state=self.options.state,
+            train_embedding=self.options.train_embedding,
+            train_head=self.options.train_head,
+            train_final_norm=self.options.train_final_norm,
+            state_dtype=torch_dtype(self.recipe.state_dtype),
+            betas=self.recipe.betas,
+            eps=self.recipe.eps,
+            weight_decay=self.recipe.weight_decay,
+            max_grad_norm=self.recipe.max_grad_norm,
+            seed=self.seed,
+        )
+        return model
+
+    def prepare(self, calibration: Calibration) -> None:
+        """The probing phase, on batches of its own: the schedule and the training rows are left whole."""
+        if self.options.sampler != "uniform":
+            self.optimizer.probe(calibration.batches(self.options.probe_steps), calibration.loss)
+
+    def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
+        """`Grass.step` measures, clips and updates."""
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        norm, limit = self.optimizer.last_grad_norm, self.recipe.max_grad_norm
+        assert norm is not None
+        return StepFacts(grad_norm=norm, clipped=limit is not None and norm > limit)
+
+    def trace(self) -> LayerTrace:
+        """The optimizer's beliefs."""
+        opt = self.optimizer
+        return LayerTrace(
+            active=opt.active,
+            importance=None if opt.importance is None else tuple(opt.importance.values),
+            probability=tuple(opt.probability),
+            age_steps=opt.age_steps,
+        )
+
+    def expect(self, facts: ModelFacts) -> Expectation:
+        """Drawn layers move in their period; under `keep` every layer visited so far has state."""
+        options = self.options
+        largest = sum(sorted(facts.layer_parameters)[-options.active_layers :])
+        outside = (
+            facts.embedding_parameters * options.train_embedding
+            + facts.head_parameters * options.train_head
+            + facts.final_norm_parameters * options.train_final_norm
+        )
+        return Expectation(
+            layers="sampled",
+            active_layers=options.active_layers,
+            period_steps=self.sample_every,
+            embedding=options.train_embedding,
+            head=options.train_head,
+            final_norm=options.train_final_norm,
+            trainable_parameters=largest + outside,
+            state_bytes_per_parameter=moment_bytes(self.recipe),
+            state_of="visited" if options.state == "keep" else "active",
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The optimizer restores the active set as well."""
+        self.optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,268 @@
+"""The contract by which every fine-tuning method enters the harness; the only file that methods share.
+
+A method is a module in this package with exactly one subclass of `Method` defined in it. The harness finds it by the
+module's name in a config entry. The harness owns the clock, the memory meters, the learning-rate schedule, the data
+order and the seeds; the method owns which parameters move, and how. Importing a method's module must not import
+torch, so that a study can be planned in seconds: import torch inside the methods that need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    Batch = Mapping[str, Tensor]
+
+
+class Strict(BaseModel):
+    """Base of every configuration model: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Options(Strict):
+    """Base of a method's own block in the config. Importable without torch."""
+
+
+class Recipe(Strict):
+    """How a run trains, whatever the method: one recipe for all methods of a study, or a mark in every table."""
+
+    steps: int = Field(gt=0, description="optimizer steps")
+    batch_size: int = Field(gt=0, description="rows per optimizer step")
+    micro_batch_size: int = Field(gt=0, description="rows per forward pass; divides batch_size")
+    max_length: int = Field(gt=0, description="tokens a row is cut to, prompt and answer together")
+    loss_on: Literal["answer", "all"] = Field(description="'answer' masks the prompt out of the loss")
+    warmup_steps: int = Field(ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float | None = Field(gt=0, description="global-norm clipping; null switches it off")
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    state_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of the optimizer's moments")
+    activation_checkpointing: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.batch_size // self.micro_batch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a model before any method touched it: counts of parameters, no weights."""
+
+    architecture: str
+    layer_parameters: tuple[int, ...]
+    """Parameters of each decoder layer, bottom first."""
+    embedding_parameters: int
+    """Input embedding (and any other parameter below the decoder stack)."""
+    head_parameters: int
+    """Language-model head; 0 where it is tied to the embedding."""
+    final_norm_parameters: int
+    hidden_size: int
+    tied_embeddings: bool
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layer_parameters)
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters, a tied head counted once."""
+        outside = self.embedding_parameters + self.head_parameters + self.final_norm_parameters
+        return sum(self.layer_parameters) + outside
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expectation:
+    """What a run is held to. The harness compares it with what it observes itself; see `harness.training.engagement`.
+
+    Bytes of optimizer state are given as a law, since layers differ in size and the set of visited layers is only
+    known afterwards: `state_bytes_per_parameter` times the parameters of `state_of`.
+    """
+
+    layers: Literal["none", "all", "sampled"]
+    """Which decoder layers (base weights or the adapters in them) move."""
+    active_layers: int | None = None
+    """`sampled`: how many layers move in every period."""
+    period_steps: int | None = None
+    """`sampled`: steps between two draws."""
+    embedding: bool = False
+    head: bool = False
+    final_norm: bool = False
+    base_frozen: bool = False
+    """Adapters: the model's own weights stay bitwise equal."""
+    trainable_parameters: int
+    """Parameters that are trained in one step (the largest count, where layers differ in size)."""
+    state_bytes_per_parameter: int
+    state_of: Literal["none", "active", "visited"]
+    """`active`: state exists only for what trains now; `visited`: also for layers that sleep after training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerTrace:
+    """What a layer-wise method believes as a step begins; one shape for all methods, one entry per decoder layer."""
+
+    active: tuple[int, ...]
+    """Layers that train in this step."""
+    importance: tuple[float, ...] | None = None
+    probability: tuple[float, ...] | None = None
+    age_steps: tuple[int, ...] | None = None
+    """Steps since each layer's importance was last measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFacts:
+    """What `Method.end_step` reports back; None where the method cannot know it."""
+
+    grad_norm: float | None
+    """Global norm of the gradients that were trained, before clipping."""
+    clipped: bool | None
+
+
+class Calibration(Protocol):
+    """Batches that the harness supplies, replays and times for `Method.prepare`; they are not taken from training."""
+
+    def batches(self, count: int) -> Iterator[Batch]:
+        """The first `count` calibration batches, the same ones at every call."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Mean training loss of one batch (scalar), with the run's own loss mask."""
+
+
+class Method:
+    """One fine-tuning method. Subclasses set `Config` and override what differs from plain AdamW on `self.trained`."""
+
+    Config: ClassVar[type[Options]] = Options
+    REQUIRES: ClassVar[tuple[str, ...]] = ()
+    """Optional packages; a missing one makes the run `skipped`, with the package named."""
+    PAPER: ClassVar[str] = ""
+    TRAINS: ClassVar[bool] = True
+    """False: no step is taken, so there is no learning rate to search."""
+
+    def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
+        """`lr` is the peak learning rate; `seed` is for draws that are the method's own."""
+        self.options = options
+        self.recipe = recipe
+        self.lr = lr
+        self.seed = seed
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.model: nn.Module | None = None
+
+    def skip(self, facts: ModelFacts) -> str | None:
+        """Reason why this method cannot run its recipe on this model, or None."""
+        return None
+
+    def expect(self, facts: ModelFacts) -> Expectation:
+        """What the run will be held to."""
+        raise NotImplementedError(f"{type(self).__name__} promises nothing: write expect()")
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Wrap or freeze `model`, build the optimizer, return the module to train."""
+        raise NotImplementedError
+
+    def prepare(self, calibration: Calibration) -> None:
+        """Probing, salience, outlier scores: whatever needs batches before the first step."""
+
+    def begin_step(self, step: int) -> None:
+        """Called before the first forward pass of optimizer step `step` (counted from 0); freeze and draw here."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Backward of one micro-batch, its loss already divided; `last` marks the last one of the step."""
+        loss.backward()
+
+    def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
+        """Clip, update, free gradients. `replay()` yields the losses of this step's micro-batches once more."""
+        import torch
+
+        assert self.optimizer is not None
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        limit = self.recipe.max_grad_norm
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return StepFacts(grad_norm=norm, clipped=limit is not None and norm > limit)
+
+    def set_lr_factor(self, factor: float) -> None:
+        """The schedule: every group's rate becomes its own base rate times `factor`."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+
+    def trace(self) -> LayerTrace | None:
+        """What a layer-wise method believes, asked after `begin_step`; None for methods that do not choose layers."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything beside the weights that a bit-exact resume needs."""
+        return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, on a freshly attached method."""
+        if self.optimizer is not None:
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def export(self, path: Path) -> None:
+        """Write a model folder that plain transformers loads (adapters merged first)."""
+        assert self.model is not None
+        self.model.save_pretrained(path)  # type: ignore[operator]
+
+
+def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """AdamW as the recipe wants it, over parameters or parameter groups: the same update for every method."""
+    from grass.adamw import AdamW
+
+    return AdamW(
+        parameters,
+        lr=lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        weight_decay=recipe.weight_decay,
+        state_dtype=torch_dtype(recipe.state_dtype),
+    )
+
+
+def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
+    """The torch dtype of a config's short name."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def moment_bytes(recipe: Recipe) -> int:
+    """Bytes of AdamW's two moments for one parameter."""
+    return {"fp32": 8, "bf16": 4}[recipe.state_dtype]
+
+
+def find_method(module_name: str) -> type[Method]:
+    """The one `Method` subclass defined in `baselines.<module_name>`.
+
+    Raises:
+        LookupError: no such module (the message lists those there are), or not exactly one method in it.
+    """
+    import importlib
+    import pkgutil
+
+    known = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "method")
+    if module_name not in known:
+        raise LookupError(f"there is no method file baselines/{module_name}.py; there are: {', '.join(known)}")
+    module = importlib.import_module(f"baselines.{module_name}")
+    found: Sequence[type[Method]] = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise LookupError(f"baselines/{module_name}.py must define exactly one Method, found {len(found)}")
+    return found[0]

@@ -1,0 +1,99 @@
+"""Layer importance: mean gradient norms, their refresh, and the probabilities made of them (paper, probing phase).
+
+The paper gives the root mean square gradient per layer, its mean over the probing steps, softmax(m / tau) and an
+exponential moving average. It does not give tau, nor says how m is scaled. Raw values are 1e-6 to 1e-3, on which
+softmax(m / 1) is uniform to three digits, so scaling m by its mean is *our* default, named in every record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Norm = Literal["none", "mean", "sum", "max", "zscore"]
+
+
+def gradient_square(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """Sum of squared gradient entries, fp32 scalar on the gradients' device; None if no parameter has a gradient."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in parameters if p.grad is not None]
+    return torch.stack(norms).square().sum() if norms else None
+
+
+def root_mean_square(square: Tensor, count: int) -> Tensor:
+    """r = sqrt(||g||^2 / N): the root mean square of a layer's `count` gradient entries (paper, mean gradient norm)."""
+    return (square / count).sqrt()
+
+
+def normalise(values: Sequence[float], norm: Norm) -> list[float]:
+    """Scale mean gradient norms before the softmax.
+
+    Args:
+        values: one mean gradient norm a layer, all finite, none negative.
+        norm: `none` as they are; `mean`, `sum`, `max` divided by that; `zscore` centred and divided by the
+            population standard deviation.
+
+    Returns:
+        Scaled values; all zero where there is no scale to divide by (all values equal to 0, or without spread).
+    """
+    if norm == "none":
+        return list(values)
+    if norm == "zscore":
+        mean = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+        return [(v - mean) / spread if spread > 0 else 0.0 for v in values]
+    scale = {"mean": math.fsum(values) / len(values), "sum": math.fsum(values), "max": max(values)}[norm]
+    return [v / scale if scale > 0 else 0.0 for v in values]
+
+
+def probabilities(values: Sequence[float], *, temperature: float, norm: Norm) -> list[float]:
+    """p = softmax(normalised m / tau), in float64 (paper, layer sampling probability)."""
+    return torch.softmax(torch.tensor(normalise(values, norm), dtype=torch.float64) / temperature, 0).tolist()
+
+
+def effective_layers(probability: Sequence[float]) -> float:
+    """exp(H(p)): L where p is uniform over L layers, 1 where one layer takes all."""
+    return math.exp(-math.fsum(p * math.log(p) for p in probability if p > 0))
+
+
+@dataclass
+class Importance:
+    """Mean gradient norm of every layer, and when each was last measured."""
+
+    values: list[float]
+    """m_l, float64, one a layer."""
+    measured_at: list[int]
+    """Step (counted from 0) after which each value was last measured; probing counts as 0."""
+
+    @classmethod
+    def from_probe(cls, means: Sequence[float]) -> Importance:
+        """Start from the probing phase's means.
+
+        Raises:
+            ValueError: a mean is not finite; the layer is named.
+        """
+        for layer, mean in enumerate(means):
+            if not math.isfinite(mean):
+                raise ValueError(
+                    f"probing: the gradient norm of layer {layer} is {mean}; check the loss and the weights"
+                )
+        return cls(list(means), [0] * len(means))
+
+    def refresh(self, measured: Mapping[int, float], *, ema: float, step: int) -> None:
+        """m_l = ema * new + (1 - ema) * m_l for every measured layer; the others keep their value (paper, refresh).
+
+        Args:
+            measured: mean r over the steps of the window in which the layer was active, by layer.
+            ema: alpha, the weight of the *new* measurement.
+            step: steps done so far.
+        """
+        for layer, new in measured.items():
+            self.values[layer] = ema * new + (1 - ema) * self.values[layer]
+            self.measured_at[layer] = step
+
+
+NORMS: tuple[str, ...] = get_args(Norm)

@@ -1,0 +1,1 @@
+"""Clocks, memory meters and provenance."""

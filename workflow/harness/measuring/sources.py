@@ -1,0 +1,54 @@
+"""Which code decides what each kind of record says; named here once, for makers of records and for `plan`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from baselines.method import find_method
+from harness.measuring.provenance import source_sha256
+from harness.plan import Output, Plan
+
+ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
+FOUND_MODEL = ("harness.inputs.models",)
+PRETRAINED_MODEL = (
+    *FOUND_MODEL,
+    "harness.inputs.pretrain",
+    "harness.inputs.generated",
+    "harness.inputs.tokenizer",
+    "harness.inputs.prompts",
+)
+EVALUATION = (
+    "harness.evaluating",
+    "harness.tasks",
+    "harness.inputs.prompts",
+    "harness.inputs.tokens",
+    "harness.inputs.models",
+)
+
+
+@cache
+def training(module: str) -> tuple[str, ...]:
+    """Code behind a training run or a search of the method in `baselines.<module>`."""
+    return (
+        "grass",
+        "baselines.method",
+        find_method(module).__module__,
+        "harness.inputs.tokens",
+        "harness.inputs.prompts",
+        "harness.inputs.models",
+        "harness.training",
+        "harness.measuring.meters",
+        "harness.measuring.census",
+    )
+
+
+def current_sha256(plan: Plan, output: Output) -> str:
+    """Hash that a record would carry if it were made by today's code."""
+    if output.kind == "model":
+        return source_sha256(PRETRAINED_MODEL if output.name in plan.pretrained else FOUND_MODEL)
+    if output.kind in ("rows", "suite"):
+        return source_sha256(ROWS)
+    if output.kind == "evaluate":
+        return source_sha256(EVALUATION)
+    jobs = {**plan.runs, **plan.searches}
+    return source_sha256(training(jobs[output.name].training.module))

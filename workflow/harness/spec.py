@@ -1,0 +1,301 @@
+"""What a run is asked to be: the study's config as strict models, and the resolved spec of every job with its name.
+
+No torch here: a thousand runs are planned in seconds. A job's name ends in the first 8 digits of the sha256 of its
+resolved spec, so a changed entry makes a new job beside the old one and two studies share what they have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, model_validator
+
+from baselines.method import Recipe, Strict
+
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+Scoring = Literal["number", "letter", "true_false", "solution", "answer", "ending", "option"]
+
+
+# ---------------------------------------------------------------- models
+
+
+class Corpus(Strict):
+    """Text the embedded model is pretrained on; every share is a probability per piece of text."""
+
+    one_step_share: float = Field(ge=0, le=1, description="one-step word problems with their worked answer")
+    fact_share: float = Field(ge=0, le=1, description="of the rest: arithmetic facts; what remains is stories")
+
+
+class PretrainedHere(Strict):
+    """A small Llama that the study pretrains itself."""
+
+    kind: Literal["pretrain"]
+    layers: int = Field(gt=0)
+    width: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    feed_forward: int = Field(gt=0)
+    corpus: Corpus
+    steps: int = Field(gt=0)
+    rows: int = Field(gt=0, description="sequences per step")
+    length: int = Field(gt=1, description="tokens per sequence")
+    lr: float = Field(gt=0)
+    seed: int = Field(ge=0)
+
+
+class LocalModel(Strict):
+    """A model folder in Hugging Face layout; `${NAME}` stands for an environment variable named in the study's `inputs`."""
+
+    kind: Literal["local"]
+    path: str
+
+
+class HubModel(Strict):
+    """A checkpoint of the Hugging Face hub, pinned."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str = Field(description="a commit, so that the same weights come every time")
+
+
+ModelSource = Annotated[PretrainedHere | LocalModel | HubModel, Field(discriminator="kind")]
+
+
+# ---------------------------------------------------------------- tasks
+
+
+class GeneratedRows(Strict):
+    """Training rows made by the study's own seeded generator."""
+
+    kind: Literal["generated"]
+    family: Literal["arithmetic", "choice"]
+    seed: int = Field(ge=0)
+    train_rows: int = Field(gt=0)
+    validation_rows: int = Field(gt=0)
+
+
+class FileRows(Strict):
+    """Training rows read from files: LLM-Adapters json (also gzipped) or GSM8K jsonl."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1)
+    seed: int = Field(ge=0, description="of the split into training and validation rows")
+    train_rows: int | None = Field(default=None, gt=0, description="null takes every row")
+    validation_rows: int = Field(gt=0)
+
+
+RowSource = Annotated[GeneratedRows | FileRows, Field(discriminator="kind")]
+
+
+class GeneratedSuite(Strict):
+    """Test items of the generator; disjoint from every training row by construction."""
+
+    kind: Literal["generated"]
+    variant: Literal["two-step", "three-step", "choice"]
+    seed: int = Field(ge=0)
+    rows: int = Field(gt=0)
+    scoring: Scoring
+    max_new_tokens: int = Field(gt=0)
+
+
+class FileSuite(Strict):
+    """Test items of a file in LLM-Adapters format."""
+
+    kind: Literal["files"]
+    path: str
+    limit: int | None = Field(default=None, gt=0, description="the first rows only; null takes all")
+    scoring: Scoring
+    max_new_tokens: int = Field(gt=0)
+
+
+SuiteSource = Annotated[GeneratedSuite | FileSuite, Field(discriminator="kind")]
+
+
+class Task(Strict):
+    """One training set and the suites that are scored after training on it."""
+
+    train: RowSource
+    suites: dict[Label, SuiteSource] = Field(min_length=1)
+    recipe: dict[str, Any] = Field(default_factory=dict, description="laid over the study's recipe")
+
+
+# ---------------------------------------------------------------- methods
+
+
+class MethodEntry(Strict):
+    """One row of the tables: a file in baselines/ with its options."""
+
+    module: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    recipe: dict[str, Any] = Field(
+        default_factory=dict, description="what this method changes outside its own block; shown as a dagger"
+    )
+    lr: float | None = Field(default=None, gt=0, description="fixed; null takes the study's search")
+    seeds: tuple[int, ...] | None = Field(default=None, description="null takes the study's seeds")
+    note: str = ""
+
+
+class Search(Strict):
+    """Learning-rate search, the same for every method: same grid, same seeds, same steps, same rule."""
+
+    grid: tuple[float, ...] = Field(min_length=3)
+    seeds: tuple[int, ...] = Field(min_length=1, description="disjoint from the study's seeds")
+    max_extensions: int = Field(ge=0, description="points added, one by one, while the best lies at an edge")
+
+
+class Observation(Strict):
+    """The observer probe: true gradient norms of all layers on fixed validation rows, outside the clock."""
+
+    every_steps: int = Field(gt=0)
+    rows: int = Field(gt=0)
+
+
+class Runtime(Strict):
+    """How runs are carried out; no part of what they are, so it never enters a name."""
+
+    threads: int = Field(default=1, gt=0, description="torch threads of one job")
+    checkpoint_every_steps: int = Field(default=100, gt=0, description="resume state is written this often")
+    eval_batch_size: int = Field(default=64, gt=0)
+
+
+class Study(Strict):
+    """One file under config/: a list of runs."""
+
+    study: Label
+    title: str
+    notes: tuple[str, ...] = Field(default=(), description="paragraphs shown in the report")
+    inputs: dict[str, str] = Field(
+        default_factory=dict, description="environment variable that holds a path: what should be there"
+    )
+    published: str | None = Field(default=None, description="file of published numbers shown beside measured ones")
+    seeds: tuple[int, ...] = Field(min_length=1)
+    models: dict[Label, ModelSource] = Field(min_length=1)
+    tasks: dict[Label, Task] = Field(min_length=1)
+    methods: dict[Label, MethodEntry] = Field(min_length=1)
+    recipe: Recipe
+    search: Search | None = None
+    observation: Observation
+    runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Study:
+        if self.search and set(self.search.seeds) & set(self.seeds):
+            raise ValueError("search.seeds: must differ from the study's seeds, or the search sees the test runs")
+        for name, seeds in [("seeds", self.seeds)] + [
+            (f"methods.{k}.seeds", m.seeds) for k, m in self.methods.items() if m.seeds
+        ]:
+            if len(set(seeds)) != len(seeds) or min(seeds) < 0:
+                raise ValueError(f"{name}: distinct whole numbers from 0 on")
+        return self
+
+
+# ---------------------------------------------------------------- resolved specs: one a job
+
+
+def digest(value: Any) -> str:
+    """First 8 hex digits of the sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Job(Strict):
+    """A resolved spec. `name` is what the job is called on disk, `folder` where it keeps what it makes."""
+
+    def body(self) -> dict[str, Any]:
+        """The spec as plain JSON values, defaults included."""
+        return self.model_dump(mode="json")
+
+    @property
+    def name(self) -> str:
+        raise NotImplementedError
+
+
+class ModelJob(Job):
+    """A model, ready to load: pretrained here, found locally, or fetched."""
+
+    label: Label
+    source: ModelSource
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class RowsJob(Job):
+    """Training and validation rows of one task, as files."""
+
+    label: Label
+    source: RowSource
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class SuiteJob(Job):
+    """Test rows of one suite, as a file."""
+
+    label: Label
+    source: SuiteSource
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class Training(Strict):
+    """Everything that decides a training run but the learning rate and the seed."""
+
+    model: ModelJob
+    rows: RowsJob
+    label: Label = Field(description="of the method's entry")
+    module: str
+    options: dict[str, Any] = Field(description="complete: the method's defaults are filled in")
+    recipe: Recipe
+    recipe_changes: tuple[str, ...] = Field(description="recipe keys the method's entry changed: the dagger")
+
+
+class SearchJob(Job):
+    """Choice of the learning rate of one method on one model and task."""
+
+    training: Training
+    search: Search
+
+    @property
+    def name(self) -> str:
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
+
+
+class RunJob(Job):
+    """One training run."""
+
+    training: Training
+    lr: float | None = Field(description="null: taken from `search`, or no step is taken")
+    search: Search | None
+    seed: int
+    observation: Observation
+
+    @property
+    def name(self) -> str:
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--seed{self.seed}--{digest(self.body())}"
+
+    def search_job(self) -> SearchJob | None:
+        """The search this run takes its learning rate from."""
+        if self.lr is not None or self.search is None:
+            return None
+        return SearchJob(training=self.training, search=self.search)
+
+
+class EvalJob(Job):
+    """How a trained model is scored: every suite of its task, in one process."""
+
+    task: Label
+    suites: tuple[SuiteJob, ...]
+    max_length: int = Field(description="tokens of prompt and answer in the held-out loss, as in training")
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}--{digest(self.body())}"

@@ -1,0 +1,25 @@
+"""`python -m harness collect`: join a study's records into the flat tables that reports are made from."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--config", type=Path, required=True, help="config/<study>.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="results/<study>")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write one parquet file a table, each whole or not at all."""
+    from harness.config import load_study
+    from harness.places import Places
+    from harness.plan import resolve_study
+    from harness.reporting.collecting import collect
+    from harness.reporting.frames import write_frames
+
+    frames = collect(resolve_study(load_study(args.config)), Places(args.out.parent))
+    write_frames(frames, args.out)
+    return 0

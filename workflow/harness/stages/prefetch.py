@@ -1,0 +1,32 @@
+"""`python -m harness prefetch`: make rows, a suite or a model ready, from its resolved spec."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("kind", choices=("model", "rows", "suite"))
+    parser.add_argument("--spec", type=Path, required=True, help="spec.json; results go beside it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write manifest.json, and what it names, beside the spec."""
+    from harness.spec import ModelJob, RowsJob, SuiteJob
+
+    text, folder = args.spec.read_bytes(), args.spec.parent
+    if args.kind == "rows":
+        from harness.inputs.rows import make_rows
+
+        make_rows(RowsJob.model_validate_json(text), folder)
+    elif args.kind == "suite":
+        from harness.inputs.rows import make_suite
+
+        make_suite(SuiteJob.model_validate_json(text), folder)
+    else:
+        from harness.inputs.models import make_model
+
+        make_model(ModelJob.model_validate_json(text), folder)
+    return 0

@@ -1,0 +1,24 @@
+"""`python -m harness pretrain`: pretrain a study's own small model from its resolved spec."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--spec", type=Path, required=True, help="spec.json of the model; results go beside it")
+    parser.add_argument("--threads", type=int, required=True, help="torch threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the model and its manifest beside the spec."""
+    import torch
+
+    from harness.inputs.models import make_model
+    from harness.spec import ModelJob
+
+    torch.set_num_threads(args.threads)
+    make_model(ModelJob.model_validate_json(args.spec.read_bytes()), args.spec.parent)
+    return 0

@@ -1,0 +1,38 @@
+"""`python -m harness schema`: write the JSON schemas of configs and records, for editors and for CI's freshness check."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--out", type=Path, default=Path("workflow/schemas"))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a file is out of date")
+
+
+def run(args: argparse.Namespace) -> int:
+    """One schema a model that is written or read as a file."""
+    from harness import durable, record, spec
+
+    models = {
+        "study": spec.Study,
+        "run-spec": spec.RunJob,
+        "train-record": record.TrainRecord,
+        "eval-record": record.EvalRecord,
+        "search-record": record.SearchRecord,
+    }
+    old = []
+    for name, model in models.items():
+        path = args.out / f"{name}.json"
+        text = json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n"
+        if args.check:
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                old.append(str(path))
+        else:
+            durable.write_text(path, text)
+    if old:
+        print(f"out of date: {', '.join(old)}; run `python -m harness schema` and commit")
+    return 1 if old else 0

@@ -1,0 +1,35 @@
+"""`python -m harness search`: choose one method's learning rate on one model and task, on validation rows."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--spec", type=Path, required=True, help="results/searches/<search>/spec.json")
+    parser.add_argument("--threads", type=int, required=True, help="torch threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
+    import torch
+
+    from harness import durable
+    from harness.inputs.models import model_folder
+    from harness.places import Places
+    from harness.record import ModelRecord
+    from harness.spec import SearchJob
+    from harness.training.loop import Inputs
+    from harness.training.search import search
+
+    torch.set_num_threads(args.threads)
+    job = SearchJob.model_validate_json(args.spec.read_bytes())
+    folder: Path = args.spec.parent
+    places = Places(folder.parents[1])
+    manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
+    inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
+    record = search(job, inputs=inputs, trials_folder=places.state(job.name))
+    durable.write_json(folder / "search.json", record.model_dump(mode="json"))
+    return 0

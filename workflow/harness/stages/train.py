@@ -1,0 +1,53 @@
+"""`python -m harness train`: one training run from its resolved spec; resumes where a killed one left off."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--spec", type=Path, required=True, help="results/runs/<run>/spec.json")
+    parser.add_argument("--threads", type=int, required=True, help="torch threads")
+    parser.add_argument("--checkpoint-every", type=int, required=True, help="steps between two resume states")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
+    import torch
+
+    from harness import durable
+    from harness.inputs.models import model_folder
+    from harness.places import Places
+    from harness.record import ModelRecord, SearchRecord
+    from harness.spec import RunJob
+    from harness.training.loop import Inputs, train
+
+    torch.set_num_threads(args.threads)
+    job = RunJob.model_validate_json(args.spec.read_bytes())
+    folder: Path = args.spec.parent
+    places = Places(folder.parents[1])
+    manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
+    lr, search = job.lr, job.search_job()
+    if search is not None:
+        found = SearchRecord.model_validate_json((places.search(search.name) / "search.json").read_bytes())
+        # no rate trained: the run fails at the grid's first one in the same way, and is recorded as such
+        lr = found.lr if found.lr is not None else search.search.grid[0]
+    state = places.state(job.name)
+    record = train(
+        job.training,
+        name=job.name,
+        lr=lr,
+        lr_searched=search is not None,
+        seed=job.seed,
+        inputs=Inputs(model_folder(manifest), places.rows(job.training.rows.name)),
+        folder=folder,
+        state_folder=state,
+        checkpoint_every=args.checkpoint_every,
+        observation=job.observation,
+    )
+    durable.write_json(folder / "train.json", record.model_dump(mode="json"))
+    shutil.rmtree(state, ignore_errors=True)
+    return 0

@@ -1,0 +1,1 @@
+"""The training loop, its resume state, the observer probe and the engagement verdict."""

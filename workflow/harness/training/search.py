@@ -1,0 +1,88 @@
+"""Learning-rate search: the same grid, seeds, steps and rule for every method."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from harness import durable
+from harness.measuring.provenance import provenance
+from harness.record import SearchRecord, Trial
+from harness.spec import SearchJob
+from harness.measuring.sources import training as sources_of
+from harness.training.loop import Inputs, train
+
+
+def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchRecord:
+    """Train at every rate of the grid with every search seed; extend the grid while the best lies at its edge.
+
+    The rule: lowest validation loss, averaged over the search seeds; a rate at which any seed diverged or ran out of
+    memory does not count. An extension continues the grid by the ratio of its two outermost points. All trials run in
+    one process, which pays for the imports once.
+
+    Args:
+        job: the resolved spec.
+        inputs: folders of model and rows.
+        trials_folder: finished trials are written there one by one, and taken up again after a kill.
+    """
+    started = time.perf_counter()
+    given = sorted(job.search.grid)
+    grid, trials = list(given), []
+    for lr in given:
+        trials += _trials(job, lr, extension=False, inputs=inputs, folder=trials_folder)
+    for _ in range(job.search.max_extensions):
+        best = _best(trials)
+        if best is None or grid[0] < best < grid[-1]:
+            break
+        lr = grid[0] ** 2 / grid[1] if best == grid[0] else grid[-1] ** 2 / grid[-2]
+        lr = float(f"{lr:.3g}")
+        grid = sorted([*grid, lr])
+        trials += _trials(job, lr, extension=True, inputs=inputs, folder=trials_folder)
+    best = _best(trials)
+    return SearchRecord(
+        name=job.name,
+        model=job.training.model.label,
+        task=job.training.rows.label,
+        method=job.training.label,
+        lr=best,
+        lr_why=None if best is not None else "no rate trained with every search seed",
+        at_edge=best is not None and best in (grid[0], grid[-1]),
+        trials=trials,
+        wall_s=time.perf_counter() - started,
+        provenance=provenance(sources=[*sources_of(job.training.module), "harness.training.search"], inputs={}),
+    )
+
+
+def _trials(job: SearchJob, lr: float, *, extension: bool, inputs: Inputs, folder: Path) -> list[Trial]:
+    return [_trial(job, lr, seed, extension=extension, inputs=inputs, folder=folder) for seed in job.search.seeds]
+
+
+def _trial(job: SearchJob, lr: float, seed: int, *, extension: bool, inputs: Inputs, folder: Path) -> Trial:
+    path = folder / f"lr{lr:g}-seed{seed}.json"
+    if path.exists():
+        return Trial.model_validate_json(path.read_bytes())
+    label = f"{job.training.rows.label} {job.training.label} lr {lr:g} seed {seed}"
+    record = train(job.training, name=label, lr=lr, lr_searched=False, seed=seed, inputs=inputs, folder=None)
+    trial = Trial(
+        lr=lr,
+        seed=seed,
+        status=record.status,
+        status_why=record.status_why,
+        validation_loss=record.validation_loss,
+        extension=extension,
+    )
+    durable.write_json(path, trial.model_dump(mode="json"))
+    return trial
+
+
+def _best(trials: list[Trial]) -> float | None:
+    """Rate with the lowest mean validation loss, among those at which every seed trained."""
+    means = {}
+    for lr in {trial.lr for trial in trials}:
+        mine = [trial for trial in trials if trial.lr == lr]
+        losses = [trial.validation_loss for trial in mine if trial.status == "ok" and trial.validation_loss is not None]
+        if len(losses) == len(mine):
+            means[lr] = float(np.mean(losses))
+    return min(means, key=lambda lr: means[lr]) if means else None

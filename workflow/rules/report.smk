@@ -1,0 +1,55 @@
+# From records to tables, figures and one page. Each can be made again alone.
+FRAMES = ["runs", "scores", "documents", "trials", "steps", "believed", "observed"]
+
+
+rule collect:
+    input:
+        [PLACES.run(run) / "train.json" for run in PLAN.runs],
+        [PLACES.score(run, evaluation) for run, evaluation in PLAN.eval_of.items()],
+        [PLACES.search(search) / "search.json" for search in PLAN.searches],
+    output:
+        [STUDY / f"{name}.parquet" for name in FRAMES],
+    params:
+        out=STUDY,
+    shell:
+        "{PYTHON} -m harness collect --config {CONFIG} --out {params.out}"
+
+
+rule tables:
+    input:
+        [STUDY / f"{name}.parquet" for name in FRAMES],
+        *filter(None, [PLAN.study.published]),
+    output:
+        report(directory(STUDY / "tables"), patterns=["{name}.md"], caption="../report/tables.rst", category="Tables"),
+    params:
+        frames=STUDY,
+    shell:
+        "{PYTHON} -m harness tables --config {CONFIG} --frames {params.frames} --out {output}"
+
+
+rule figures:
+    input:
+        [STUDY / f"{name}.parquet" for name in FRAMES],
+    output:
+        report(
+            directory(STUDY / "figures"), patterns=["{name}.svg"], caption="../report/figures.rst", category="Figures"
+        ),
+    params:
+        frames=STUDY,
+    shell:
+        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output}"
+
+
+rule page:
+    input:
+        [STUDY / f"{name}.parquet" for name in FRAMES],
+        # made from the same tables of rows: drawing a lost figure again does not make the page old
+        tables=ancient(STUDY / "tables"),
+        figures=ancient(STUDY / "figures"),
+    output:
+        STUDY / "report.html",
+    params:
+        frames=STUDY,
+    shell:
+        "{PYTHON} -m harness page --config {CONFIG} --frames {params.frames}"
+        " --tables {input.tables} --figures {input.figures} --out {output}"
