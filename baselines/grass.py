@@ -52,6 +52,12 @@ class GrassMethod(Method):
 
     Config = GrassOptions
     PAPER = "arXiv 2604.07808"
+    EXAMPLES = (
+        {"active_layers": 2, "sample_every": 3, "probe_steps": 2},
+        {"active_layers": 1, "sample_every": 3, "refresh_every": 6, "probe_steps": 2, "state": "reset"},
+        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static"},
+        {"active_layers": 2, "sample_every": 3, "sampler": "uniform", "train_embedding": False, "train_head": False},
+    )
     options: GrassOptions
     optimizer: Grass
 

@@ -45,6 +45,7 @@ class Lisa(Method):
 
     Config = LisaOptions
     PAPER = "arXiv 2403.17919"
+    EXAMPLES = tuple({"active_layers": 2, "sample_every": 3, "state": state} for state in ("reset", "keep"))
     options: LisaOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:

@@ -33,6 +33,7 @@ class Lora(Method):
     Config = LoraOptions
     REQUIRES = ("peft",)
     PAPER = "arXiv 2106.09685"
+    EXAMPLES = ({"rank": 4, "alpha": 8}, {"rank": 4, "alpha": 8, "dropout": 0.1})
     options: LoraOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:

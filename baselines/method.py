@@ -151,6 +151,9 @@ class Method:
     TRAINS: ClassVar[bool] = True
     """False: no step is taken, so there is no learning rate to search."""
 
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options with which the contract suite tries this method on a model of 4 layers and width 32, in 12 steps."""
+
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         """`lr` is the peak learning rate; `seed` is for draws that are the method's own."""
         self.options = options

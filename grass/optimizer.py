@@ -96,11 +96,14 @@ class Grass(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.generator = torch.Generator().manual_seed(seed)
         trained = {"embedding": train_embedding, "final_norm": train_final_norm, "head": train_head}
-        groups = [{"params": parameters, "name": f"layer {i}"} for i, parameters in enumerate(self.layer_parameters)]
         for key in OUTSIDE:
             set_trainable(found.outside[key], trained[key])
-            if trained[key] and found.outside[key]:
-                groups.append({"params": found.outside[key], "name": key})
+        outside = {key: found.outside[key] for key in OUTSIDE if trained[key] and found.outside[key]}
+        # in the model's own order, so that the global norm is summed as full fine-tuning sums it, to the last bit
+        named = [(key, outside[key]) for key in ("embedding",) if key in outside]
+        named += [(f"layer {i}", parameters) for i, parameters in enumerate(self.layer_parameters)]
+        named += [(key, outside[key]) for key in ("final_norm", "head") if key in outside]
+        groups = [{"params": parameters, "name": name} for name, parameters in named]
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
         count = len(self.layer_parameters)

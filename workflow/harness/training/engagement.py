@@ -18,7 +18,7 @@ from torch import nn
 
 from baselines.method import Expectation, LayerTrace, ModelFacts
 from grass.layers import LayerMap
-from harness.measuring.census import fingerprint, live_bytes_outside
+from harness.measuring.census import begin_census, fingerprint, live_bytes_outside
 from harness.record import Check
 
 GROUPS = ("embedding", "final_norm", "head")
@@ -56,8 +56,8 @@ class Watch:
         self._base = [list(parameters) for parameters in layers.layer_parameters()]
         self._groups = {key: list(layers.outside[key]) for key in GROUPS}
         self._model = model
-        self._baseline_bytes = live_bytes_outside(model)
         self._marks: dict[str, Any] = {}
+        begin_census()
         self.periods: list[Period] = []
 
     def attached(self, model: nn.Module) -> None:
@@ -91,7 +91,7 @@ class Watch:
 
     def after_update(self) -> None:
         """After the period's first update: what is alive beside the model."""
-        self.periods[-1].state_bytes = live_bytes_outside(self._model) - self._baseline_bytes
+        self.periods[-1].state_bytes = live_bytes_outside(self._model)
 
     def end_period(self, step: int) -> None:
         """After the last update of the period, `step`: what moved."""

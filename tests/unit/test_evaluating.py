@@ -1,0 +1,372 @@
+"""Scoring end to end on a small Llama that has learned a list of answers by heart."""
+
+import json
+import os
+import random
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from harness.evaluating.heldout import heldout_loss
+from harness.evaluating.lm import score_suite, wrap
+from harness.evaluating.score import evaluate
+from harness.inputs.generated import suite_rows
+from harness.inputs.prompts import Row, evaluation_prompt
+from harness.inputs.tokenizer import build_tokenizer
+from harness.inputs.tokens import collate, encode
+from harness.record import DOCUMENT_COLUMNS, EvalRecord, TrainRecord
+from harness.spec import EvalJob, RunJob, SuiteJob
+from harness.stages import evaluate as stage
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+ROWS = 160
+HERE = SimpleNamespace(
+    source_sha256="", git_commit=None, git_dirty=None, packages={}, python="", platform="", device="cpu", threads=1,
+    started_utc="", input_sha256={},
+)  # fmt: skip
+
+
+def make_rows(labels: list[int]) -> list[Row]:
+    """One question a row, told apart by two numbers; `labels` says which answer is right."""
+    questions = [f"How many apples has Ann {i // 40} {i % 40} now?" for i in range(len(labels))]
+    return [
+        Row(instruction=f"{question}\n\nAnswer format: answer1/answer2/answer3/answer4", input="",
+            output=f"the correct answer is answer{label}", answer=f"answer{label}")
+        for question, label in zip(questions, labels, strict=True)
+    ]  # fmt: skip
+
+
+def write_suite(folder: Path, rows: list[Row]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "test.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def small_llama(tokenizer: Any, *, positions: int = 256) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=positions,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    labels = [1 + i % 4 for i in range(ROWS)]
+    random.Random(3).shuffle(labels)
+    return make_rows(labels)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> Path:
+    """A model that has learned `rows`, saved with a generation configuration that would spoil greedy decoding."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoint"
+    tokenizer = build_tokenizer()
+    model = small_llama(tokenizer).train()
+    encoded = [encode(tokenizer, row, max_length=64, loss_on="answer") for row in rows]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
+    batch = collate(encoded, 0)
+    for _ in range(150):
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss < 0.01:
+            break
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=50.0, eos_token_id=7, suppress_tokens=tokenizer.convert_tokens_to_ids(["answer1"])
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loaded(checkpoint: Path) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(checkpoint).eval(), AutoTokenizer.from_pretrained(checkpoint)
+
+
+def suite(label: str, *, limit: int | None = None, scoring: str = "answer", max_new_tokens: int = 8) -> SuiteJob:
+    source = {"kind": "files", "path": "x", "limit": limit, "scoring": scoring, "max_new_tokens": max_new_tokens}
+    return SuiteJob.model_validate({"label": label, "source": source})
+
+
+def train_record(checkpoint: Path | None, **changes: Any) -> TrainRecord:
+    fields: dict[str, Any] = {
+        "name": "run-1", "status": "ok", "model": "m", "task": "t", "method": "full", "module": "full", "options": {},
+        "seed": 0, "recipe": {"weight_dtype": "fp32", "device": "cpu"}, "recipe_changes": [], "lr": 1e-3,
+        "lr_searched": False, "steps_done": 1, "checkpoint": None if checkpoint is None else str(checkpoint),
+        "parameters": None, "provenance": vars(HERE),
+    }  # fmt: skip
+    return TrainRecord.model_validate(fields | changes)
+
+
+@pytest.fixture
+def scored(tmp_path: Path, checkpoint: Path) -> Callable[..., tuple[EvalRecord, pd.DataFrame]]:
+    """Evaluate suites given as rows by label; returns what lies on the disk afterwards."""
+
+    def run(tests: dict[str, list[Row]], *, trained: list[Row], batch_size: int = 64, **changes: Any) -> Any:
+        jobs = tuple(suite(label, limit=changes.pop("limit", None)) for label in tests)
+        out = tmp_path / "eval" / "e.json"
+        returned = evaluate(
+            EvalJob(task="t", suites=jobs, max_length=64),
+            train_record=train_record(changes.pop("model_path", checkpoint), **changes),
+            suite_folders={label: write_suite(tmp_path / label, test) for label, test in tests.items()},
+            rows_folder=write_train(tmp_path / "rows", trained),
+            out=out,
+            batch_size=batch_size,
+        )
+        assert returned == EvalRecord.model_validate_json(out.read_bytes())
+        return returned, pd.read_parquet(out.with_suffix(".parquet"))
+
+    return run
+
+
+def write_train(folder: Path, rows: list[Row]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def test_record_and_table_agree_and_shuffled_labels_give_chance(scored: Any, rows: list[Row]) -> None:
+    golds = [row["answer"] for row in rows]
+    random.Random(11).shuffle(golds)
+    shuffled = [Row(**{**row, "answer": gold}) for row, gold in zip(rows, golds, strict=True)]
+    untouched = [Row(**{**row, "instruction": f"Is it so? {row['instruction']}"}) for row in rows[:5]]
+    other = [Row(**{**row, "instruction": row["instruction"].upper().replace("?", " ?")}) for row in rows[:7]]
+    record, table = scored({"true": rows, "shuffled": shuffled, "untouched": untouched}, trained=other)
+
+    assert record.status == "ok"
+    assert list(table.columns) == list(DOCUMENT_COLUMNS)
+    right, chance, _ = record.scores
+    assert right.correct >= 0.95 * ROWS
+    assert right.unparsed == 0
+    # One in four, three standard errors either way.
+    assert abs(chance.correct / ROWS - chance.chance) < 3 * (0.25 * 0.75 / ROWS) ** 0.5
+    assert chance.chance == 0.25
+    assert [score.leaked_rows for score in record.scores] == [7, 7, 0]
+    for score in record.scores:
+        part = table[table["suite"] == score.suite]
+        assert list(part["document"]) == list(range(score.rows))
+        assert int(part["correct"].sum()) == score.correct
+        assert int((~part["parsed"]).sum()) == score.unparsed
+        assert int(part["tokens"].sum()) == score.heldout_tokens
+        assert (part["loss"] * part["tokens"]).sum() / part["tokens"].sum() == pytest.approx(score.heldout_loss)
+        assert ((part["prediction"] == part["gold"]) == part["correct"]).all()
+    true = table[table["suite"] == "true"]
+    assert list(true["gold"]) == [row["answer"] for row in rows]
+    # Labels were shuffled, reference outputs were not: the same held-out loss.
+    assert chance.heldout_loss == pytest.approx(right.heldout_loss, rel=1e-6)
+    assert right.heldout_loss < 0.1
+    decoding = record.decoding
+    assert (decoding["do_sample"], decoding["num_beams"], decoding["batch_size"]) == (False, 1, 64)
+    assert decoding["eos_token_id"] == 2
+    assert decoding["suites"]["true"]["max_new_tokens"] == 8
+    assert {"suite:true", "suite:shuffled", "rows:train", "checkpoint:model.safetensors"} <= set(
+        record.provenance.input_sha256
+    )
+
+
+def test_batch_size_changes_no_prediction_and_no_loss(checkpoint: Path, rows: list[Row], tmp_path: Path) -> None:
+    mixed = [*rows[:20], *suite_rows("choice", split="test", count=20, seed=1)]
+    file = write_suite(tmp_path, mixed) / "test.json"
+    predictions, losses = [], []
+    for batch_size in (1, 7, 64):
+        model, tokenizer = loaded(checkpoint)
+        losses.append(heldout_loss(model, tokenizer, mixed, max_length=80, batch_size=batch_size))
+        lm = wrap(model, tokenizer, batch_size=batch_size)
+        predictions.append(score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8))
+    assert predictions[0] == predictions[1] == predictions[2]
+    for other in losses[1:]:
+        assert [d.tokens for d in other.documents] == [d.tokens for d in losses[0].documents]
+        assert [d.loss for d in other.documents] == pytest.approx([d.loss for d in losses[0].documents], abs=1e-5)
+
+
+def test_heldout_loss_is_the_models_own_on_the_training_template(checkpoint: Path) -> None:
+    model, tokenizer = loaded(checkpoint)
+    tests = suite_rows("three-step", split="test", count=6, seed=1)
+    found = heldout_loss(model, tokenizer, tests, max_length=80, batch_size=4)
+    shortest = 80
+    total = tokens = 0.0
+    for row, document in zip(tests, found.documents, strict=True):
+        encoded = encode(tokenizer, row, max_length=80, loss_on="answer")
+        with torch.no_grad():
+            own = float(model(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels])).loss)
+        assert document.loss == pytest.approx(own, abs=1e-5)
+        assert document.tokens == sum(label != -100 for label in encoded.labels)
+        shortest = min(shortest, len(encoded.input_ids))
+        total, tokens = total + own * document.tokens, tokens + document.tokens
+    assert found.mean == pytest.approx(total / tokens, abs=1e-5)
+    assert found.truncated_rows == 0
+    assert heldout_loss(model, tokenizer, tests, max_length=shortest - 1, batch_size=4).truncated_rows == len(tests)
+
+
+def test_no_reference_output_means_no_loss_and_a_reason(checkpoint: Path, rows: list[Row]) -> None:
+    model, tokenizer = loaded(checkpoint)
+    empty = [Row(**{**row, "output": ""}) for row in rows[:3]]
+    none = heldout_loss(model, tokenizer, empty, max_length=64, batch_size=4)
+    assert (none.mean, none.tokens, none.why) == (None, 0, "no row has a reference output")
+    some = heldout_loss(model, tokenizer, [*empty, rows[3]], max_length=64, batch_size=4)
+    assert [document.loss is None for document in some.documents] == [True, True, True, False]
+    assert some.mean == some.documents[3].loss
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    broken = heldout_loss(model, tokenizer, rows[:3], max_length=64, batch_size=4)
+    assert (broken.mean, broken.why) == (None, "the model's loss is not finite")
+
+
+def test_prompts_longer_than_the_context_are_counted(rows: list[Row], tmp_path: Path) -> None:
+    tokenizer = build_tokenizer()
+    mixed = [*rows[:4], *suite_rows("choice", split="test", count=4, seed=1)]
+    lengths = sorted(len(tokenizer(evaluation_prompt(row["instruction"]))["input_ids"]) for row in mixed)
+    cut = sum(length > lengths[3] for length in lengths)
+    lm = wrap(small_llama(tokenizer, positions=lengths[3] + 8).eval(), tokenizer, batch_size=3)
+    file = write_suite(tmp_path, mixed) / "test.json"
+    assert score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8).truncated_rows == cut > 0
+    with pytest.raises(ValueError, match="max_new_tokens 999"):
+        score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=999)
+
+
+def scripted(continuations: dict[str, str]) -> tuple[Any, list[tuple[str, dict[str, Any]]]]:
+    """An lm-eval model that answers each prompt from a list, and the requests it was sent."""
+    from lm_eval.api.model import LM
+
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    class Scripted(LM):
+        max_length = 10_000
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            seen.extend(request.args for request in requests)
+            return [continuations[request.args[0]] for request in requests]
+
+        def loglikelihood(self, requests: Any) -> Any:
+            raise NotImplementedError
+
+        loglikelihood_rolling = loglikelihood
+
+        def tok_encode(self, text: str) -> list[int]:
+            return [0] * len(text)
+
+    return Scripted(), seen
+
+
+@pytest.mark.parametrize(
+    ("scoring", "gold", "right", "wrong", "unparsed"),
+    [
+        ("number", "1234.0", " 7 or\n\n1,234.", "1,234 of 8", "many"),
+        ("letter", "B", "Because", "an E", "b"),
+        ("true_false", "true", "untrue", "false or true", "True"),
+        ("solution", "solution2", "solution2 solution1", "solution1", "solution3"),
+        ("answer", "answer5", "answer5", "answer1 or answer5", "answer6"),
+        ("ending", "ending4", "ending4", "ending3", "ending5"),
+        ("option", "option2", "option2\n\n### Response:\noption1", "option1", "option"),
+    ],
+)
+def test_every_task_file_asks_and_scores_as_the_protocol_says(
+    tmp_path: Path, scoring: Any, gold: str, right: str, wrong: str, unparsed: str
+) -> None:
+    texts = [wrong, right, unparsed, right]
+    tests = [Row(instruction=f"Question {i}: 2026-11-2{i}?", input="", output="", answer=gold) for i in range(4)]
+    prompts = [evaluation_prompt(row["instruction"]) for row in tests]
+    lm, seen = scripted(dict(zip(prompts, texts, strict=True)))
+    file = write_suite(tmp_path, tests) / "test.json"
+    found = score_suite(lm, file=file, rows=tests, scoring=scoring, max_new_tokens=13)
+    assert [outcome.correct for outcome in found.outcomes] == [False, True, False, True]
+    assert [outcome.prediction is None for outcome in found.outcomes] == [False, False, True, False]
+    assert [prompt for prompt, _ in seen] == prompts
+    assert all(
+        settings == {"until": [], "do_sample": False, "num_beams": 1, "max_gen_toks": 13} for _, settings in seen
+    )
+
+
+def test_a_changed_file_at_the_same_path_is_read_anew(tmp_path: Path) -> None:
+    file = tmp_path / "test.json"
+    for answer in ("6", "7"):
+        tests = [Row(instruction=f"What is {answer}?", input="", output="", answer=answer)]
+        write_suite(tmp_path, tests)
+        os.utime(file, (1e9, 1e9))
+        lm, _ = scripted({evaluation_prompt(tests[0]["instruction"]): answer})
+        assert score_suite(lm, file=file, rows=tests, scoring="number", max_new_tokens=4).outcomes[0].correct
+    dates = [Row(instruction="2026-11-21", input="", output="", answer="1")]
+    write_suite(tmp_path, dates)
+    with pytest.raises(ValueError, match="other rows"):
+        score_suite(lm, file=file, rows=dates, scoring="number", max_new_tokens=4)
+
+
+def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    out = tmp_path / "e.json"
+    record = evaluate(
+        EvalJob(task="t", suites=(suite("s"),), max_length=64),
+        train_record=train_record(None, status="oom", status_why="needed 90 GB"),
+        suite_folders={"s": tmp_path / "absent"}, rows_folder=tmp_path / "absent", out=out, batch_size=8,
+    )  # fmt: skip
+    assert (record.status, record.scores) == ("skipped", [])
+    assert "oom (needed 90 GB)" in str(record.status_why)
+    assert EvalRecord.model_validate_json(out.read_bytes()) == record
+    table = pd.read_parquet(out.with_suffix(".parquet"))
+    assert len(table) == 0
+    assert list(table.columns) == list(DOCUMENT_COLUMNS)
+
+
+def test_a_disengaged_run_with_a_checkpoint_is_scored(scored: Any, rows: list[Row]) -> None:
+    record, _ = scored({"s": rows[:6]}, trained=[], status="disengaged", status_why="layer 3 never moved", limit=6)
+    assert record.status == "ok"
+    assert record.scores[0].limited
+    assert record.scores[0].correct >= 5
+
+
+def test_a_checkpoint_that_is_gone_is_named(scored: Any, rows: list[Row]) -> None:
+    with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
+        scored({"s": rows[:2]}, trained=[], model_path=Path("nowhere"))
+
+
+def test_bad_test_rows_are_named(scored: Any, rows: list[Row]) -> None:
+    with pytest.raises(ValueError, match=r"test\.json, row 2: answer 'C'"):
+        scored({"s": [rows[0], Row(**{**rows[1], "answer": "C"})]}, trained=[])
+
+
+def test_stage_finds_everything_by_the_layout(tmp_path: Path, checkpoint: Path, rows: list[Row]) -> None:
+    results = tmp_path / "results"
+    job = EvalJob(task="t", suites=(suite("s"),), max_length=64)
+    run = RunJob.model_validate(
+        {
+            "training": {
+                "model": {"label": "m", "source": {"kind": "local", "path": "x"}},
+                "rows": {
+                    "label": "t",
+                    "source": {
+                        "kind": "generated", "family": "choice", "seed": 0, "train_rows": 1, "validation_rows": 1,
+                    },
+                },
+                "label": "full", "module": "full", "options": {}, "recipe_changes": (),
+                "recipe": {
+                    "steps": 1, "batch_size": 1, "micro_batch_size": 1, "max_length": 64, "loss_on": "answer",
+                    "warmup_steps": 0, "max_grad_norm": 1.0,
+                },
+            },
+            "lr": 1e-3, "search": None, "seed": 0, "observation": {"every_steps": 1, "rows": 1},
+        }
+    )  # fmt: skip
+    folder = results / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(run.body()), encoding="utf-8")
+    (folder / "train.json").write_text(train_record(checkpoint).model_dump_json(), encoding="utf-8")
+    spec = results / "evals" / f"{job.name}.json"
+    spec.parent.mkdir()
+    spec.write_text(json.dumps(job.body()), encoding="utf-8")
+    write_suite(results / "inputs" / "suites" / job.suites[0].name, rows[:8])
+    write_train(results / "inputs" / "rows" / run.training.rows.name, rows[:3])
+    out = folder / "eval" / f"{job.name}.json"
+    threads = torch.get_num_threads()
+    assert stage.run(Namespace(spec=spec, run=folder, out=out, threads=threads, batch_size=8)) == 0
+    record = EvalRecord.model_validate_json(out.read_bytes())
+    assert (record.name, record.run, record.scores[0].rows, record.scores[0].leaked_rows) == (job.name, "run-1", 8, 3)

@@ -1,0 +1,150 @@
+"""Accuracy of one suite through lm-eval, with our own task files and nothing left to a default of the checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harness.inputs.prompts import Row, evaluation_prompt
+from harness.spec import Scoring
+from harness.tasks.protocol import extract, kept_text
+
+TASKS = Path(__file__).parents[1] / "tasks"
+
+PROTOCOL = "llm-adapters (greedy)"
+DEVIATIONS = (
+    "greedy decoding; published: beam search with 4 beams",
+    "batches, left-padded, with attention mask; published: one row at a time and no mask",
+    "end of text is the tokenizer's end token, as in training; published: whatever the checkpoint names",
+    "special tokens skipped in the decoded text of all suites; published: kept in arithmetic",
+    "evaluation mode, adapters merged; published: adapter dropout seems active while scoring",
+    "max_new_tokens as given for each suite; published: 256 in arithmetic, 32 in commonsense",
+)
+"""Where this differs from the published scripts (protocol sheet, sections 4 and 5)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one test row."""
+
+    correct: bool
+    prediction: str | None
+    """Extracted from the continuation; None where the scoring rule found nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOutcome:
+    """All rows of one suite, in the order of its file."""
+
+    outcomes: tuple[Outcome, ...]
+    truncated_rows: int
+    """Prompts too long for the model's context less `max_new_tokens`: their beginning was cut off."""
+
+
+def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
+    """An lm-eval model around an already loaded one, so that all suites of a run share a single load.
+
+    Replaces the model's generation configuration: any field left unset in a call would be filled from it, and
+    checkpoints ship sampling, repetition penalties and end tokens of their own.
+
+    Raises:
+        ValueError: the tokenizer has no end token.
+    """
+    import datasets
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GenerationConfig
+
+    # Its warnings (a model object instead of a name, cut prompts) are expected here, or counted by us.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    # Its progress bar listens to nothing but this argument, which `evaluate` does not pass.
+    lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=lm.tokenizer.pad_token_id,
+    )
+    return lm
+
+
+def decoding(lm: Any) -> dict[str, Any]:
+    """Every generation setting that is the same for all suites, for the record."""
+    return {
+        "protocol": PROTOCOL,
+        "deviations": list(DEVIATIONS),
+        "do_sample": False,
+        "num_beams": 1,
+        "bos_token_id": lm.tokenizer.bos_token_id,
+        "eos_token_id": lm.tokenizer.eos_token_id,
+        "pad_token_id": lm.tokenizer.pad_token_id,
+        "stop_strings": [],
+        "padding_side": "left",
+        "attention_mask": True,
+        "key_value_cache": True,
+        "batch_size": lm.batch_size,
+        "max_context_tokens": lm.max_length,
+        "weight_dtype": str(lm.model.dtype).removeprefix("torch."),
+        "lm_eval": version("lm_eval"),
+    }
+
+
+def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, max_new_tokens: int) -> SuiteOutcome:
+    """Let lm-eval answer and score every row of a test file.
+
+    Args:
+        lm: made by `wrap`.
+        file: json list in LLM-Adapters format, read by lm-eval itself.
+        rows: the same file as we read it; what lm-eval scored is compared with it.
+        scoring: picks the task file `llm_adapters_<scoring>`.
+        max_new_tokens: limit of every continuation.
+
+    Raises:
+        ValueError: `max_new_tokens` leaves no room for a prompt, or lm-eval scored other rows than `rows`.
+    """
+    # `evaluate` rather than `simple_evaluate`, which wraps it and starts pip and compilers (2 s) to describe the
+    # machine in a result that we do not keep.
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager
+
+    room = lm.max_length - max_new_tokens
+    if room <= 0:
+        raise ValueError(
+            f"max_new_tokens {max_new_tokens}: must be less than the model's context, {lm.max_length} tokens"
+        )
+    name = f"llm_adapters_{scoring}"
+    # A cache of its own, thrown away: no earlier file can be mistaken for this one, and the home folder stays clean.
+    with tempfile.TemporaryDirectory(prefix="harness-eval-") as cache:
+        overrides = {"dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": cache}}
+        # Only a group lets a caller change settings of a task that has a file.
+        loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(
+            [{"group": "suite", "task": [{"task": name, **overrides}]}]
+        )
+        task = loaded["tasks"][name]
+        # The reader guesses types: a column of nothing but dates would come back as other text.
+        if list(task.test_docs()) != list(rows):
+            raise ValueError(f"{file}: lm-eval reads other rows than the harness; is it a json list of complete rows?")
+        task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+        samples = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"][name]
+    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
+    return SuiteOutcome(
+        outcomes=tuple(_outcome(scoring, sample) for sample in samples),
+        truncated_rows=sum(len(lm.tok_encode(evaluation_prompt(row["instruction"]))) > room for row in rows),
+    )
+
+
+def _outcome(scoring: Scoring, sample: dict[str, Any]) -> Outcome:
+    return Outcome(
+        correct=sample["acc"] == 1.0,
+        prediction=extract(scoring, kept_text(sample["filtered_resps"][0])),
+    )
