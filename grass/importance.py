@@ -25,7 +25,7 @@ def gradient_square(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 
 
 def root_mean_square(square: Tensor, count: int) -> Tensor:
-    """r = sqrt(||g||^2 / N): the root mean square of a layer's `count` gradient entries (paper, mean gradient norm)."""
+    """R = sqrt(||g||^2 / N): the root mean square of a layer's `count` gradient entries (paper, mean gradient norm)."""
     return (square / count).sqrt()
 
 
@@ -51,7 +51,7 @@ def normalise(values: Sequence[float], norm: Norm) -> list[float]:
 
 
 def probabilities(values: Sequence[float], *, temperature: float, norm: Norm) -> list[float]:
-    """p = softmax(normalised m / tau), in float64 (paper, layer sampling probability)."""
+    """P = softmax(normalised m / tau), in float64 (paper, layer sampling probability)."""
     return torch.softmax(torch.tensor(normalise(values, norm), dtype=torch.float64) / temperature, 0).tolist()
 
 

@@ -16,19 +16,12 @@ from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
 from harness.inputs.prompts import Row
 from harness.inputs.rows import read_rows
-from harness.measuring.provenance import provenance
+from harness.places import resolve
+from harness.provenance import provenance
 from harness.record import DOCUMENT_COLUMNS, EvalRecord, SuiteScore, TrainRecord
+from harness.sources import EVALUATION
 from harness.spec import EvalJob, Scoring, SuiteJob
 from harness.tasks.protocol import check_gold
-
-SOURCES = (
-    "harness.evaluating",
-    "harness.tasks",
-    "harness.inputs.prompts",
-    "harness.inputs.rows",
-    "harness.inputs.tokens",
-)
-"""Code that decides what a score is."""
 
 CHANCE: dict[Scoring, float | None] = {
     "number": None,
@@ -56,7 +49,7 @@ def evaluate(
 
     Args:
         job: the suites and the length rows are cut to in the held-out loss.
-        train_record: of the run; its checkpoint path is taken as it stands, relative paths from the current folder.
+        train_record: of the run; its checkpoint is relative to the current folder, or has `${NAME}` in it.
         suite_folders: folder with test.json, by suite label.
         rows_folder: the training rows (train.json), against which leaked test rows are counted.
         out: path of the record; the table gets its suffix `.parquet` and `record.DOCUMENT_COLUMNS`.
@@ -73,12 +66,12 @@ def evaluate(
             name=job.name, run=train_record.name, status="skipped",
             status_why=f"no checkpoint to score: training ended as {train_record.status} ({reason})",
             decoding={}, scores=[], wall_s=time.perf_counter() - started,
-            provenance=provenance(sources=SOURCES, inputs={}),
+            provenance=provenance(sources=EVALUATION, inputs={}),
         ))  # fmt: skip
 
     from harness.inputs.models import load_model, load_tokenizer
 
-    checkpoint = Path(train_record.checkpoint)
+    checkpoint = resolve(train_record.checkpoint)
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint}: no such checkpoint folder; train run {train_record.name} again")
     files = {suite.label: suite_folders[suite.label] / "test.json" for suite in job.suites}
@@ -87,7 +80,7 @@ def evaluate(
     inputs = {f"suite:{label}": path for label, path in files.items()} | {"rows:train": rows_folder / "train.json"}
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
-    origin = provenance(sources=SOURCES, inputs=inputs, device=device)
+    origin = provenance(sources=EVALUATION, inputs=inputs, device=device)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
     tokenizer = load_tokenizer(checkpoint)
     lm = wrap(model, tokenizer, batch_size=batch_size)

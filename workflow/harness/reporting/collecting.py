@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 
 from harness.durable import read_jsonl
-from harness.measuring.provenance import source_sha256
-from harness.measuring.sources import training
 from harness.places import Places
 from harness.plan import Plan
+from harness.provenance import source_sha256
 from harness.record import EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, rows_to_frame
+from harness.sources import training
 
 
 def collect(plan: Plan, places: Places) -> Frames:

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
     from harness.config import load_study
-    from harness.measuring.sources import current_sha256
     from harness.places import Places
     from harness.plan import folder_bytes, outputs, resolve_study
+    from harness.sources import current_sha256
 
     places = Places()
     plan = resolve_study(load_study(args.config))

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         lr=lr,
         lr_searched=search is not None,
         seed=job.seed,
-        inputs=Inputs(model_folder(manifest), places.rows(job.training.rows.name)),
+        inputs=Inputs(model_folder(manifest), places.rows(job.training.rows.name), manifest.folder),
         folder=folder,
         state_folder=state,
         checkpoint_every=args.checkpoint_every,

@@ -24,12 +24,12 @@ from grass.layers import find_layers
 from harness import durable
 from harness.inputs.models import facts_of, load_model, load_tokenizer
 from harness.inputs.rows import read_rows
-from harness.inputs.tokens import Encoded, encode_rows
+from harness.inputs.tokens import encode_rows
 from harness.measuring.meters import MemoryMeters
-from harness.measuring.provenance import provenance
-from harness.measuring.sources import training as sources_of
 from harness.progress import Progress
+from harness.provenance import provenance
 from harness.record import Check, DataUse, Status, Timing, TrainRecord
+from harness.sources import training as sources_of
 from harness.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import Batches, CalibrationBatches, fixed_batches, mean_loss
@@ -51,6 +51,8 @@ class Inputs:
 
     model: Path
     rows: Path
+    model_text: str = ""
+    """The model's folder as its manifest words it, with no path of this machine in it."""
 
 
 @dataclass
@@ -367,7 +369,7 @@ class _Run:
         if folder is None:
             return None
         if self.promise.layers == "none":
-            return str(self.inputs.model)
+            return self.inputs.model_text or str(self.inputs.model)
         target = folder / "model"
         with durable.whole_folder(target) as temporary:
             self.method.export(temporary)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from harness import durable
-from harness.measuring.provenance import provenance
+from harness.provenance import provenance
 from harness.record import SearchRecord, Trial
+from harness.sources import training as sources_of
 from harness.spec import SearchJob
-from harness.measuring.sources import training as sources_of
 from harness.training.loop import Inputs, train
 
 

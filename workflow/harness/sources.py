@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from baselines.method import find_method
-from harness.measuring.provenance import source_sha256
 from harness.plan import Output, Plan
+from harness.provenance import source_sha256
 
 ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
 FOUND_MODEL = ("harness.inputs.models",)

@@ -1,0 +1,132 @@
+"""Figures: what is drawn, and that the same data give the same bytes; the page: self-contained and escaped."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reporting_data as data
+from harness.reporting.figures import write_figures
+from harness.reporting.frames import Frames, write_frames
+from harness.reporting.importance_figures import active_spans, importance_map
+from harness.reporting.page import write_page
+from harness.reporting.style import looks, styled
+from harness.reporting.tables import write_tables
+from harness.reporting.training_figures import smoothed, window_steps
+from matplotlib import pyplot as plt
+
+STUDY = data.study().model_copy(update={"published": None})
+
+
+@pytest.fixture(scope="module")
+def frames() -> Frames:
+    return data.frames()
+
+
+@pytest.fixture(scope="module")
+def folder(frames: Frames, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("study")
+    write_frames(frames, made)
+    write_figures(frames, STUDY, made / "figures")
+    write_tables(frames, STUDY, made / "tables")
+    write_page(frames, STUDY, made, made / "report.html")
+    return made
+
+
+def test_figures_repeat_byte_for_byte(frames: Frames, folder: Path, tmp_path: Path) -> None:
+    write_figures(frames, STUDY, tmp_path)
+    first = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()}
+    assert first == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    captions = json.loads(first["captions.json"])
+    assert set(first) == {"captions.json"} | {f"{name}.{s}" for name in captions for s in ("svg", "png")}
+    assert {f"importance--tiny--{m}" for m in ("lisa", "grass-static", "grass")} < captions.keys()
+    assert all(texts["caption"] and texts["alt"] for texts in captions.values())
+
+
+def test_no_figure_is_left_open(folder: Path) -> None:
+    assert not plt.get_fignums()
+
+
+def test_a_cell_of_the_heat_map(frames: Frames) -> None:
+    """Layer 5 at step 60 of the observed map of GRASS, seed 0, recomputed from the raw rows."""
+    with styled():
+        figure = importance_map(frames, STUDY, data.MODEL, "grass").figure
+    run = "tiny--arithmetic--grass--seed0--50abcdef"
+    at = {
+        r["layer"]: r["gradient_rms"] for r in frames.observed.to_dict("records") if r["run"] == run and r["step"] == 60
+    }
+    mesh = figure.axes[1].collections[0]
+    cells = np.asarray(mesh.get_array()).reshape(data.LAYERS, -1)
+    assert cells[5, 3] == pytest.approx(at[5] / statistics.fmean(at.values()))
+    edges = mesh.get_coordinates()[0, :, 0].tolist()
+    assert edges[0] == 0
+    assert edges[3:5] == [50, 70]
+    assert edges[-1] == data.STEPS
+    plt.close(figure)
+
+
+def test_active_spans_join_neighbouring_periods(frames: Frames) -> None:
+    believed = frames.believed[frames.believed["run"] == "tiny--arithmetic--grass--seed0--50abcdef"]
+    spans = active_spans(believed, data.STEPS)
+    covered = {(layer, t) for layer, start, end in spans for t in range(start, end)}
+    expected = {
+        (r["layer"], t)
+        for r in believed.to_dict("records")
+        if r["active"]
+        for t in range(r["step"], r["step"] + data.PERIOD)
+    }
+    assert covered == expected
+    assert len({(layer, end) for layer, _, end in spans} & {(layer, start) for layer, start, _ in spans}) == 0
+
+
+def test_smoothing_is_a_trailing_mean(frames: Frames) -> None:
+    run = "tiny--choice--full--seed0--10abcdef"
+    steps = frames.steps[frames.steps["run"] == run]
+    window = window_steps(data.STEPS)
+    losses = steps.sort_values("step")["loss"].tolist()
+    assert window == 10
+    assert smoothed(steps, window)[run].loc[50] == pytest.approx(statistics.fmean(losses[41:51]))
+    assert np.isnan(smoothed(steps, window)[run].loc[8])
+
+
+def test_every_method_looks_different() -> None:
+    found = looks(STUDY)
+    assert len({(v.colour, v.marker, str(v.line)) for v in found.values()}) == len(found)
+
+
+def test_a_study_without_any_ok_run_still_gets_its_page(frames: Frames, tmp_path: Path) -> None:
+    runs = frames.runs.assign(status="skipped", status_why="no weights").astype(frames.runs.dtypes)
+    nothing = replace(frames, runs=runs, trials=frames.trials.iloc[:0])
+    write_frames(nothing, tmp_path)
+    write_figures(nothing, STUDY, tmp_path / "figures")
+    write_tables(nothing, STUDY, tmp_path / "tables")
+    write_page(nothing, STUDY, tmp_path, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "0 of 32 runs are ok; 32 skipped" in text
+
+
+def test_the_page_is_self_contained_and_escaped(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Synthetic &lt;study&gt; &amp; check" in text
+    assert "<study>" not in text
+    assert set(re.findall(r'src="([^"]{4})', text)) == {"data"}
+    assert "http://" not in text
+    assert "https://" not in text
+    images = re.findall(r"<img [^>]*>", text)
+    assert images
+    assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
+    assert len(text) < 4_000_000
+
+
+def test_the_page_says_what_does_not_count_and_what_is_claimed(folder: Path) -> None:
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert "27 of 32 runs are ok; 1 disengaged, 1 oom, 3 skipped" in text
+    assert "lisa on tiny, arithmetic, seed 2: disengaged — active set never rotated" in text
+    assert "lora on tiny, choice, seeds 0, 1, 2: skipped — needs peft" in text
+    assert re.search(r"three-step \(tiny\): grass is better than lora \(\+37\.\d points\)", text)
+    assert "Temperature and refresh period are ours." in text

@@ -1,0 +1,179 @@
+"""Models: pretrained here, found in a folder, or fetched from the hub; then loaded and measured out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from baselines.method import ModelFacts
+from grass.layers import find_layers
+from harness.durable import sha256, write_json
+from harness.inputs.pretrain import pretrain
+from harness.places import resolve
+from harness.provenance import provenance
+from harness.record import ModelRecord
+from harness.sources import FOUND_MODEL, PRETRAINED_MODEL
+from harness.spec import HubModel, LocalModel, ModelJob
+
+disable_progress_bar()  # the harness shows its own progress; a bar a loaded file would drown it
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def make_model(job: ModelJob, folder: Path) -> ModelRecord:
+    """Make a model ready to load and write manifest.json into `folder`.
+
+    Pretrained and fetched models lie in `folder`/model, a local one stays where it is and is only hashed. The manifest
+    is written last: where it stands, the model is whole.
+
+    Raises ValueError, in one line, for a folder that holds no model and for a download that cannot be had.
+    """
+    started = time.perf_counter()
+    source = job.source
+    weights = folder / "model"
+    losses: list[tuple[int, float]] = []
+    if isinstance(source, LocalModel):
+        origin = provenance(sources=FOUND_MODEL, inputs={})
+        weights, where = resolve(source.path), source.path
+    elif isinstance(source, HubModel):
+        origin = provenance(sources=FOUND_MODEL, inputs={})
+        _fetch(source, weights)
+        where = os.path.relpath(weights)
+    else:
+        origin = provenance(sources=PRETRAINED_MODEL, inputs={})
+        losses = pretrain(source, weights).losses
+        where = os.path.relpath(weights)
+    files = _checked_files(weights, asked=where)
+    record = ModelRecord(
+        name=job.name,
+        folder=where,
+        files_sha256={file.name: sha256(file) for file in files},
+        parameters=_count_parameters(weights),
+        pretraining_loss=losses,
+        wall_s=time.perf_counter() - started,
+        provenance=origin,
+    )
+    write_json(folder / "manifest.json", record.model_dump(mode="json"))
+    return record
+
+
+def model_folder(record: ModelRecord) -> Path:
+    """Where the model of a manifest lies on this machine; raises ValueError where a `${NAME}` in it is not set."""
+    return resolve(record.folder)
+
+
+def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: Any) -> nn.Module:
+    """A causal language model in training mode on the CPU (or where `kwargs` put it), every parameter requiring grad.
+
+    Attention is scaled-dot-product unless `kwargs` say otherwise; quantised loading comes in through `kwargs` too. Pass
+    `use_cache=False` to the forward pass in training: the setting is not touched here, since it would be saved with
+    the trained model.
+    """
+    settings = {"attn_implementation": "sdpa", "dtype": _DTYPES[weight_dtype], **kwargs}
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(path, **settings)
+    model.train()
+    return model
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model folder, with a pad token.
+
+    One without a pad token takes its unknown token (id 0 in Llama 1 and 2, which is the published protocol's choice),
+    else its end token. Which one it is never matters to the loss: padding is masked out by position.
+
+    Raises ValueError where there is none of the three.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"{path}: tokenizer without pad, unknown and end token; set pad_token in tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def facts_of(model: nn.Module) -> ModelFacts:
+    """Count the parameters of a model by decoder layer, embedding, final norm and head; weights may be on `meta`."""
+    found = find_layers(model)
+    config: Any = model.config
+    head = _size(found.outside["head"])
+    return ModelFacts(
+        architecture=type(model).__name__,
+        layer_parameters=tuple(_size(layer.parameters()) for layer in found.layers),
+        embedding_parameters=_size(found.outside["embedding"]),
+        head_parameters=head,
+        final_norm_parameters=_size(found.outside["final_norm"]),
+        hidden_size=config.hidden_size,
+        tied_embeddings=head == 0,
+    )
+
+
+def _size(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _checked_files(folder: Path, *, asked: str) -> list[Path]:
+    """The files that make up a model; raises ValueError naming the first kind that is missing."""
+    if not folder.is_dir():
+        raise ValueError(f"{asked}: no such folder; give the folder of a model in Hugging Face layout")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{asked}: no config.json in it; give the folder of a model in Hugging Face layout")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ValueError(
+            f"{asked}: no tokenizer in it (one of {', '.join(_TOKENIZERS)}); copy the model's tokenizer there"
+        )
+    weights = [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
+    if not weights:
+        raise ValueError(f"{asked}: no weights in it ({' or '.join(_WEIGHTS)}); download or convert them")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        # Offline, the hub client takes a folder with a broken download for whole; a copied folder may lack a shard too.
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise ValueError(
+                f"{asked}: {len(missing)} of {len(shards)} shards missing, first {missing[0]}; fetch them again"
+            )
+    texts = [file for pattern in ("*.json", "*.model", "*.txt") for file in folder.glob(pattern)]
+    return sorted({*weights, *texts} - {folder / "manifest.json"})
+
+
+def _count_parameters(folder: Path) -> int:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return _size(model.parameters())
+
+
+def _fetch(source: HubModel, folder: Path) -> None:
+    # Straight into its place: the hub client resumes a broken download by what it finds there.
+    name = f"{source.repo} at {source.revision}"
+    try:
+        snapshot_download(
+            source.repo,
+            revision=source.revision,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ValueError(
+            f"{name}: not on the hub, or closed to you; check repo and revision, or set HF_TOKEN"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise ValueError(
+            f"{name}: cannot be downloaded ({type(error).__name__}); run `prefetch` with a network, or use kind: local"
+        ) from error

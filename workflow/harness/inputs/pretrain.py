@@ -1,0 +1,149 @@
+"""Pretraining of the embedded study's small Llama on generated text; about a minute on one core."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from harness.durable import whole_folder
+from harness.inputs.generated import pieces
+from harness.inputs.prompts import training_prompt
+from harness.inputs.tokenizer import build_tokenizer
+from harness.spec import Corpus, PretrainedHere
+
+log = logging.getLogger(__name__)
+
+_POSITIONS = 512
+"""Longest text the model takes; rotary positions cost nothing."""
+_IN_TEMPLATE = 0.5
+"""Share of one-step problems shown inside the prompt template, so that its tokens have trained embeddings."""
+_WARMUP_STEPS = 20
+_MAX_GRAD_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What pretraining left behind besides the model folder."""
+
+    parameters: int
+    losses: list[tuple[int, float]]
+    """(step, mean loss in nats per token since the entry before), about ten entries."""
+
+
+def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:
+    """Pretrain and save model (safetensors) and tokenizer into `folder`, which appears whole or not at all.
+
+    AdamW with betas (0.9, 0.95), gradients clipped at norm 1, linear decay to 0 after a warm-up of 20 steps. Weights
+    and text depend on `source.seed` alone; the caller's random state is left as it was. Uses torch's own thread count.
+
+    Raises ValueError if `width` is no multiple of twice `heads` (rotary attention needs an even head size).
+    """
+    if source.width % (2 * source.heads):
+        raise ValueError(
+            f"models: width {source.width} must be a multiple of twice the {source.heads} heads; change width or heads"
+        )
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed)
+        model = _small_llama(source, tokenizer)
+    losses = _train(model, source, tokenizer)
+    with whole_folder(folder) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+    return Pretrained(parameters=sum(p.numel() for p in model.parameters()), losses=losses)
+
+
+def batches(corpus: Corpus, tokenizer: Any, *, rows: int, length: int, seed: int) -> Iterator[Tensor]:
+    """Endless batches of token ids, int64 of shape (rows, length).
+
+    Every row starts with a fresh piece of text (as rows do in fine-tuning) and is filled with further pieces, each with
+    its start and end token; what sticks out at the right is cut, so there is no padding.
+    """
+    rng = np.random.default_rng(seed)
+    texts = (
+        _text(piece, rng) for piece in pieces(rng, one_step_share=corpus.one_step_share, fact_share=corpus.fact_share)
+    )
+    tokens = _tokens(texts, tokenizer)
+    while True:
+        yield torch.tensor([_filled(tokens, length) for _ in range(rows)])
+
+
+def _text(piece: Any, rng: np.random.Generator) -> str:
+    if isinstance(piece, str):
+        return piece
+    opening = training_prompt(piece["instruction"]) if rng.random() < _IN_TEMPLATE else piece["instruction"] + " "
+    return opening + str(piece["output"])
+
+
+def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
+    while True:  # in blocks, since one call a text costs ten times as much
+        for ids in tokenizer(list(islice(texts, 1000)))["input_ids"]:
+            yield [*ids, tokenizer.eos_token_id]
+
+
+def _filled(tokens: Iterator[list[int]], length: int) -> list[int]:
+    row: list[int] = []
+    while len(row) < length:
+        row += next(tokens)
+    return row[:length]
+
+
+def _small_llama(source: PretrainedHere, tokenizer: Any) -> Any:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=source.width,
+        intermediate_size=source.feed_forward,
+        num_hidden_layers=source.layers,
+        num_attention_heads=source.heads,
+        num_key_value_heads=source.heads,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def _train(model: Any, source: PretrainedHere, tokenizer: Any) -> list[tuple[int, float]]:
+    """Train in place; return the loss curve."""
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=source.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, source.steps))
+    text = batches(source.corpus, tokenizer, rows=source.rows, length=source.length, seed=source.seed)
+    terminal = sys.stderr.isatty()
+    losses: list[tuple[int, float]] = []
+    since: list[float] = []
+    for step in tqdm(range(1, source.steps + 1), desc="pretraining", disable=not terminal):
+        ids = next(text)
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        since.append(loss.item())
+        if step % max(1, source.steps // 10) == 0 or step == source.steps:
+            losses.append((step, sum(since) / len(since)))
+            since.clear()
+            if not terminal:
+                log.info("pretraining: step %d of %d, loss %.4f", step, source.steps, losses[-1][1])
+    return losses
+
+
+def _lr_factor(step: int, steps: int) -> float:
+    return min((step + 1) / _WARMUP_STEPS, (steps - step) / max(1, steps - _WARMUP_STEPS), 1.0)

@@ -1,0 +1,1 @@
+"""Statistics, tables, figures and the page of a study, made from its collected rows alone."""

@@ -1,0 +1,38 @@
+"""All figures of a study, drawn and written together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.durable import write_json
+from harness.reporting.frames import Frames
+from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
+from harness.reporting.result_figures import efficiency_bars, result_dots
+from harness.reporting.style import Drawing, save, styled
+from harness.reporting.training_figures import loss_curves, rate_curves
+from harness.spec import Study
+
+
+def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
+    """Every figure, one at a time, in the order of the page."""
+    for model in study.models:
+        yield result_dots(frames, study, model)
+        yield rate_curves(frames, study, model)
+        yield loss_curves(frames, study, model)
+        methods = layerwise_methods(frames, study, model)
+        for method in methods:
+            yield importance_map(frames, study, model, method)
+        if methods:
+            yield agreement_curves(frames, study, model)
+        yield efficiency_bars(frames, study, model)
+
+
+def write_figures(frames: Frames, study: Study, folder: Path) -> None:
+    """Write every figure as svg and png, and `captions.json` (name: caption and alternative text)."""
+    captions = {}
+    with styled():
+        for drawing in draw(frames, study):
+            save(drawing, folder)
+            captions[drawing.name] = {"caption": drawing.caption, "alt": drawing.alt}
+    write_json(folder / "captions.json", captions)

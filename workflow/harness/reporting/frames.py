@@ -1,0 +1,92 @@
+"""The seven flat tables of a study: built from rows, written, and read back with their columns checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame
+
+from harness.durable import whole_file
+from harness.record import FRAMES
+
+
+class FrameError(Exception):
+    """One line: which table, which column, what is wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frames:
+    """Everything a report is made from; the columns are those of `harness.record.FRAMES`."""
+
+    runs: DataFrame
+    scores: DataFrame
+    documents: DataFrame
+    trials: DataFrame
+    steps: DataFrame
+    believed: DataFrame
+    observed: DataFrame
+
+    def ok_runs(self) -> DataFrame:
+        """Runs that count in averages: a run that was disengaged, diverged, skipped or out of memory never does."""
+        return self.runs[self.runs["status"] == "ok"]
+
+    def ok_scores(self) -> DataFrame:
+        """Scores of the runs that count, with the run's model, task, method and seed beside them."""
+        keys = self.ok_runs()[["run", "model", "task", "method", "seed"]]
+        return self.scores.merge(keys, on="run", how="inner", validate="many_to_one")
+
+
+def rows_to_frame(name: str, rows: list[dict[str, Any]]) -> DataFrame:
+    """One table from plain rows, cast to the column types of `FRAMES[name]`; no rows give an empty table.
+
+    Raises:
+        FrameError: a row lacks a column, has an unknown one, or a value does not fit its type.
+    """
+    columns = FRAMES[name]
+    for number, row in enumerate(rows):
+        if row.keys() != columns.keys():
+            missing, unknown = sorted(columns.keys() - row.keys()), sorted(row.keys() - columns.keys())
+            raise FrameError(f"{name}, row {number}: missing columns {missing}, unknown columns {unknown}")
+    made: dict[str, Any] = {}
+    for column, dtype in columns.items():
+        try:
+            made[column] = pd.array([row[column] for row in rows], dtype=dtype)  # type: ignore[call-overload]
+        except (TypeError, ValueError) as error:
+            raise FrameError(f"{name}: column {column!r} does not hold {dtype} values: {error}") from None
+    return DataFrame(made)
+
+
+def write_frames(frames: Frames, folder: Path) -> None:
+    """Write `<folder>/<name>.parquet` for every table; the same rows give the same bytes."""
+    for field in fields(frames):
+        table: DataFrame = getattr(frames, field.name)
+        with whole_file(folder / f"{field.name}.parquet") as temporary:
+            table.to_parquet(temporary, index=False, engine="pyarrow", compression="zstd")
+
+
+def read_frames(folder: Path) -> Frames:
+    """Inverse of `write_frames`.
+
+    Raises:
+        FrameError: a file is missing, or its columns are not those of `FRAMES`.
+    """
+    return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name]) for name in FRAMES})
+
+
+def _read(path: Path, columns: dict[str, str]) -> DataFrame:
+    if not path.is_file():
+        raise FrameError(f"{path}: no such file; run the collect stage first")
+    table = pd.read_parquet(path, engine="pyarrow")
+    for column, dtype in columns.items():
+        if column not in table:
+            raise FrameError(f"{path}: column {column!r} is missing")
+        found = str(table[column].dtype)
+        if found != dtype:
+            raise FrameError(f"{path}: column {column!r} is {found}, should be {dtype}")
+    unknown = sorted(set(map(str, table.columns)) - columns.keys())
+    if unknown:
+        raise FrameError(f"{path}: unknown columns {unknown}")
+    return table[list(columns)]

@@ -1,0 +1,166 @@
+"""One self-contained html page per study, from the written tables and figures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.durable import sha256, write_text
+from harness.record import FRAMES
+from harness.reporting.frames import Frames
+from harness.reporting.layout import SUBJECT, trained, why
+from harness.reporting.table import signed
+from harness.spec import Study
+
+SVG_LIMIT_BYTES = 300_000
+PACKAGES = ("pandas", "numpy", "scipy", "matplotlib")
+
+
+def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
+    """Write the page.
+
+    Args:
+        frames: the study's tables.
+        study: its config.
+        folder: holds the parquet files, `tables/` and `figures/`.
+        out: the html file.
+
+    Raises:
+        FileNotFoundError: tables or figures have not been made.
+    """
+    tables = json.loads((folder / "tables" / "tables.json").read_text(encoding="utf-8"))
+    captions = json.loads((folder / "figures" / "captions.json").read_text(encoding="utf-8"))
+    figures = [{"name": name, "source": _embed(folder / "figures", name)} | texts for name, texts in captions.items()]
+    environment = Environment(
+        loader=PackageLoader("harness.reporting", "."), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    text = environment.get_template("page.html.j2").render(
+        study=study,
+        status=status_summary(frames),
+        reasons=outcome_reasons(frames),
+        tables={name: _trusted(table) for name, table in tables.items()},
+        accuracy_verdicts=verdict_sentences(folder / "tables" / "difference_accuracy.csv"),
+        loss_verdicts=verdict_sentences(folder / "tables" / "difference_heldout_loss.csv"),
+        figures={kind: [f for f in figures if str(f["name"]).startswith(kind)] for kind in _KINDS},
+        methods=_methods(study),
+        recipe=study.recipe.model_dump(mode="json"),
+        task_recipes={task: entry.recipe for task, entry in study.tasks.items() if entry.recipe},
+        provenance=_provenance(frames, folder),
+    )
+    write_text(out, text)
+
+
+_KINDS = ("results--", "learning-rates--", "loss--", "importance--", "agreement--", "efficiency--")
+
+
+def status_summary(frames: Frames) -> str:
+    """How many runs are ok and how many ended otherwise, in half a sentence."""
+    counted = Counter(map(str, frames.runs["status"]))
+    ok = counted.pop("ok", 0)
+    rest = ", ".join(f"{n} {status}" for status, n in sorted(counted.items()))
+    return f"{ok} of {len(frames.runs)} runs are ok" + (f"; {rest}" if rest else "")
+
+
+def outcome_reasons(frames: Frames) -> list[str]:
+    """The runs that do not count, with their reasons; seeds that share one reason share a line."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for row in frames.runs[frames.runs["status"] != "ok"].sort_values(["run", "seed"]).to_dict("records"):
+        reason = why(row["status_why"], row["failed_checks"])
+        key = (f"{row['method']} on {row['model']}, {row['task']}", f"{row['status']} — {reason}")
+        seeds.setdefault(key, []).append(str(row["seed"]))
+    return [
+        f"{where}, seed{'s' * (len(which) > 1)} {', '.join(which)}: {what}" for (where, what), which in seeds.items()
+    ]
+
+
+def verdict_sentences(csv: Path) -> list[str]:
+    """The table of paired differences in plain words, one sentence a suite."""
+    if csv.stat().st_size <= 1:  # nothing to compare: a csv without columns
+        return []
+    groups = pd.read_csv(csv).groupby(["model", "task", "suite"], sort=False)
+    return [
+        f"{task} / {suite} ({model}): {_sentence(rows.to_dict('records'))}" for (model, task, suite), rows in groups
+    ]
+
+
+def _sentence(rows: list[dict[Any, Any]]) -> str:
+    found: dict[str, list[str]] = {"better": [], "worse": [], "open": []}
+    for row in rows:
+        accuracy = "difference_share" in row
+        value, verdict = row["difference_share" if accuracy else "difference_nats_per_token"], str(row["verdict"])
+        size = "" if pd.isna(value) else f"{signed(100 * value, 1)} points" if accuracy else f"{signed(value, 4)} nats"
+        if verdict in {"higher", "lower"}:
+            better = (verdict == "higher") == accuracy
+            found["better" if better else "worse"].append(f"{row['rival']} ({size})")
+        else:
+            reason = verdict.removeprefix("no claim (").removesuffix(")")
+            found["open"].append(f"{row['rival']} ({'; '.join(filter(None, [size, reason]))})")
+    parts = [f"{SUBJECT} is {word} than {', '.join(found[word])}" for word in ("better", "worse") if found[word]]
+    if found["open"]:
+        parts.append(f"no claim against {', '.join(found['open'])}")
+    return "; ".join(parts) + "."
+
+
+def _trusted(table: dict[str, Any]) -> dict[str, Any]:
+    """`Table.page` has escaped every cell and added nothing but footnote markers."""
+    return {
+        "caption": Markup(table["caption"]),
+        "columns": [Markup(c) for c in table["columns"]],
+        "rows": [[Markup(cell) for cell in row] for row in table["rows"]],
+        "footnotes": [Markup(note) for note in table["footnotes"]],
+    }
+
+
+def _embed(folder: Path, name: str) -> str:
+    """A data URI: the svg, or the png where the svg would make the page heavy."""
+    svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    chosen, kind = (svg, "svg+xml") if svg.stat().st_size <= SVG_LIMIT_BYTES else (png, "png")
+    return f"data:image/{kind};base64,{base64.b64encode(chosen.read_bytes()).decode('ascii')}"
+
+
+def _methods(study: Study) -> list[dict[str, str]]:
+    return [
+        {
+            "label": label,
+            "module": entry.module,
+            "options": ", ".join(f"{k} = {json.dumps(v)}" for k, v in entry.options.items()) or "the method's defaults",
+            "changes": ", ".join(f"{k} = {json.dumps(v)}" for k, v in entry.recipe.items()) or "none",
+            "rate": "none, nothing is trained"
+            if label not in trained(study)
+            else "searched"
+            if entry.lr is None
+            else f"{entry.lr:g}, given by the config",
+            "note": entry.note,
+        }
+        for label, entry in study.methods.items()
+    ]
+
+
+def _provenance(frames: Frames, folder: Path) -> dict[str, str]:
+    runs = frames.runs
+    stale = int(runs["stale"].fillna(False).sum())
+    files = {f"{name}.parquet": sha256(folder / f"{name}.parquet")[:16] for name in FRAMES}
+    names = hashlib.sha256("\n".join(sorted(map(str, runs["run"]))).encode()).hexdigest()[:16]
+    commits = sorted(set(runs["git_commit"].dropna()))
+    return {
+        "git commits of the runs": ", ".join(c[:12] for c in commits) or "unknown",
+        "machines": "; ".join(sorted({f"{p}, {d}" for p, d in zip(runs["platform"], runs["device"], strict=True)})),
+        "runs made by code that has changed since": f"{stale} of {len(runs)}",
+        "sha256 over the run names": names,
+        "sha256 of the tables": ", ".join(f"{name} {digest}" for name, digest in files.items()),
+        "this page was made with": ", ".join(
+            [f"python {platform.python_version()}", *(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)]
+        ),
+        "versions used in training": "in each run's train.json",
+    }

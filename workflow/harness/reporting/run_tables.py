@@ -1,0 +1,249 @@
+"""Tables about the runs themselves: learning-rate choice, memory and throughput, and what became of every run."""
+
+from __future__ import annotations
+
+from statistics import median
+from typing import Any
+
+import pandas as pd
+from pandas import DataFrame
+
+from harness.reporting.frames import Frames
+from harness.reporting.layout import REFERENCE, groups, method_name, of_method, other_outcomes, trained, why
+from harness.reporting.stats import summarise
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate
+from harness.spec import Study
+
+MIB = 2**20
+
+
+def learning_rate_table(frames: Frames, study: Study) -> Table:
+    """Which learning rate every method got, and what it was chosen from."""
+    notes = Footnotes()
+    raw: list[dict[str, Any]] = []
+    display: list[dict[str, str]] = []
+    for model, task in groups(study):
+        for method in trained(study):
+            keys = {"model": model, "task": task, "method": method}
+            trials = of_method(frames.trials, model, task, method)
+            shown = keys | {"method": method_name(study, frames, method, notes)}
+            if trials.empty:
+                display.append(shown | _fixed_rate(of_method(frames.runs, model, task, method), notes))
+                continue
+            points = [_point(rows) | {"trials": len(rows)} for _, rows in trials.groupby("lr")]
+            raw += [keys | point for point in points]
+            display.append(shown | _choice_text(points, trials, notes))
+    search = study.search
+    rule = "every method was given its rate by the config"
+    if search is not None:
+        rule = (
+            f"lowest mean validation loss over the search seeds {', '.join(map(str, search.seeds))}, which are none of "
+            f"the study's; up to {search.max_extensions} points are added beyond an edge of the grid"
+        )
+    return Table(
+        name="learning_rates",
+        caption=f"Choice of the learning rate: {rule}. Validation loss in nats per answer token.",
+        raw=DataFrame(raw),
+        display=DataFrame(display),
+        footnotes=notes.lines(),
+    )
+
+
+def _point(rows: DataFrame) -> dict[str, Any]:
+    usable = rows.loc[rows["status"] == "ok", "validation_loss"].dropna()
+    summary = summarise([float(v) for v in usable])
+    return {
+        "lr": float(rows["lr"].iloc[0]),
+        "extension": bool(rows["extension"].any()),
+        "selected": bool(rows["selected"].any()),
+        "at_edge": bool((rows["selected"] & rows["at_edge"]).any()),
+        "ok_trials": summary.n,
+        "validation_loss_mean_nats_per_token": summary.mean,
+        "validation_loss_sd_nats_per_token": summary.sd,
+    }
+
+
+def _choice_text(points: list[dict[str, Any]], trials: DataFrame, notes: Footnotes) -> dict[str, str]:
+    chosen = next((p for p in points if p["selected"]), None)
+    lost = len(trials) - sum(p["ok_trials"] for p in points)
+    total = str(len(trials))
+    if lost:
+        names = ", ".join(sorted(set(trials.loc[trials["status"] != "ok", "status"])))
+        total += notes.mark(f"{lost} of these trials gave no loss ({names or 'loss missing'}).")
+    grids = [", ".join(rate(p["lr"]) for p in points if p["extension"] is added) for added in (False, True)]
+    if chosen is None:
+        picked, edge = UNKNOWN + notes.mark("no trial gave a usable loss."), UNKNOWN
+    else:
+        picked, edge = rate(chosen["lr"]), "yes" if chosen["at_edge"] else "no"
+        if chosen["at_edge"]:
+            edge += notes.mark("the best rate may lie beyond the points tried.")
+    loss = None if chosen is None else chosen["validation_loss_mean_nats_per_token"]
+    return {
+        "chosen": picked, "validation loss": number(loss, 4), "at edge": edge, "grid": grids[0],
+        "extension": grids[1] or "none", "trials": total,
+    }  # fmt: skip
+
+
+def _fixed_rate(runs: DataFrame, notes: Footnotes) -> dict[str, str]:
+    rates = sorted({float(v) for v in runs["lr"].dropna()})
+    mark = notes.mark("given by the config, not searched." if rates else "not trained, or no run reached training.")
+    chosen = ", ".join(rate(value) for value in rates) or UNKNOWN
+    return {
+        "chosen": chosen + mark, "validation loss": UNKNOWN, "at edge": UNKNOWN, "grid": UNKNOWN,
+        "extension": UNKNOWN, "trials": "0",
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- memory and throughput
+
+
+def efficiency_table(frames: Frames, study: Study) -> Table:
+    """Memory (largest of the ok seeds) and throughput (median of the ok seeds) of training."""
+    notes = Footnotes()
+    raw: list[dict[str, Any]] = []
+    display: list[dict[str, str]] = []
+    for model, task in groups(study):
+        for method in trained(study):
+            runs = of_method(frames.ok_runs(), model, task, method)
+            everything = of_method(frames.runs, model, task, method)
+            numbers = {"ok_runs": len(runs), **_efficiency(runs, _reference_runs(frames, study, model, task))}
+            raw.append({"model": model, "task": task, "method": method} | numbers)
+            shown = {"model": model, "task": task, "method": method_name(study, frames, method, notes)}
+            display.append(shown | _efficiency_text(numbers, runs, everything, notes))
+    notes.add(
+        "Throughput: non-padding tokens, warm-up steps left out, median over the ok runs (each run's own figure is in "
+        "runs.parquet). The ratio is to full fine-tuning of the same model and task in this study, and is "
+        "left out where the two ran on different machines."
+    )
+    notes.add(
+        "Optimizer state: largest sum of live tensors at step ends that belong neither to the model nor to the "
+        "harness, moments that sleep in host memory included. Memory is the largest of the ok runs."
+    )
+    return Table(
+        name="efficiency",
+        caption="Memory and throughput of training; 1 MiB is 1,048,576 bytes.",
+        raw=DataFrame(raw),
+        display=DataFrame(display),
+        footnotes=notes.lines(),
+    )
+
+
+def _reference_runs(frames: Frames, study: Study, model: str, task: str) -> DataFrame:
+    labels = [label for label, entry in study.methods.items() if entry.module == REFERENCE]
+    runs = frames.ok_runs()
+    return of_method(runs, model, task, labels[0]) if labels else runs.iloc[:0]
+
+
+def _efficiency(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
+    def largest(column: str) -> int | None:
+        known = runs[column].dropna()
+        return int(known.max()) if len(known) else None
+
+    speed, base = (_median(rows["throughput_tokens_per_s"]) for rows in (runs, reference))
+    machines = set(zip(runs["platform"], runs["device"], strict=True))
+    machines |= set(zip(reference["platform"], reference["device"], strict=True))
+    comparable = speed is not None and base is not None and len(machines) == 1
+    return {
+        "trainable_parameters": largest("trainable_parameters"),
+        "state_peak_bytes": largest("state_peak_bytes"),
+        "host_peak_bytes": largest("host_peak_bytes"),
+        "device_allocated_peak_bytes": largest("device_allocated_peak_bytes"),
+        "nvml_process_peak_bytes": largest("nvml_process_peak_bytes"),
+        "throughput_median_tokens_per_s": speed,
+        "throughput_ratio_to_full": speed / base if comparable and speed and base else None,
+        "clipped_mean_share": summarise([float(v) for v in runs["clipped_share"].dropna()]).mean,
+    }
+
+
+def _efficiency_text(
+    numbers: dict[str, Any], runs: DataFrame, everything: DataFrame, notes: Footnotes
+) -> dict[str, str]:
+    def dash(*columns: str) -> str:
+        if runs.empty:
+            return UNKNOWN
+        reasons = (
+            {why(*(row[c] for c in columns)) for row in runs[list(columns)].to_dict("records")}
+            if columns
+            else {"not measured; the run's train.json may say why."}
+        )
+        return UNKNOWN + notes.mark("; ".join(sorted(reasons)))
+
+    def mebibytes(key: str, *columns: str) -> str:
+        value = numbers[key]
+        return dash(*columns) if value is None else number(value / MIB, 1)
+
+    def ratio_text() -> str:
+        value = numbers["throughput_ratio_to_full"]
+        if value is None and speed is not None:
+            return UNKNOWN + notes.mark("no ok run of full fine-tuning on the same kind of machine.")
+        return number(value, 2)
+
+    outcomes = other_outcomes(everything, notes)
+    trainable, speed = numbers["trainable_parameters"], numbers["throughput_median_tokens_per_s"]
+    clipped = numbers["clipped_mean_share"]
+    return {
+        "ok runs": "; ".join(filter(None, [str(len(runs)), outcomes])),
+        "trainable parameters": dash() if trainable is None else f"{trainable:,}",
+        "optimizer state (MiB)": mebibytes("state_peak_bytes"),
+        "host peak (MiB)": mebibytes("host_peak_bytes"),
+        "device allocated (MiB)": mebibytes("device_allocated_peak_bytes", "device_why"),
+        "device process (MiB)": mebibytes("nvml_process_peak_bytes", "nvml_why"),
+        "tokens/s": dash("throughput_why") if speed is None else number(speed, 0),
+        "ratio to full": ratio_text(),
+        "clipped steps (%)": dash() if clipped is None else number(100 * clipped, 1),
+    }
+
+
+def _median(values: pd.Series[Any]) -> float | None:
+    known = [float(v) for v in values.dropna()]
+    return median(known) if known else None
+
+
+# ---------------------------------------------------------------- every run
+
+
+def run_table(frames: Frames, study: Study) -> Table:
+    """Every run with its outcome; nothing is left out."""
+    notes = Footnotes()
+    columns = [
+        "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "lr", "lr_searched",
+        "recipe_changes", "steps", "train_loss", "validation_loss", "truncated_rows", "dropped_rows", "prepare_s",
+        "train_s", "stale", "git_commit", "platform", "device",
+    ]  # fmt: skip
+    order = {name: i for names in (study.models, study.tasks, study.methods) for i, name in enumerate(names)}
+    runs = frames.runs.sort_values(
+        ["model", "task", "method", "seed"], key=lambda s: s if s.name == "seed" else s.map(order)
+    )
+    display = [
+        {
+            "model": str(row["model"]), "task": str(row["task"]),
+            "method": method_name(study, frames, str(row["method"]), notes),
+            "seed": str(row["seed"]), "status": str(row["status"]),
+            "reason": "" if row["status"] == "ok" else why(row["status_why"]),
+            "failed checks": _or_dash(row["failed_checks"]), "lr": _lr(row, notes),
+            "validation loss": UNKNOWN if pd.isna(row["validation_loss"]) else number(float(row["validation_loss"]), 4),
+            "stale": UNKNOWN if pd.isna(row["stale"]) else "yes" if row["stale"] else "no",
+            "id": str(row["run"]).rsplit("--", 1)[-1],
+        }
+        for row in runs.to_dict("records")
+    ]  # fmt: skip
+    notes.add(
+        "stale: the code that made the record has changed since. id: first 8 digits of the resolved spec's sha256."
+    )
+    return Table(
+        name="runs",
+        caption="Every run of the study with its outcome. Only runs with status ok count in any average.",
+        raw=runs[columns],
+        display=DataFrame(display),
+        footnotes=notes.lines(),
+    )
+
+
+def _or_dash(value: Any) -> str:
+    return value if isinstance(value, str) and value else "none"
+
+
+def _lr(row: dict[Any, Any], notes: Footnotes) -> str:
+    if pd.isna(row["lr"]):
+        return UNKNOWN
+    return rate(float(row["lr"])) + ("" if row["lr_searched"] else notes.mark("given by the config, not searched."))

@@ -1,0 +1,239 @@
+"""Accuracy, held-out loss, and the paired differences between the subject and its rivals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pandas import DataFrame
+
+from harness.reporting.frames import Frames
+from harness.reporting.layout import (
+    SUBJECT,
+    cells,
+    groups,
+    method_name,
+    of_method,
+    other_outcomes,
+    trained,
+)
+from harness.reporting.stats import Difference, judge, pair_documents, paired_difference, summarise
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
+from harness.spec import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """A score of a run on a suite and how it is shown."""
+
+    column: Literal["accuracy", "heldout_loss"]
+    document_column: Literal["correct", "loss"]
+    title: str
+    unit: str
+    """Of the displayed numbers."""
+    raw_unit: str
+    """Suffix of the csv columns."""
+    scale: float
+    digits: int
+
+
+ACCURACY = Measure(
+    column="accuracy",
+    document_column="correct",
+    title="Accuracy",
+    unit="%",
+    raw_unit="share",
+    scale=100,
+    digits=1,
+)
+HELDOUT_LOSS = Measure(
+    column="heldout_loss",
+    document_column="loss",
+    title="Held-out loss",
+    unit="nats per answer token",
+    raw_unit="nats_per_token",
+    scale=1,
+    digits=4,
+)
+
+
+def score_table(frames: Frames, study: Study, measure: Measure) -> Table:
+    """Rows = models and methods, columns = tasks and suites; mean ± sample sd over the ok seeds."""
+    notes = Footnotes()
+    scores = frames.ok_scores()
+    raw: list[dict[str, Any]] = []
+    display: list[dict[str, str]] = []
+    for model in study.models:
+        for method in study.methods:
+            shown = {"model": model, "method": method_name(study, frames, method, notes)}
+            for task, suite in cells(study):
+                runs = of_method(frames.runs, model, task, method)
+                mine = of_method(scores[scores["suite"] == suite], model, task, method)
+                numbers = _cell_numbers(mine, runs, measure)
+                raw.append({"model": model, "method": method, "task": task, "suite": suite, **numbers})
+                shown[f"{task} / {suite}"] = _cell_text(numbers, runs, measure, notes)
+            display.append(shown)
+        if measure is ACCURACY:
+            display.append(_chance_row(scores, study, model))
+    _suite_notes(frames, study, measure, notes)
+    parts = f"mean ± sample standard deviation over seeds (number of ok runs), {measure.unit}"
+    if measure is ACCURACY:
+        parts += "; in brackets the share of answers from which nothing could be read, % (they count as wrong)"
+    caption = f"{measure.title}: {parts}. Only runs with status ok count."
+    return Table(
+        name=measure.column, caption=caption, raw=DataFrame(raw), display=DataFrame(display), footnotes=notes.lines()
+    )
+
+
+def _cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[str, Any]:
+    summary = summarise([float(v) for v in scores[measure.column].dropna()])
+    numbers: dict[str, Any] = {
+        "ok_runs": summary.n,
+        "other_runs": int((runs["status"] != "ok").sum()),
+        f"{measure.column}_mean_{measure.raw_unit}": summary.mean,
+        f"{measure.column}_sd_{measure.raw_unit}": summary.sd,
+    }
+    if measure is ACCURACY:
+        known = scores["chance"].dropna()
+        numbers["chance_share"] = float(known.iloc[0]) if len(known) else None
+        numbers["unparsed_mean_share"] = summarise([float(v) for v in scores["unparsed_share"].dropna()]).mean
+    return numbers
+
+
+def _cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes: Footnotes) -> str:
+    outcomes = other_outcomes(runs, notes)
+    n = int(numbers["ok_runs"])
+    if n == 0:
+        if outcomes:
+            return f"{UNKNOWN} ({outcomes})"
+        text = "ran, but was not scored." if len(runs) else "no such run in this study."
+        return f"{UNKNOWN}{notes.mark(text)}"
+    mean, sd = (numbers[f"{measure.column}_{part}_{measure.raw_unit}"] for part in ("mean", "sd"))
+    scaled_sd = None if sd is None else sd * measure.scale
+    spread = number(scaled_sd, measure.digits)
+    if sd is None:
+        spread += notes.mark("a single run has no standard deviation.")
+    text = f"{number(mean * measure.scale, measure.digits)} ± {spread} ({n})"
+    if measure is ACCURACY:
+        unparsed = numbers["unparsed_mean_share"]
+        text += f" [{number(None if unparsed is None else 100 * unparsed, 1)}]"
+    unscored = int((runs["status"] == "ok").sum()) - n
+    if unscored:
+        outcomes = ", ".join(filter(None, [outcomes, f"{unscored} not scored"]))
+    return f"{text}; {outcomes}" if outcomes else text
+
+
+def _chance_row(scores: DataFrame, study: Study, model: str) -> dict[str, str]:
+    row = {"model": model, "method": "chance level"}
+    for task, suite in cells(study):
+        mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
+        known = mine["chance"].dropna()
+        row[f"{task} / {suite}"] = number(100 * float(known.iloc[0]), 1) if len(known) else "none"
+    return row
+
+
+def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnotes) -> None:
+    scores = frames.ok_scores()
+    for task, suite in cells(study):
+        mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
+        if mine.empty:
+            continue
+        rows = int(mine["rows"].max())
+        what = f"{task} / {suite}: {rows} test items"
+        protocols = sorted(set(mine["protocol"].dropna()))
+        if protocols:
+            what += f", protocol {', '.join(protocols)}"
+        if bool(mine["limited"].fillna(False).any()):
+            what += ", not the whole test file"
+        for column, text in (
+            ("leaked_rows", "occur word for word in the training rows"),
+            ("truncated_rows", "were cut at the length limit"),
+        ):
+            most = mine[column].max()
+            if most == most and most is not None and int(most) > 0:
+                what += f"; {int(most)} {text}"
+        if measure is HELDOUT_LOSS:
+            what += f"; {int(mine['heldout_tokens'].max())} answer tokens"
+        notes.add(what + ".")
+    stale = int(frames.ok_runs()["stale"].fillna(False).sum())
+    if stale:
+        notes.add(f"{stale} of the runs that count were made by code that has changed since (see the table of runs).")
+
+
+# ---------------------------------------------------------------- paired differences
+
+
+def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
+    """The subject minus each rival, suite by suite, with both intervals and the verdict."""
+    notes = Footnotes()
+    raw: list[dict[str, Any]] = []
+    display: list[dict[str, str]] = []
+    rivals = [method for method in trained(study) if method != SUBJECT]
+    if SUBJECT not in study.methods:
+        notes.add(f"The study has no method labelled {SUBJECT!r}, so there is nothing to compare.")
+        rivals = []
+    for model, task in groups(study):
+        for suite in study.tasks[task].suites:
+            differences = [_difference(frames, (model, task), rival, suite, measure) for rival in rivals]
+            for rival, result in zip(rivals, judge(differences), strict=True):
+                keys = {"model": model, "task": task, "suite": suite, "rival": rival}
+                raw.append(keys | _difference_numbers(result, measure))
+                shown = {"rival": method_name(study, frames, rival, notes)}
+                display.append(keys | shown | _difference_text(result, measure, notes))
+    notes.add(
+        "Verdict: a claim needs at least 3 seeds, both intervals clear of 0, and p < 0.05 after Holm's correction over "
+        "the rivals of the same suite that have a p value. p is the larger of the bootstrap's and the t test's. "
+        "Seeds and documents are resampled together; with 3 seeds the bootstrap interval alone is too narrow, the "
+        "t interval (2 degrees of freedom) carries the noise between seeds."
+    )
+    unit = "percentage points" if measure is ACCURACY else measure.unit
+    return Table(
+        name=f"difference_{measure.column}",
+        caption=f"{measure.title}, {SUBJECT} minus each rival, paired by seed and document, {unit}; 95 % intervals.",
+        raw=DataFrame(raw),
+        display=DataFrame(display),
+        footnotes=notes.lines(),
+    )
+
+
+def _difference(frames: Frames, at: tuple[str, str], rival: str, suite: str, measure: Measure) -> Difference:
+    runs_of = [of_method(frames.ok_runs(), *at, method) for method in (SUBJECT, rival)]
+    by_seed = [dict(zip(map(int, runs["seed"]), map(str, runs["run"]), strict=True)) for runs in runs_of]
+    scored = set(frames.scores.loc[frames.scores["suite"] == suite, "run"])
+    first, second = ({seed: run for seed, run in runs.items() if run in scored} for runs in by_seed)
+    pairs = pair_documents(frames.documents, first=first, second=second, suite=suite, value=measure.document_column)
+    return paired_difference(pairs)
+
+
+def _difference_numbers(result: Difference, measure: Measure) -> dict[str, Any]:
+    unit = measure.raw_unit
+    boot, seed_t = result.bootstrap or (None, None), result.seed_t or (None, None)
+    return {
+        f"difference_{unit}": result.mean,
+        f"bootstrap_low_{unit}": boot[0],
+        f"bootstrap_high_{unit}": boot[1],
+        f"seed_t_low_{unit}": seed_t[0],
+        f"seed_t_high_{unit}": seed_t[1],
+        "p": result.p,
+        "p_holm": result.p_holm,
+        "seeds": result.seeds,
+        "documents": result.documents,
+        "verdict": result.verdict,
+    }
+
+
+def _difference_text(result: Difference, measure: Measure, notes: Footnotes) -> dict[str, str]:
+    def interval(ends: tuple[float, float] | None) -> str:
+        if ends is None:
+            return UNKNOWN + notes.mark("not defined: fewer than 2 seeds in common, or no spread between them.")
+        return " to ".join(signed(end * measure.scale, measure.digits) for end in ends)
+
+    mean = None if result.mean is None else result.mean * measure.scale
+    return {
+        "difference": signed(mean, measure.digits),
+        "bootstrap interval": interval(result.bootstrap),
+        "seed-level t interval": interval(result.seed_t),
+        "p (Holm)": number(result.p_holm, 3),
+        "seeds × documents": f"{result.seeds} × {result.documents}",
+        "verdict": result.verdict,
+    }

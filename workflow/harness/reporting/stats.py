@@ -1,0 +1,246 @@
+"""Statistics of a study: means over seeds, paired differences with honest intervals, Holm, rank correlation.
+
+What a bootstrap over three seeds can say. With three clusters there are only ten distinct resamples of seeds, so the
+percentile interval is little wider than the range of the three values: as a statement about *other* seeds its coverage
+is well below 95 % (about 75 % when documents add no noise). It does carry the noise of the documents. A t interval on
+the per-seed differences has the opposite strengths: with 2 degrees of freedom it is wide (4.3 standard errors) and
+right for the noise between seeds, but it takes the documents as given. So a claim needs both: both intervals must
+exclude 0, and the larger of the two p values, after Holm's correction, must be below 0.05.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pandas import DataFrame, Series
+from scipy import stats as scipy_stats
+
+Array = NDArray[np.float64]
+
+RESAMPLES = 4000
+BOOTSTRAP_SEED = 20260409
+ALPHA = 0.05
+MIN_SEEDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Mean, sample standard deviation (n - 1) and number of values; None where undefined."""
+
+    mean: float | None
+    sd: float | None
+    n: int
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Summary of one value a seed."""
+    n = len(values)
+    if n == 0:
+        return Summary(mean=None, sd=None, n=0)
+    mean = math.fsum(values) / n
+    sd = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1)) if n > 1 else None
+    return Summary(mean=mean, sd=sd, n=n)
+
+
+# ---------------------------------------------------------------- paired differences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """Outcomes of two methods on the same documents under the same seeds."""
+
+    first: Array
+    """[seeds, documents]"""
+    second: Array
+    """[seeds, documents]"""
+    weights: Array
+    """[documents]: 1 for accuracy, answer tokens for a loss per token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Mean of first minus second with its two 95 % intervals; None where too little is known."""
+
+    mean: float | None
+    seeds: int
+    documents: int
+    bootstrap: tuple[float, float] | None = None
+    seed_t: tuple[float, float] | None = None
+    p: float | None = None
+    """The larger of the bootstrap's and the t test's two-sided p value."""
+    p_holm: float | None = None
+    verdict: str = ""
+    """"higher", "lower" or "no claim (why)"."""
+
+
+def pair_documents(
+    documents: DataFrame,
+    *,
+    first: Mapping[int, str],
+    second: Mapping[int, str],
+    suite: str,
+    value: Literal["correct", "loss"],
+) -> Pairs:
+    """Line up two methods' documents.
+
+    Args:
+        documents: the `documents` table.
+        first: the runs of one method, by seed; only seeds that both have are used.
+        second: the runs of the other.
+        suite: the suite.
+        value: `correct` (0 or 1, every document weighs the same) or `loss` (weighed by the answer's tokens, so that
+            the weighted mean is the held-out loss per token).
+
+    Only documents with a value in all of these runs are used.
+
+    Raises:
+        ValueError: a run has the same document twice.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    chosen = documents[documents["suite"] == suite]
+    columns: list[Series[Any]] = []
+    for runs in (first, second):
+        for seed in seeds:
+            of_run = chosen[chosen["run"] == runs[seed]].set_index("document")
+            if of_run.index.has_duplicates:
+                raise ValueError(f"documents: run {runs[seed]}, suite {suite}: a document stands there twice")
+            columns.append(of_run[value].astype("Float64").rename(f"{len(columns)}"))
+    if not columns:
+        empty = np.zeros((0, 0))
+        return Pairs(first=empty, second=empty, weights=np.zeros(0))
+    joined = DataFrame({c.name: c for c in columns}).dropna().sort_index()
+    table = joined.to_numpy(dtype=np.float64).T
+    if value == "loss":
+        tokens = chosen.groupby("document")["tokens"].max().reindex(joined.index)
+        weights = tokens.to_numpy(dtype=np.float64)
+    else:
+        weights = np.ones(len(joined))
+    return Pairs(first=table[: len(seeds)], second=table[len(seeds) :], weights=weights)
+
+
+def paired_difference(pairs: Pairs) -> Difference:
+    """Difference of two methods with a hierarchical bootstrap and a seed-level t interval; no verdict yet.
+
+    Seeds and documents are crossed (every seed answers the same documents), so a replicate resamples seeds and,
+    independently, documents (the "pigeonhole" bootstrap, on the safe side for crossed data).
+    """
+    delta = pairs.first - pairs.second
+    seeds, documents = delta.shape
+    if seeds == 0 or documents == 0:
+        return Difference(mean=None, seeds=seeds, documents=documents)
+    weighted = delta * pairs.weights
+    by_seed = weighted.sum(axis=1) / pairs.weights.sum()
+    result = Difference(mean=float(by_seed.mean()), seeds=seeds, documents=documents)
+    if seeds < 2:
+        return result
+    replicates = _replicates(weighted, pairs.weights)
+    low, high = np.quantile(replicates, [ALPHA / 2, 1 - ALPHA / 2])
+    tail = min(int((replicates <= 0).sum()), int((replicates >= 0).sum()))
+    p_bootstrap = min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))
+    result = replace(result, bootstrap=(float(low), float(high)))
+    error = float(by_seed.std(ddof=1)) / math.sqrt(seeds)
+    if error < 1e-12:  # no spread between seeds: a t interval of width 0 would claim a certainty nobody has
+        return result
+    mean = float(by_seed.mean())
+    reach = float(scipy_stats.t.ppf(1 - ALPHA / 2, seeds - 1)) * error
+    p_t = 2 * float(scipy_stats.t.sf(abs(mean) / error, seeds - 1))
+    return replace(result, seed_t=(mean - reach, mean + reach), p=max(p_bootstrap, p_t))
+
+
+def _replicates(weighted: Array, weights: Array) -> Array:
+    """Bootstrap replicates of the weighted mean, [RESAMPLES]; drawn in blocks to bound memory."""
+    seeds, documents = weighted.shape
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    made = []
+    for _ in range(0, RESAMPLES, 500):
+        drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=500) / seeds
+        drawn_documents = generator.multinomial(documents, np.full(documents, 1 / documents), size=500)
+        sums = ((drawn_documents @ weighted.T) * drawn_seeds).sum(axis=1)
+        made.append(sums / (drawn_documents @ weights))
+    return np.concatenate(made)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    corrected = [0.0] * len(p_values)
+    running = 0.0
+    for rank, index in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = running
+    return corrected
+
+
+def judge(differences: Sequence[Difference]) -> list[Difference]:
+    """Correct the p values of one family (all rivals on one suite and measure) and write the verdicts."""
+    known = [(i, d.p) for i, d in enumerate(differences) if d.p is not None]
+    corrected = dict(zip([i for i, _ in known], holm([p for _, p in known]), strict=True))
+    judged = [replace(d, p_holm=corrected.get(i)) for i, d in enumerate(differences)]
+    return [replace(d, verdict=_verdict(d)) for d in judged]
+
+
+def _verdict(d: Difference) -> str:
+    if d.mean is None:
+        return "no claim (no seeds or no documents in common)"
+    if d.seeds < MIN_SEEDS:
+        return f"no claim ({d.seeds} seed{'s' * (d.seeds != 1)} in common, {MIN_SEEDS} are needed)"
+    if d.bootstrap is None or d.seed_t is None or d.p_holm is None:
+        return "no claim (all seeds show the very same difference: no spread to judge by)"
+    covers = [n for n, (low, high) in (("bootstrap", d.bootstrap), ("seed-level t", d.seed_t)) if low <= 0 <= high]
+    if covers:
+        return f"no claim ({' and '.join(covers)} interval{'s' * (len(covers) > 1)} cover{'s' * (len(covers) == 1)} 0)"
+    if d.p_holm >= ALPHA:
+        return f"no claim (p = {d.p_holm:.2f} after Holm's correction)"
+    return "higher" if d.mean > 0 else "lower"
+
+
+# ---------------------------------------------------------------- importance
+
+
+def effective_layers(probability: Sequence[float]) -> float:
+    """Exp of the entropy of the sampling probabilities: L when all layers are equally likely, 1 when one takes all."""
+    p = np.asarray(probability, dtype=np.float64)
+    p = p[p > 0] / p.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Spearman's rho; None where one side is constant, since ranks then say nothing."""
+    if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
+        return None
+    return float(scipy_stats.spearmanr(first, second).statistic)
+
+
+def layer_matrix(rows: DataFrame, column: str) -> DataFrame:
+    """One run's values as a matrix: index = step, columns = layer. Nulls become NaN."""
+    return rows.pivot(index="step", columns="layer", values=column).astype("float64").sort_index()
+
+
+def agreement(believed: DataFrame, observed: DataFrame) -> DataFrame:
+    """Rank correlation over layers between believed importance and observed gradient RMS.
+
+    Args:
+        believed: one run's rows of the `believed` table; a row holds until the next one.
+        observed: the same run's rows of the `observed` table.
+
+    Returns:
+        Columns `step` and `rho`, one row an observed step for which there was a belief; rho is NaN where undefined.
+    """
+    belief = layer_matrix(believed, "importance")
+    truth = layer_matrix(observed, "gradient_rms")
+    rows = []
+    for step in truth.index:
+        earlier = belief.index[belief.index <= step]
+        if len(earlier) == 0:
+            continue
+        held, seen = belief.loc[earlier[-1]], truth.loc[step]
+        both = held.notna() & seen.notna()
+        if both.sum() >= 2:
+            rho = rank_correlation(held[both].tolist(), seen[both].tolist())
+            rows.append({"step": int(step), "rho": math.nan if rho is None else rho})
+    return DataFrame(rows, columns=["step", "rho"])

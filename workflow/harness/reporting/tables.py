@@ -1,0 +1,37 @@
+"""All tables of a study, made and written together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from harness.durable import write_json
+from harness.reporting.frames import Frames
+from harness.reporting.published import load_published, published_table
+from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
+from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, difference_table, score_table
+from harness.reporting.table import Table
+from harness.spec import Study
+
+
+def make_tables(frames: Frames, study: Study) -> list[Table]:
+    """Every table, in the order of the page."""
+    made = [
+        score_table(frames, study, ACCURACY),
+        score_table(frames, study, HELDOUT_LOSS),
+        difference_table(frames, study, ACCURACY),
+        difference_table(frames, study, HELDOUT_LOSS),
+        efficiency_table(frames, study),
+        learning_rate_table(frames, study),
+        run_table(frames, study),
+    ]
+    if study.published is not None:
+        made.append(published_table(frames, load_published(Path(study.published))))
+    return made
+
+
+def write_tables(frames: Frames, study: Study, folder: Path) -> None:
+    """Write every table as csv, md and tex, and `tables.json` for the page."""
+    tables = make_tables(frames, study)
+    for table in tables:
+        table.write(folder)
+    write_json(folder / "tables.json", {table.name: table.page() for table in tables})
