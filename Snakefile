@@ -3,10 +3,12 @@
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from harness import progress
 from harness.config import ConfigError
 from harness.places import Places
 from harness.plan import open_study
@@ -27,13 +29,18 @@ for name, value in workflow.config_settings.config.items():
 CONFIG = one_study()
 PLACES = Places()
 PYTHON = sys.executable
+# Snakemake tells a Snakefile nothing of this while it is parsed
+DRY_RUN = any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
-    PLAN = open_study(CONFIG, PLACES)
+    PLAN = open_study(CONFIG, PLACES, dry_run=DRY_RUN)
 except ConfigError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
 STUDY = PLACES.study(PLAN.study.study)
-os.environ["GRASS_STUDY"] = str(CONFIG)
+# for the progress lines of the jobs
+os.environ[progress.STUDY_FILE] = str(CONFIG)
+os.environ[progress.STUDY_STARTED] = str(time.time())
+os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
 
 
 include: "workflow/rules/inputs.smk"

@@ -67,7 +67,8 @@ class Lora(Method):
         adapters = [p for p in self.wrapped.parameters() if p.requires_grad]
         self.trainable_parameters = sum(p.numel() for p in adapters)
         self.optimizer = adamw(adapters, self.recipe, self.lr)
-        return self.wrapped
+        wrapped: nn.Module = self.wrapped
+        return wrapped
 
     def expect(self, facts: ModelFacts) -> Expectation:
         """Adapters in every layer move, the model's own weights do not."""

@@ -251,14 +251,12 @@ class Grass(Optimizer):
     def _warn_if_not_adaptive(self) -> None:
         count, effective = len(self.layer_parameters), self.effective_layers
         if effective > 0.95 * count:
-            warnings.warn(
-                f"GRASS is near uniform: {effective:.2f} of {count} layers effective; lower `temperature`", stacklevel=4
-            )
+            found, mend = f"is near uniform: {effective:.2f} of {count} layers effective", "lower"
         elif effective < self.active_layers + 1 and count > self.active_layers:
-            warnings.warn(
-                f"GRASS has collapsed: {effective:.2f} effective layers for {self.active_layers} active ones; raise `temperature`",
-                stacklevel=4,
-            )
+            found, mend = f"has collapsed: {effective:.2f} effective layers, {self.active_layers} active", "raise"
+        else:
+            return
+        warnings.warn(f"GRASS {found} after probing; {mend} `temperature` to change that", stacklevel=4)
 
     def _resample(self) -> None:
         self.active = draw_layers(self.probability, self.active_layers, self.generator)

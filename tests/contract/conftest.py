@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.checking.tiny import tiny_inputs
-from harness.training.loop import Inputs
+from harness.training.loading import Inputs
 
 
 @pytest.fixture(scope="session")
@@ -14,7 +15,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _one_thread(tmp_path: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The score of the planted defects, and by which check each was caught."""
+    tried = [
+        report
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if "test_defect_is_caught" in report.nodeid and report.when == "call"
+    ]
+    if tried:
+        caught = [dict(report.user_properties) for report in tried if report.outcome == "passed"]
+        terminalreporter.section(f"planted defects: {len(caught)} of {len(tried)} caught")
+        for properties in caught:
+            terminalreporter.write_line(f"  {properties['defect']:<28} {properties['caught_by'][:140]}")

@@ -1,4 +1,4 @@
-"""GRASS and LISA held to their definitions by other code than their own: float64 references, counts, hand arithmetic."""
+"""GRASS and LISA held to their definitions by other code than their own: float64, counts, hand arithmetic."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def grass_differs(case: Case) -> str | None:
         refresh_every = options.refresh_every or options.sample_every
         if options.sampler == "importance" and step and step % refresh_every == 0:
             for layer, values in window.items():
-                importance[layer] = options.ema * math.fsum(values) / len(values) + (1 - options.ema) * importance[layer]
+                importance[layer] = (
+                    options.ema * math.fsum(values) / len(values) + (1 - options.ema) * importance[layer]
+                )
             window = {}
         if not _close(seen.importance, importance):
             return f"step {step}: importance {seen.importance}, by hand {importance}"
@@ -126,7 +128,11 @@ def draws_ignore_probability(case: Case) -> str | None:
         p = seen.probability[top]
         hits, expected, variance = hits + (top in seen.active), expected + p, variance + p * (1 - p)
     z = (hits - expected) / math.sqrt(variance)
-    return f"likeliest layer drawn {hits:.0f} times in 200, {expected:.0f} expected (z = {z:.1f})" if abs(z) > 4.5 else None
+    return (
+        f"likeliest layer drawn {hits:.0f} times in 200, {expected:.0f} expected (z = {z:.1f})"
+        if abs(z) > 4.5
+        else None
+    )
 
 
 def draws_not_uniform(case: Case) -> str | None:
@@ -164,7 +170,9 @@ def _weights_differ(look: Onlooker, *, forget: bool) -> str | None:
     for step, seen in enumerate(look.seen):
         if forget and step % look.method.options.sample_every == 0:
             # LISA's restart forgets every layer; GRASS with state="reset" only those that fall asleep
-            kept = set(previous) & set(seen.active) if look.method.options.__class__.__name__ == "GrassOptions" else set()
+            kept = (
+                set(previous) & set(seen.active) if look.method.options.__class__.__name__ == "GrassOptions" else set()
+            )
             for name in [n for n in state if n in layer_of and layer_of[n] not in kept]:
                 del state[name]
         previous = seen.active

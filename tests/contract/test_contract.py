@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
 from harness.checking.contract import CHECKS, Case
-from harness.training.loop import Inputs
+from harness.training.loading import Inputs
 
 import baselines
 from baselines.method import find_method
@@ -29,7 +29,9 @@ def test_every_method_keeps_the_contract(
         assert check(Case(module, options, inputs, tmp_path)) is None
 
 
-@pytest.mark.parametrize("options", [o for o in find_method("grass").EXAMPLES if o.get("sampler") != "uniform"], ids=str)
+@pytest.mark.parametrize(
+    "options", [o for o in find_method("grass").EXAMPLES if o.get("sampler") != "uniform"], ids=str
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_grass_is_the_papers_algorithm(options: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
     assert grass_differs(Case("grass", {**options, "ema": 0.3}, inputs, tmp_path)) is None

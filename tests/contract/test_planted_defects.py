@@ -1,4 +1,4 @@
-"""A suite is worth what it catches: every broken method is caught, and the score says by what."""
+"""A suite is worth what it catches: every broken method is caught, and the summary of the test run says by what."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import pytest
 from defects import DEFECTS, Defect
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
 from harness.checking.contract import CHECKS, Case, promises_hold
-from harness.training import loop
+from harness.training import loading
 
 import grass
 from baselines.method import find_method
 
-SCORE: dict[str, str] = {}
 DEFINITIONS: dict[str, tuple[Callable[[Case], str | None], ...]] = {
     "grass": (grass_differs, draws_ignore_probability),
     "lisa": (lisa_differs, draws_not_uniform),
@@ -24,30 +23,25 @@ DEFINITIONS: dict[str, tuple[Callable[[Case], str | None], ...]] = {
 @pytest.mark.parametrize("defect", DEFECTS, ids=lambda d: d.broken.__name__)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_defect_is_caught(
-    defect: Defect, inputs: loop.Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    defect: Defect,
+    inputs: loading.Inputs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     if defect.method is None:
         monkeypatch.setattr(grass, "Grass", defect.broken)
     else:
-        monkeypatch.setattr(loop, "find_method", lambda name: defect.method or find_method(name))
+        monkeypatch.setattr(loading, "find_method", lambda name: defect.method or find_method(name))
     case = Case(defect.recipe_module, defect.options, inputs, tmp_path)
     others = [check for check in CHECKS if check is not promises_hold]
     for check in (promises_hold, *DEFINITIONS.get(defect.recipe_module, ()), *others):
         try:
             detail = check(case)
-        except Exception as error:  # a crash is a catch too, but it must be named
+        except Exception as error:  # noqa: BLE001  a crash is a catch too, but it must be named
             detail = f"{type(error).__name__}: {error}"
         if detail is not None:
-            SCORE[defect.broken.__name__] = f"{check.__name__}: {detail}"
+            record_property("defect", defect.broken.__name__)
+            record_property("caught_by", f"{check.__name__}: {detail}")
             return
     pytest.fail(f"{defect.broken.__name__} passes every check")
-
-
-def test_score(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints which check caught which defect; run after the others, in the same process."""
-    if len(SCORE) < len(DEFECTS):
-        pytest.skip(f"{len(SCORE)} of {len(DEFECTS)} defects were tried in this process")
-    with capsys.disabled():
-        print(f"\nplanted defects: {len(SCORE)} of {len(DEFECTS)} caught")
-        for name, by in SCORE.items():
-            print(f"  {name:<28} {by[:150]}")

@@ -18,7 +18,7 @@ from harness.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real model is not here")
-CORPUS = Corpus(one_step_share=0.3, fact_share=0.8)
+CORPUS = Corpus(one_step_share=0.3, fact_share=0.8, guess_share=0.5)
 
 
 def tiny(**changes: Any) -> ModelJob:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from harness import spec
 from harness.places import RESERVED, resolve
 
 KeyPath = tuple[str | int, ...]
+_YAML = "tag:yaml.org,2002:"
+_FROM = "paths count from the folder you start in"
 
 
 class ConfigError(Exception):
@@ -35,15 +39,16 @@ class Source:
     path: Path
     value: dict[str, Any]
     lines: dict[KeyPath, int]
+    words: dict[KeyPath, str] = field(default_factory=dict)
+    """Where YAML reads true or false: what stands there."""
 
     def error(self, key: KeyPath, message: str) -> ConfigError:
         """A complaint about `key`, with the line of the nearest key that is in the file."""
         known = key
         while known and known not in self.lines:
             known = known[:-1]
-        line = self.lines.get(known, 1)
-        dotted = ".".join(str(part) for part in key)
-        return ConfigError(f"{self.path}:{line}: {dotted + ': ' if dotted else ''}{message}")
+        dotted = ".".join(map(str, key)) + ": " if key else ""
+        return ConfigError(f"{self.path}:{self.lines.get(known, 1)}: {dotted}{message}".replace("\n", "\\n"))
 
 
 def read_yaml(path: Path) -> Source:
@@ -53,145 +58,186 @@ def read_yaml(path: Path) -> Source:
         ConfigError: also for a missing or an empty file.
     """
     if not path.is_file():
-        near = sorted(p.as_posix() for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such file" + (f"; there are {', '.join(near)}" if near else ""))
-    lines: dict[KeyPath, int] = {}
+        near = sorted({*path.parent.glob("[!.]*.yaml"), *Path("config").glob("*.yaml")})
+        raise ConfigError(f"{path}: no such file" + (f"; there are {', '.join(map(str, near))}" if near else ""))
+    source = Source(path, {}, {})
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        value = _build(node, (), source, ()) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark, began = error.problem_mark or error.context_mark, error.context_mark
+        since = f" ({error.context}, begun on line {began.line + 1})" if began and error.context else ""
+        mend = next((f"; {mend}" for sign, mend in _SYNTAX.items() if sign in str(error.problem)), "")
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}{since}{mend}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise ConfigError(f"{path}:{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        raise ConfigError(f"{path}:1: not YAML: {str(error).splitlines()[0]}") from None
     if node is None:
         raise ConfigError(f"{path}:1: the file is empty; copy config/embedded.yaml and edit it")
-    value = _build(node, (), lines, path)
     if not isinstance(value, dict):
-        raise ConfigError(f"{path}:1: a study is a mapping of keys, this is a {type(value).__name__}")
-    return Source(path, value, lines)
+        raise ConfigError(f"{path}:1: `key: value` lines are wanted, this file holds a list or a single value")
+    return Source(path, value, source.lines, source.words)
 
 
-def _build(node: yaml.Node, key: KeyPath, lines: dict[KeyPath, int], path: Path) -> Any:
-    line = node.start_mark.line + 1
-    lines.setdefault(key, line)
-    if isinstance(node, yaml.MappingNode):
-        built: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            at = key_node.start_mark.line + 1
-            name = yaml.SafeLoader("").construct_object(key_node)
-            if not isinstance(name, str):
-                raise ConfigError(f"{path}:{at}: YAML reads the key {key_node.value!r} as {name!r}: put it in quotes")
-            if name in built:
-                raise ConfigError(f"{path}:{at}: the key {name!r} stands twice in the same mapping")
-            lines[(*key, name)] = at
-            built[name] = _build(value_node, (*key, name), lines, path)
-        return built
-    if isinstance(node, yaml.SequenceNode):
-        return [_build(child, (*key, i), lines, path) for i, child in enumerate(node.value)]
-    if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.endswith(("binary", "timestamp")):
-        raise ConfigError(
-            f"{path}:{line}: {'.'.join(map(str, key))}: the YAML tag {node.tag!r} is not used here: write a plain value"
-        )
-    return yaml.SafeLoader("").construct_object(node)
+_SYNTAX = {
+    "'\\t'": "indent with spaces, not tabs",
+    "mapping values": "put text with ': ' in it in quotes, and look at the indentation",
+}
+_PLAIN = {_YAML + kind for kind in ("null", "bool", "int", "float", "str")}
+
+
+def _build(node: yaml.Node, key: KeyPath, source: Source, outer: tuple[yaml.Node, ...]) -> Any:
+    source.lines.setdefault(key, node.start_mark.line + 1)
+    if node in outer:
+        raise source.error(key, "this value holds itself: write it out")
+    if isinstance(node, yaml.MappingNode) and node.tag == _YAML + "map":
+        return _build_mapping(node, key, source, (*outer, node))
+    if isinstance(node, yaml.SequenceNode) and node.tag == _YAML + "seq":
+        return [_build(child, (*key, i), source, (*outer, node)) for i, child in enumerate(node.value)]
+    if node.tag == _YAML + "timestamp":
+        raise source.error(key, f"YAML reads {node.value} as a date: put it in quotes")
+    if not isinstance(node, yaml.ScalarNode) or node.tag not in _PLAIN:
+        raise source.error(key, f"the YAML tag {node.tag.replace(_YAML, '!!')!r} is not used here: write a plain value")
+    try:
+        value = yaml.SafeLoader("").construct_object(node)
+    except ValueError:
+        raise source.error(key, f"YAML cannot read {node.value!r} as {node.tag.replace(_YAML, '')}") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise source.error(key, f"a finite number is wanted, not {node.value}")
+    if isinstance(value, bool):
+        source.words[key] = f"YAML reads the bare word {node.value} as {json.dumps(value)}"
+    return value
+
+
+def _build_mapping(node: yaml.MappingNode, key: KeyPath, source: Source, outer: tuple[yaml.Node, ...]) -> Any:
+    names: dict[str, int] = {}
+    for key_node, _ in node.value:
+        at, name = f"{source.path}:{key_node.start_mark.line + 1}", key_node.value
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in {*_PLAIN, _YAML + "merge"}:
+            raise ConfigError(f"{at}: a key is one plain word: no tag, no list, no mapping")
+        if key_node.tag in _PLAIN - {_YAML + "str"}:
+            read = json.dumps(yaml.SafeLoader("").construct_object(key_node))
+            raise ConfigError(f"{at}: YAML reads the key {name!r} as {read}: put it in quotes")
+        if name in names:
+            raise ConfigError(f"{at}: the key {name!r} stands twice in this mapping, first on line {names[name]}")
+        names[name] = key_node.start_mark.line + 1
+    yaml.SafeLoader("").flatten_mapping(node)  # `<<: *anchor`
+    node.value = list({k.value: (k, v) for k, v in node.value}.values())
+    source.lines.update({(*key, k.value): k.start_mark.line + 1 for k, _ in node.value})
+    return {k.value: _build(v, (*key, k.value), source, outer) for k, v in node.value}
 
 
 def validate(model: type[BaseModel], value: Any, source: Source, at: KeyPath = ()) -> Any:
-    """Validate strictly; the first complaint becomes a `ConfigError`.
-
-    Args:
-        model: the pydantic model.
-        value: plain JSON-like data.
-        source: for the line numbers.
-        at: where in the file `value` stands.
-    """
+    """Validate plain data that stands at `at` in `source`, strictly; the first complaint becomes a `ConfigError`."""
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        first = error.errors()[0]
-        # pydantic puts the tag of a discriminated union into the location; it is no key of the file
-        where = tuple(
-            part for part in first["loc"] if not (isinstance(part, str) and part in _TAGS) or part in _keys(value)
-        )
-        raise source.error((*at, *where), _mend(first, model, where)) from None
+        # a misspelt key is also a missing key: the misspelling is what must be mended
+        first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        where, candidates = _locate(model, first["loc"])
+        key = (*at, *where, *(["kind"] if first["type"].startswith("union_tag") else []))
+        message = _mend(first, model, candidates)
+        if first["type"] == "value_error":
+            # our own validators begin with the key they mean, counted from where they stand
+            head, colon, rest = message.partition(": ")
+            below = [k for k in source.lines if k[: len(key)] == key and ".".join(map(str, k[len(key) :])) == head]
+            key, message = (below[0], rest) if colon and below else (key, message)
+        raise source.error(key, message + (f" ({source.words[key]})" if key in source.words else "")) from None
 
 
-_TAGS = {"pretrain", "local", "hub", "generated", "files"}
+def _locate(model: type[BaseModel], location: Sequence[str | int]) -> tuple[KeyPath, set[Any]]:
+    """The key path of pydantic's `location`, and the types that are valid there.
 
-
-def _keys(value: Any) -> set[str]:
-    if isinstance(value, dict):
-        return set(value) | {k for child in value.values() for k in _keys(child)}
-    if isinstance(value, list):
-        return {k for child in value for k in _keys(child)}
-    return set()
-
-
-def _mend(error: Any, model: type[BaseModel], where: KeyPath) -> str:
-    kind, given = error["type"], error.get("input")
-    if kind == "extra_forbidden":
-        valid = _fields_at(model, where[:-1])
-        near = difflib.get_close_matches(str(where[-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(sorted(valid))}"
-        return f"unknown key; {hint}"
-    if kind in {"float_type", "int_type"} and isinstance(given, str):
-        try:
-            number = float(given)
-        except ValueError:
-            return f"a number is wanted, not the text {given!r}"
-        mantissa, _, exponent = f"{number:e}".partition("e")
-        mantissa = mantissa.rstrip("0")
-        plain = f"{mantissa}{'0' if mantissa.endswith('.') else ''}e{exponent}"
-        return f"YAML reads {given!r} as text: write {plain if kind == 'float_type' else int(number)} (with a point and a signed exponent, no quotes)"
-    if kind == "missing":
-        return "this key is missing"
-    if kind == "string_pattern_mismatch":
-        return f"the label {given!r} may hold only lower-case letters, digits, '.' and '-', and begins with a letter or digit"
-    if isinstance(given, bool) and "type" in kind:
-        return f"YAML reads this as {given}: put the word in quotes, or write the value that is wanted ({error['msg'].lower()})"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{message[0].lower()}{message[1:]} (given: {given!r})" if not isinstance(given, dict) else message
-
-
-def _fields_at(model: Any, where: KeyPath) -> list[str]:
-    """Names of the keys that are valid at `where` below `model`."""
+    A location also holds the `kind` of a tagged union, right after it, and "[key]" after a wrong label: no keys.
+    """
+    found: list[str | int] = []
     current: set[Any] = {model}
-    for part in where:
-        following: set[Any] = set()
-        for candidate in current:
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                field = candidate.model_fields.get(str(part))
-                following |= _leaves(field.annotation, into_containers=False) if field else set()
+    for part in location:
+        models = [c for c in current if isinstance(c, type) and issubclass(c, BaseModel)]
+        if len(models) > 1:
+            current = {m for m in models if part in typing.get_args(m.model_fields["kind"].annotation)}
+        elif part != "[key]":
+            found.append(part)
+            field_of = models[0].model_fields.get(str(part)) if models else None
+            if field_of is not None:
+                current = _leaves(field_of.annotation, into_containers=False)
             else:
-                following |= _leaves(candidate, into_containers=True)
-        current = following
-    found: list[str] = []
-    for candidate in current:
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            found += candidate.model_fields
-    return found
+                current = {leaf for c in current for leaf in _leaves(c, into_containers=True)}
+    return tuple(found), current
 
 
 def _leaves(annotation: Any, *, into_containers: bool) -> set[Any]:
-    origin = typing.get_origin(annotation)
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is None:
         return {annotation}
-    arguments = typing.get_args(annotation)
     if origin in (dict, list, tuple):
-        return _leaves(arguments[-1], into_containers=False) if into_containers else {annotation}
+        return _leaves(arguments[origin is dict], into_containers=False) if into_containers else {annotation}
     if origin is typing.Annotated:
         return _leaves(arguments[0], into_containers=into_containers)
     return {leaf for a in arguments for leaf in _leaves(a, into_containers=into_containers)}
 
 
-def deep_merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid on `base`, key by key, at every depth; lists are replaced whole."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = deep_merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
+_WORDING = {
+    "greater_than": "must be above {gt}, not {given}",
+    "greater_than_equal": "must be at least {ge}, not {given}",
+    "less_than": "must be below {lt}, not {given}",
+    "less_than_equal": "must be at most {le}, not {given}",
+    "literal_error": "must be {expected}, not {given}",
+    "int_type": "a whole number is wanted, not {given}",
+    "float_type": "a number is wanted, not {given}",
+    "bool_type": "true or false is wanted, not {given}",
+    "string_type": "text is wanted, not {given}: put it in quotes",
+    "tuple_type": "a list is wanted, not {given}: write [{given}]",
+    "dict_type": "`key: value` lines are wanted, not {given}",
+    "too_short": "at least {min_length} wanted, given {actual_length}",
+    "too_long": "at most {max_length} wanted, given {actual_length}",
+    "union_tag_invalid": "must be one of {expected_tags}, not '{tag}'",
+}
 
 
-def load_study(path: Path) -> spec.Study:
+def _mend(error: Any, model: type[BaseModel], candidates: set[Any]) -> str:
+    kind, given, context = error["type"], error.get("input"), error.get("ctx", {})
+    shown = "an empty value" if given is None else json.dumps(given, ensure_ascii=False)
+    parents = _locate(model, error["loc"][:-1])[1]
+    fields = {name: f for p in parents for name, f in getattr(p, "model_fields", {}).items()}
+    last = str(error["loc"][-1]) if error["loc"] else ""
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(last, fields, n=1, cutoff=0.5)
+        return f"unknown key; {f'did you mean {near[0]!r}?' if near else 'valid keys: ' + ', '.join(sorted(fields))}"
+    if kind == "missing":
+        return f"this {'key' if last in fields else 'value'} is missing"
+    if kind == "union_tag_not_found":
+        kinds = sorted(k for c in candidates for k in typing.get_args(c.model_fields["kind"].annotation))
+        return f"this key is missing; it is one of {', '.join(kinds)}"
+    if kind in {"float_type", "int_type"} and isinstance(given, str):
+        return _number(given, whole=kind == "int_type")
+    if kind == "string_pattern_mismatch":
+        plain = re.sub(r"[^a-z0-9.]+", "-", str(given).lower()).strip("-.")
+        rule = "a label holds lower-case letters, digits, '.' and '-' only and begins with a letter or digit"
+        return f"{rule}{f': write {plain}' if plain else ''}"
+    if kind.startswith("model_"):
+        keys = sorted({name for c in candidates for name in getattr(c, "model_fields", {})})
+        return f"`key: value` lines are wanted, not {shown}; valid keys: {', '.join(keys)}"
+    if kind in _WORDING:
+        return _WORDING[kind].format(given=shown, **context)
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _number(text: str, *, whole: bool) -> str:
+    """How to write a number that YAML took for text."""
+    try:
+        number = float(text)
+        if not math.isfinite(number) or (whole and number != int(number)):
+            raise ValueError
+    except ValueError:
+        return f"a {'whole ' if whole else ''}number is wanted, not the text {text!r}"
+    if whole:
+        return f"YAML reads {text!r} as text: write {int(number)}, without quotes"
+    mantissa, _, exponent = f"{number:.12e}".partition("e")
+    plain = f"{float(mantissa)}e{int(exponent):+d}"
+    return f"YAML reads {text!r} as text: write {plain}, with a point and a signed exponent, without quotes"
+
+
+def load_study(path: Path, *, inputs_needed: bool = True) -> spec.Study:
     """Read and check a study: its own keys, every method's options, every merged recipe, every input path.
 
     Raises:
@@ -204,10 +250,15 @@ def load_study(path: Path) -> spec.Study:
     for label, entry in study.methods.items():
         method, _ = method_of(study, label, source)
         if method.TRAINS and entry.lr is None and study.search is None:
-            raise source.error(("methods", label), "give it an lr, or the study a search")
+            raise source.error(("methods", label), "no learning rate: give it an lr, or the study a search")
+        if not method.TRAINS and entry.lr is not None:
+            raise source.error(("methods", label, "lr"), f"{entry.module} takes no step: remove this key")
         for task in study.tasks:
             recipe_of(study, task, label, source)
-    _check_paths(study, source)
+    if study.published is not None and not Path(study.published).is_file():
+        raise source.error(("published",), f"there is no file {study.published}; {_FROM}")
+    if inputs_needed:
+        _check_paths(study, source)
     return study
 
 
@@ -228,41 +279,39 @@ def recipe_of(study: spec.Study, task: str, label: str, source: Source | None = 
     source = source or Source(Path("study"), {}, {})
     merged = study.recipe.model_dump(mode="json")
     recipe = study.recipe
-    for key, change in (
-        (("tasks", task, "recipe"), study.tasks[task].recipe),
-        (("methods", label, "recipe"), study.methods[label].recipe),
-    ):
-        merged = deep_merge(merged, change)
+    places: list[KeyPath] = [("methods", label, "recipe"), ("tasks", task, "recipe"), ("recipe",)]
+    for key, change in ((places[1], study.tasks[task].recipe), (places[0], study.methods[label].recipe)):
+        merged |= change  # flat: lists are replaced whole
         recipe = validate(Recipe, merged, source, key)
-    if recipe.batch_size % recipe.micro_batch_size:
-        raise source.error(
-            ("recipe", "micro_batch_size"),
-            f"must divide batch_size: {recipe.batch_size} is no multiple of {recipe.micro_batch_size}",
-        )
-    if recipe.warmup_steps >= recipe.steps:
-        raise source.error(("recipe", "warmup_steps"), f"must be below steps ({recipe.steps})")
+    for kept, one, rule, other in (
+        (recipe.batch_size % recipe.micro_batch_size == 0, "micro_batch_size", "does not divide", "batch_size"),
+        (recipe.warmup_steps < recipe.steps, "warmup_steps", "must be below", "steps"),
+    ):
+        if not kept:  # the line is that of the last change: the study's own recipe may be fine
+            at = next(((*p, k) for p in places for k in (one, other) if (*p, k) in source.lines), ("recipe", one))
+            text = f"{one} {getattr(recipe, one)} {rule} {other} {getattr(recipe, other)}"
+            raise source.error(at, f"{text} (task {task}, method {label})")
     return recipe
 
 
 def _check_paths(study: spec.Study, source: Source) -> None:
     wanted: list[tuple[KeyPath, str]] = []
     for label, model in study.models.items():
-        if isinstance(model, spec.LocalModel):
-            wanted.append((("models", label, "path"), model.path))
+        wanted += [(("models", label, "path"), model.path)] if isinstance(model, spec.LocalModel) else []
     for label, task in study.tasks.items():
         if isinstance(task.train, spec.FileRows):
             wanted += [(("tasks", label, "train", "paths", i), p) for i, p in enumerate(task.train.paths)]
-        for suite, test in task.suites.items():
-            if isinstance(test, spec.FileSuite):
-                wanted.append((("tasks", label, "suites", suite, "path"), test.path))
+        files = [(name, suite) for name, suite in task.suites.items() if isinstance(suite, spec.FileSuite)]
+        wanted += [(("tasks", label, "suites", name, "path"), suite.path) for name, suite in files]
     for key, text in wanted:
         try:
             path = resolve(text)
         except ValueError as error:
-            what = "; ".join(f"{name}: {text}" for name, text in study.inputs.items())
-            raise source.error(key, f"{error}{f' ({what})' if what else ''}") from None
+            named = [f"{name} is {what}" for name, what in study.inputs.items() if f"${{{name}}}" in text]
+            raise source.error(key, "; ".join([str(error), *named])) from None
         if not path.exists():
-            raise source.error(key, f"there is no {path}; check the variable in {text}")
+            mend = f"correct the variable in {text}" if "${" in text else _FROM
+            raise source.error(key, f"there is no {path}; {mend}")
 
 
 def dagger(study: spec.Study, label: str) -> Sequence[str]:

@@ -35,14 +35,17 @@ class Plan:
         return [name for name, job in self.models.items() if isinstance(job.source, PretrainedHere)]
 
 
-def open_study(path: Path, places: Places = Places()) -> Plan:  # noqa: B008  frozen, and the same for all
+def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
     """Load a study, resolve it, and write the specs that are not there yet.
+
+    A dry run writes nothing and does not need the input files: a study can be looked at before its data is fetched.
 
     Raises:
         harness.config.ConfigError: anything wrong with the file, in one line.
     """
-    plan = resolve_study(load_study(path))
-    write_specs(plan, places)
+    plan = resolve_study(load_study(path, inputs_needed=not dry_run))
+    if not dry_run:
+        write_specs(plan, places)
     return plan
 
 

@@ -1,24 +1,36 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
+
+A study runs several jobs side by side, whose bars would overwrite one another: there each job prints a line when it
+ends, with the share of the whole study that is done and the time left.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from pathlib import Path
 from types import TracebackType
+
+from harness.places import Places
+from harness.plan import outputs, resolve_study
+
+STUDY_FILE, STUDY_STARTED, STUDY_DONE = "GRASS_STUDY", "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
+"""Environment of a study's jobs: its config file, when it was started (s), and the work that was done by then."""
+
+LINE_EVERY_S = 20.0
+"""Least time between two plain lines of one job: a short job says nothing until it ends."""
 
 
 class Progress:
-    """Count of `total` units of work under a label.
-
-    On a terminal this is a tqdm bar. Elsewhere it prints a line at every tenth of the work, with rate and time left.
-    """
+    """Count of `total` units of work under a label: a tqdm bar, or a line at every tenth of the work."""
 
     def __init__(self, total: int, label: str, *, unit: str = "step", done: int = 0) -> None:
         self.total, self.label, self.unit = total, label, unit
         self._done = self._first = done
-        self._started = time.monotonic()
+        self._started = self._last_line = time.monotonic()
         self._bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and STUDY_FILE not in os.environ:
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, desc=label, unit=unit, initial=done, leave=False, dynamic_ncols=True)
@@ -35,19 +47,44 @@ class Progress:
     def advance(self, note: str = "") -> None:
         """One more unit is done; `note` is a short state, such as the loss."""
         self._done += 1
+        now = time.monotonic()
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(1)
-        elif self._done * 10 // self.total > (self._done - 1) * 10 // self.total:
-            spent = time.monotonic() - self._started
-            rate = (self._done - self._first) / spent if spent > 0 else float("inf")
-            left = (self.total - self._done) / rate
-            print(
-                f"{self.label}: {self._done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, "
-                f"{duration(left)} left{', ' + note if note else ''}",
-                file=sys.stderr,
-                flush=True,
-            )
+        elif (
+            self._done * 10 // self.total > (self._done - 1) * 10 // self.total and now - self._last_line > LINE_EVERY_S
+        ):
+            self._last_line = now
+            rate = (self._done - self._first) / (now - self._started)
+            left = duration((self.total - self._done) / rate)
+            counted = f"{self._done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left} left"
+            say(f"{self.label}: {counted}{', ' + note if note else ''}")
+
+
+def announce(what: str) -> None:
+    """Say that a job ended; within a study, also how far the study is."""
+    config = os.environ.get(STUDY_FILE)
+    if config is None:
+        say(what)
+        return
+    done, total = study_work(Path(config))
+    spent = time.time() - float(os.environ[STUDY_STARTED])
+    fresh = done - float(os.environ[STUDY_DONE])
+    left = f", about {duration(spent * (total - done) / fresh)} left" if fresh > 0 else ""
+    say(f"[{done / total:4.0%}, {duration(spent)} gone{left}] {what}")
+
+
+def study_work(config: Path) -> tuple[float, float]:
+    """Work done and work in all of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
+    from harness.config import load_study
+
+    listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Places())
+    return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)
+
+
+def say(line: str) -> None:
+    """One line on stderr, at once."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -246,7 +246,7 @@ BELIEVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "active": "boolean", "importance": "Float64",
     "probability": "Float64", "age_steps": "Int64",
 }  # fmt: skip
-"""What a layer-wise method believed, one row a layer, at step 0 and at every step where anything but the age changed."""
+"""What a layer-wise method believed, one row a layer: at step 0 and wherever anything but the age changed."""
 
 OBSERVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "gradient_rms": "Float64", "validation_loss": "Float64",

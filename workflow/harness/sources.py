@@ -50,5 +50,5 @@ def current_sha256(plan: Plan, output: Output) -> str:
         return source_sha256(ROWS)
     if output.kind == "evaluate":
         return source_sha256(EVALUATION)
-    jobs = {**plan.runs, **plan.searches}
-    return source_sha256(training(jobs[output.name].training.module))
+    job = plan.runs.get(output.name) or plan.searches[output.name]
+    return source_sha256(training(job.training.module))

@@ -25,7 +25,10 @@ class Corpus(Strict):
     """Text the embedded model is pretrained on; every share is a probability per piece of text."""
 
     one_step_share: float = Field(ge=0, le=1, description="one-step word problems with their worked answer")
-    fact_share: float = Field(ge=0, le=1, description="of the rest: arithmetic facts; what remains is stories")
+    fact_share: float = Field(ge=0, le=1, description="of the rest: arithmetic facts")
+    guess_share: float = Field(
+        ge=0, le=1, description="of what remains: multiple choice answered at random; everything else is stories"
+    )
 
 
 class PretrainedHere(Strict):
@@ -43,9 +46,15 @@ class PretrainedHere(Strict):
     lr: float = Field(gt=0)
     seed: int = Field(ge=0)
 
+    @model_validator(mode="after")
+    def _divisible(self) -> PretrainedHere:
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width: must be a multiple of twice the heads ({self.heads}), so that a head can rotate")
+        return self
+
 
 class LocalModel(Strict):
-    """A model folder in Hugging Face layout; `${NAME}` stands for an environment variable named in the study's `inputs`."""
+    """A model folder in Hugging Face layout; `${NAME}` is an environment variable named in the study's `inputs`."""
 
     kind: Literal["local"]
     path: str
@@ -132,7 +141,7 @@ class MethodEntry(Strict):
         default_factory=dict, description="what this method changes outside its own block; shown as a dagger"
     )
     lr: float | None = Field(default=None, gt=0, description="fixed; null takes the study's search")
-    seeds: tuple[int, ...] | None = Field(default=None, description="null takes the study's seeds")
+    seeds: tuple[int, ...] | None = Field(default=None, min_length=1, description="null takes the study's seeds")
     note: str = ""
 
 
@@ -180,13 +189,15 @@ class Study(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Study:
-        if self.search and set(self.search.seeds) & set(self.seeds):
-            raise ValueError("search.seeds: must differ from the study's seeds, or the search sees the test runs")
-        for name, seeds in [("seeds", self.seeds)] + [
-            (f"methods.{k}.seeds", m.seeds) for k, m in self.methods.items() if m.seeds
-        ]:
+        used = [("seeds", self.seeds)]
+        used += [(f"methods.{k}.seeds", m.seeds) for k, m in self.methods.items() if m.seeds]
+        if self.search and set(self.search.seeds) & {seed for _, seeds in used for seed in seeds}:
+            raise ValueError("search.seeds: must differ from the seeds of all runs, or the search sees the test runs")
+        for name, seeds in [*used, *([("search.seeds", self.search.seeds)] if self.search else [])]:
             if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-                raise ValueError(f"{name}: distinct whole numbers from 0 on")
+                raise ValueError(f"{name}: must be distinct whole numbers from 0 on")
+        if self.search and (len(set(self.search.grid)) != len(self.search.grid) or min(self.search.grid) <= 0):
+            raise ValueError("search.grid: must be distinct rates above 0")
         return self
 
 
@@ -200,7 +211,7 @@ def digest(value: Any) -> str:
 
 
 class Job(Strict):
-    """A resolved spec. `name` is what the job is called on disk, `folder` where it keeps what it makes."""
+    """A resolved spec. `name` is what the job is called on disk."""
 
     def body(self) -> dict[str, Any]:
         """The spec as plain JSON values, defaults included."""
@@ -208,6 +219,7 @@ class Job(Strict):
 
     @property
     def name(self) -> str:
+        """Readable labels, then the first digits of the spec's hash."""
         raise NotImplementedError
 
 
@@ -219,6 +231,7 @@ class ModelJob(Job):
 
     @property
     def name(self) -> str:
+        """`<model>--<hash of the source>`."""
         return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
 
@@ -230,6 +243,7 @@ class RowsJob(Job):
 
     @property
     def name(self) -> str:
+        """`<task>--<hash of the source>`."""
         return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
 
@@ -241,6 +255,7 @@ class SuiteJob(Job):
 
     @property
     def name(self) -> str:
+        """`<suite>--<hash of the source>`."""
         return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
 
@@ -264,6 +279,7 @@ class SearchJob(Job):
 
     @property
     def name(self) -> str:
+        """`<model>--<task>--<method>--<hash of the spec>`."""
         t = self.training
         return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
 
@@ -279,6 +295,7 @@ class RunJob(Job):
 
     @property
     def name(self) -> str:
+        """`<model>--<task>--<method>--seed<k>--<hash of the spec>`."""
         t = self.training
         return f"{t.model.label}--{t.rows.label}--{t.label}--seed{self.seed}--{digest(self.body())}"
 
@@ -298,4 +315,5 @@ class EvalJob(Job):
 
     @property
     def name(self) -> str:
+        """`<task>--<hash of the spec>`."""
         return f"{self.task}--{digest(self.body())}"

@@ -5,7 +5,7 @@ def local_files(texts):
     """Files of the user's own; a changed file makes its job run again."""
     from harness.places import resolve
 
-    return [resolve(text) for text in texts]
+    return [] if DRY_RUN else [resolve(text) for text in texts]
 
 
 rule pretrain:

@@ -21,8 +21,9 @@ from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.record import TrainRecord
 from harness.spec import Observation
-from harness.training import loop
+from harness.training import loading
 from harness.training.batches import fixed_batches, mean_loss
+from harness.training.loop import train
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,15 @@ class Case:
 
     module: str
     options: dict[str, Any]
-    inputs: loop.Inputs
+    inputs: loading.Inputs
     folder: Path
     """Scratch of this case."""
 
-    def train(self, name: str, *, seed: int = 0, state: Path | None = None, observe: bool = True, **recipe: Any) -> TrainRecord:
+    def train(
+        self, name: str, *, seed: int = 0, state: Path | None = None, observe: bool = True, **recipe: Any
+    ) -> TrainRecord:
         """Train as a study would; logs and the exported model go to `folder`/`name`."""
-        return loop.train(
+        return train(
             tiny_training(self.module, self.options, **recipe),
             name=name,
             lr=LR,
@@ -51,8 +54,9 @@ class Case:
         )
 
     def method_class(self) -> type[Method]:
-        """The class under test; through the loop's own door, so that a planted defect is what is looked at."""
-        return loop.find_method(self.module)
+        """The class under test; through the run's own door, so that a planted defect is what is looked at."""
+        found: type[Method] = vars(loading)["find_method"](self.module)
+        return found
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Finding:
     detail: str | None
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a killed process."""
 
 
@@ -114,15 +118,15 @@ def resume_equals_straight(case: Case) -> str | None:
 
     def dies(method: Method, step: int) -> None:
         if step == 6:
-            raise Killed
+            raise KilledError
         original(method, step)
 
     state = case.folder / "state"
-    method_class.begin_step = dies  # type: ignore[method-assign]
+    method_class.begin_step = dies  # type: ignore[method-assign,assignment]
     try:
         case.train("resumed", state=state)
         return "the run was to be killed at step 6 but went on"
-    except Killed:
+    except KilledError:
         pass
     finally:
         if "begin_step" in vars(method_class):
@@ -147,7 +151,10 @@ def export_is_what_was_trained(case: Case) -> str | None:
     assert record.checkpoint is not None
     model, tokenizer = load_model(Path(record.checkpoint), weight_dtype="fp32"), load_tokenizer(Path(record.checkpoint))
     rows, _ = encode_rows(
-        tokenizer, read_rows(case.inputs.rows / "validation.json"), max_length=record.recipe["max_length"], loss_on="answer"
+        tokenizer,
+        read_rows(case.inputs.rows / "validation.json"),
+        max_length=record.recipe["max_length"],
+        loss_on="answer",
     )
     loss = mean_loss(model, fixed_batches(rows, size=64, pad_id=tokenizer.pad_token_id, device="cpu"))
     assert record.validation_loss is not None
@@ -179,7 +186,10 @@ def accumulation_changes_nothing(case: Case) -> str | None:
     """Two micro-batches of 4 rows train like one of 8, while both choose the same layers."""
     case.train("whole"), case.train("halves", micro_batch_size=4)
     whole, halves = (read_jsonl(case.folder / name / "steps.jsonl") for name in ("whole", "halves"))
-    drawn = [{r["step"]: r["active"] for r in read_jsonl(case.folder / name / "believed.jsonl")} for name in ("whole", "halves")]
+    drawn = [
+        {r["step"]: r["active"] for r in read_jsonl(case.folder / name / "believed.jsonl")}
+        for name in ("whole", "halves")
+    ]
     for one, two in zip(whole, halves, strict=True):
         step = one["step"]
         if drawn[0].get(step) != drawn[1].get(step):

@@ -11,7 +11,7 @@ from baselines.method import Recipe, find_method
 from harness.inputs.generated import training_rows
 from harness.inputs.tokenizer import build_tokenizer
 from harness.spec import FileRows, LocalModel, ModelJob, RowsJob, Training
-from harness.training.loop import Inputs
+from harness.training.loading import Inputs
 
 LAYERS = 4
 WIDTH = 32

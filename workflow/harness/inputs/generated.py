@@ -150,13 +150,27 @@ def story(rng: np.random.Generator) -> str:
     return " ".join(sentences[i] for i in chosen)
 
 
-def pieces(rng: np.random.Generator, *, one_step_share: float, fact_share: float) -> Iterator[str | Row]:
-    """Endless pretraining text: one-step problems as rows (to be put into the template or not), the rest as text."""
+def guessed_row(rng: np.random.Generator) -> Row:
+    """A multiple-choice question with a random answer: its form and its words, without the skill.
+
+    Real pretraining knows the words of a format as well. Without this, the words of the answers would have untrained
+    rows in embedding and head, and a method that trains neither could not write them.
+    """
+    question, answer = choice_row(rng, gold=int(rng.integers(1, 5))), f"answer{rng.integers(1, 5)}"
+    return Row(instruction=question["instruction"], input="", output=f"{CHOICE_OUTPUT} {answer}", answer=answer)
+
+
+def pieces(
+    rng: np.random.Generator, *, one_step_share: float, fact_share: float, guess_share: float
+) -> Iterator[str | Row]:
+    """Endless pretraining text: questions as rows (to be put into the template or not), the rest as text."""
     while True:
         if rng.random() < one_step_share:
             yield problem_row(rng, steps=1)
         elif rng.random() < fact_share:
             yield fact(rng)
+        elif rng.random() < guess_share:
+            yield guessed_row(rng)
         else:
             yield story(rng)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -14,21 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.durable import whole_folder
 from harness.inputs.generated import pieces
 from harness.inputs.prompts import training_prompt
 from harness.inputs.tokenizer import build_tokenizer
+from harness.progress import Progress
 from harness.spec import Corpus, PretrainedHere
-
-log = logging.getLogger(__name__)
 
 _POSITIONS = 512
 """Longest text the model takes; rotary positions cost nothing."""
 _IN_TEMPLATE = 0.5
-"""Share of one-step problems shown inside the prompt template, so that its tokens have trained embeddings."""
+"""Share of questions shown inside the prompt template, so that its tokens have trained embeddings."""
 _WARMUP_STEPS = 20
 _MAX_GRAD_NORM = 1.0
 
@@ -72,9 +68,7 @@ def batches(corpus: Corpus, tokenizer: Any, *, rows: int, length: int, seed: int
     its start and end token; what sticks out at the right is cut, so there is no padding.
     """
     rng = np.random.default_rng(seed)
-    texts = (
-        _text(piece, rng) for piece in pieces(rng, one_step_share=corpus.one_step_share, fact_share=corpus.fact_share)
-    )
+    texts = (_text(piece, rng) for piece in pieces(rng, **corpus.model_dump()))
     tokens = _tokens(texts, tokenizer)
     while True:
         yield torch.tensor([_filled(tokens, length) for _ in range(rows)])
@@ -124,24 +118,23 @@ def _train(model: Any, source: PretrainedHere, tokenizer: Any) -> list[tuple[int
     optimizer = torch.optim.AdamW(model.parameters(), lr=source.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, source.steps))
     text = batches(source.corpus, tokenizer, rows=source.rows, length=source.length, seed=source.seed)
-    terminal = sys.stderr.isatty()
     losses: list[tuple[int, float]] = []
     since: list[float] = []
-    for step in tqdm(range(1, source.steps + 1), desc="pretraining", disable=not terminal):
-        ids = next(text)
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        since.append(loss.item())
-        if step % max(1, source.steps // 10) == 0 or step == source.steps:
-            losses.append((step, sum(since) / len(since)))
-            since.clear()
-            if not terminal:
-                log.info("pretraining: step %d of %d, loss %.4f", step, source.steps, losses[-1][1])
+    with Progress(source.steps, "pretraining") as progress:
+        for step in range(1, source.steps + 1):
+            ids = next(text)
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), _MAX_GRAD_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            since.append(loss.item())
+            progress.advance(f"loss {since[-1]:.3f}")
+            if step % max(1, source.steps // 10) == 0 or step == source.steps:
+                losses.append((step, sum(since) / len(since)))
+                since.clear()
     return losses
 
 

@@ -5,13 +5,14 @@ One interface whatever the machine has. A meter that cannot read answers None fo
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 from harness.record import Memory
 
@@ -80,7 +81,7 @@ class TorchMeter:
 
 
 class NvmlMeter:
-    """Device and process memory as NVML sees it, sampled by a thread; for the whole run, since sampling has no reset."""
+    """Device and process memory as NVML sees it, sampled by a thread; one peak for the whole run."""
 
     def __init__(self, device: str, nvml: ModuleType | None = None) -> None:
         self.process_peak_bytes: int | None = None
@@ -91,15 +92,13 @@ class NvmlMeter:
             self.why = "the run was on the CPU"
             return
         try:
-            if nvml is None:
-                import pynvml as nvml  # type: ignore[no-redef]
-            self._nvml = nvml
-            nvml.nvmlInit()
+            self._nvml: Any = nvml if nvml is not None else importlib.import_module("pynvml")
+            self._nvml.nvmlInit()
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0]
             self._handle = (
-                nvml.nvmlDeviceGetHandleByUUID(visible)
+                self._nvml.nvmlDeviceGetHandleByUUID(visible)
                 if visible.startswith("GPU-")
-                else nvml.nvmlDeviceGetHandleByIndex(int(visible or 0))
+                else self._nvml.nvmlDeviceGetHandleByIndex(int(visible or 0))
             )
             self.sample()
         except Exception as error:  # noqa: BLE001  NVML's errors share no base with anything, and none may stop a run

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
     from harness.evaluating.score import evaluate
     from harness.places import Places
+    from harness.progress import announce
     from harness.record import TrainRecord
     from harness.spec import EvalJob, RunJob
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     # Strict models take a tuple from a JSON array only when they read the JSON themselves.
     job = EvalJob.model_validate_json(args.spec.read_bytes())
     training = RunJob.model_validate_json((args.run / "spec.json").read_bytes()).training
-    evaluate(
+    record = evaluate(
         job,
         train_record=TrainRecord.model_validate_json((args.run / "train.json").read_bytes()),
         suite_folders={suite.label: places.suite(suite.name) for suite in job.suites},
@@ -40,4 +41,6 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         batch_size=args.batch_size,
     )
+    scores = ", ".join(f"{s.suite} {s.correct}/{s.rows}" for s in record.scores)
+    announce(f"evaluate {record.run}: {scores or record.status_why}")
     return 0

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     from harness.sources import current_sha256
 
     places = Places()
-    plan = resolve_study(load_study(args.config))
+    plan = resolve_study(load_study(args.config, inputs_needed=False))
     study = plan.study
     print(
         f"{study.study}: {len(study.models)} models x {len(study.tasks)} tasks x {len(study.methods)} methods "

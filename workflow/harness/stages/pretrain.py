@@ -17,8 +17,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from harness.inputs.models import make_model
+    from harness.progress import announce
     from harness.spec import ModelJob
 
     torch.set_num_threads(args.threads)
-    make_model(ModelJob.model_validate_json(args.spec.read_bytes()), args.spec.parent)
+    job = ModelJob.model_validate_json(args.spec.read_bytes())
+    record = make_model(job, args.spec.parent)
+    announce(f"pretrain {job.name}: loss {record.pretraining_loss[-1][1]:.3f}")
     return 0

@@ -1,10 +1,12 @@
-"""`python -m harness schema`: write the JSON schemas of configs and records, for editors and for CI's freshness check."""
+"""`python -m harness schema`: write the JSON schemas of configs and records, for editors and CI's check."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
+
+from pydantic import BaseModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
     from harness import durable, record, spec
 
-    models = {
+    models: dict[str, type[BaseModel]] = {
         "study": spec.Study,
         "run-spec": spec.RunJob,
         "train-record": record.TrainRecord,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 
@@ -19,9 +20,10 @@ def run(args: argparse.Namespace) -> int:
     from harness import durable
     from harness.inputs.models import model_folder
     from harness.places import Places
+    from harness.progress import announce
     from harness.record import ModelRecord
     from harness.spec import SearchJob
-    from harness.training.loop import Inputs
+    from harness.training.loading import Inputs
     from harness.training.search import search
 
     torch.set_num_threads(args.threads)
@@ -32,4 +34,6 @@ def run(args: argparse.Namespace) -> int:
     inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
     record = search(job, inputs=inputs, trials_folder=places.state(job.name))
     durable.write_json(folder / "search.json", record.model_dump(mode="json"))
+    shutil.rmtree(places.state(job.name), ignore_errors=True)
+    announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")
     return 0

@@ -21,9 +21,11 @@ def run(args: argparse.Namespace) -> int:
     from harness import durable
     from harness.inputs.models import model_folder
     from harness.places import Places
+    from harness.progress import announce
     from harness.record import ModelRecord, SearchRecord
     from harness.spec import RunJob
-    from harness.training.loop import Inputs, train
+    from harness.training.loading import Inputs
+    from harness.training.loop import train
 
     torch.set_num_threads(args.threads)
     job = RunJob.model_validate_json(args.spec.read_bytes())
@@ -50,4 +52,5 @@ def run(args: argparse.Namespace) -> int:
     )
     durable.write_json(folder / "train.json", record.model_dump(mode="json"))
     shutil.rmtree(state, ignore_errors=True)
+    announce(f"train {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

@@ -6,66 +6,36 @@ here asks which method it is.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from baselines.method import Method, StepFacts, find_method
-from grass.layers import find_layers
 from harness import durable
-from harness.inputs.models import facts_of, load_model, load_tokenizer
-from harness.inputs.rows import read_rows
-from harness.inputs.tokens import encode_rows
+from harness.inputs.models import load_tokenizer
 from harness.measuring.meters import MemoryMeters
 from harness.progress import Progress
 from harness.provenance import provenance
-from harness.record import Check, DataUse, Status, Timing, TrainRecord
+from harness.record import Check, Status, TrainRecord
 from harness.sources import training as sources_of
 from harness.spec import Observation, Training
 from harness.training import resume
-from harness.training.batches import Batches, CalibrationBatches, fixed_batches, mean_loss
-from harness.training.engagement import Watch, verdict
+from harness.training.batches import CalibrationBatches, mean_loss
+from harness.training.engagement import Period, verdict
+from harness.training.loading import CannotRunError, Inputs, Loaded, load
+from harness.training.logs import Log
 from harness.training.loss import label_tokens, token_loss
-from harness.training.observer import Observer
 from harness.training.schedule import lr_factor
 
-WARMUP_SHARE = 0.1
-"""Share of the steps left out of the throughput, at least `MIN_WARMUP`."""
-MIN_WARMUP = 3
 FALLBACK_PERIODS = 4
 """Periods in which methods without a period of their own are watched."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Where a run finds what it reads: folders that earlier jobs made."""
-
-    model: Path
-    rows: Path
-    model_text: str = ""
-    """The model's folder as its manifest words it, with no path of this machine in it."""
-
-
-@dataclass
-class Log:
-    """What a run has written down so far; part of the resume state."""
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    believed: list[dict[str, Any]] = field(default_factory=list)
-    observed: list[dict[str, Any]] = field(default_factory=list)
-    prepare_s: float = 0.0
-
-
-class Diverged(Exception):
+class DivergedError(Exception):
     """The loss or the gradient norm is not finite any more."""
 
 
@@ -96,20 +66,15 @@ def train(
         checkpoint_every: steps between two writes of the resume state.
         observation: the observer probe; None switches it off.
     """
-    recipe = training.recipe
     torch.manual_seed(seed)
-    run = _Run(training, name=name, lr=lr, seed=seed, inputs=inputs, observation=observation)
-    status, why, checkpoint = _attempt(run, folder, state_folder, checkpoint_every)
-    checks = run.checks if status == "ok" else []
-    if status == "ok" and not all(check.ok for check in checks):
-        status, why = (
-            "disengaged",
-            "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in checks if not c.ok),
-        )
+    run = _Run(training, name=name, inputs=inputs, observation=observation)
+    status, why = run.attempt(lr, seed, folder, state_folder, checkpoint_every)
+    if status == "ok" and not all(check.ok for check in run.checks):
+        status = "disengaged"
+        why = "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in run.checks if not c.ok)
     if folder is not None:
-        run.write_logs(folder)
-    clipped = [s["clipped"] for s in run.log.steps if s["clipped"] is not None]
-    tail = run.log.steps[-max(1, len(run.log.steps) // 10) :]
+        run.log.write(folder, run.periods)
+    loaded, on_gpu = run.loaded, training.recipe.device == "cuda"
     return TrainRecord(
         name=name,
         status=status,
@@ -120,331 +85,215 @@ def train(
         module=training.module,
         options=training.options,
         seed=seed,
-        recipe=recipe.model_dump(mode="json"),
+        recipe=training.recipe.model_dump(mode="json"),
         recipe_changes=list(training.recipe_changes),
         lr=lr,
         lr_searched=lr_searched,
         steps_done=len(run.log.steps),
-        checkpoint=checkpoint,
-        checkpoint_why=None if checkpoint else (why or "nothing is kept of a trial"),
-        parameters=run.parameters,
-        trainable_parameters=run.trainable_parameters,
-        train_loss=_finite(float(np.mean([s["loss"] for s in tail]))) if tail else None,
-        validation_loss=_finite(run.validation_loss),
-        clipped_share=float(np.mean(clipped)) if clipped else None,
-        data=run.data,
-        timing=run.timing(),
+        checkpoint=run.checkpoint,
+        checkpoint_why=None if run.checkpoint else (why or "nothing is kept of a trial"),
+        parameters=loaded.facts.total_parameters if loaded else None,
+        trainable_parameters=loaded.promise.trainable_parameters if loaded else None,
+        train_loss=run.log.train_loss,
+        validation_loss=run.validation_loss,
+        clipped_share=run.log.clipped_share,
+        data=loaded.data if loaded else None,
+        timing=run.log.timing(load_s=run.load_s, synchronised=on_gpu),
         memory=run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None)),
-        engagement=checks,
-        notes=run.notes,
-        provenance=provenance(sources=sources_of(training.module), inputs=run.input_files(), device=run.device_name()),
+        engagement=run.checks,
+        notes=run.log.notes,
+        provenance=provenance(
+            sources=sources_of(training.module),
+            inputs=inputs.files(),
+            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+        ),
     )
 
 
-def _attempt(
-    run: _Run, folder: Path | None, state_folder: Path | None, every: int
-) -> tuple[Status, str | None, str | None]:
-    """Status, its reason, and the exported model's folder."""
-    try:
-        with run.phase("load"):
-            why = run.load()
-        if why is not None:
-            return "skipped", why, None
-        run.resume_or_prepare(state_folder)
-        run.steps(state_folder, every)
-        run.validation_loss = run.final_loss()
-        if not math.isfinite(run.validation_loss):
-            raise Diverged(f"validation loss is {run.validation_loss}")
-        with run.phase("save"):
-            return "ok", None, run.export(folder)
-    except Diverged as error:
-        return "diverged", str(error), None
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        return (
-            "oom",
-            f"in phase {run.current_phase}: {str(error).splitlines()[0] if str(error) else 'host memory'}",
-            None,
-        )
-    except RuntimeError as error:
-        # the CPU allocator has no exception of its own
-        if "can't allocate memory" not in str(error):
-            raise
-        return "oom", f"in phase {run.current_phase}: {str(error).splitlines()[0]}", None
-
-
 class _Run:
-    """The parts of one run; `train` calls them in order."""
+    """The parts of one run, in the order in which `attempt` calls them."""
 
-    def __init__(
-        self,
-        training: Training,
-        *,
-        name: str,
-        lr: float | None,
-        seed: int,
-        inputs: Inputs,
-        observation: Observation | None,
-    ) -> None:
-        self.training, self.recipe, self.name, self.lr, self.seed = training, training.recipe, name, lr, seed
+    def __init__(self, training: Training, *, name: str, inputs: Inputs, observation: Observation | None) -> None:
+        self.training, self.recipe, self.name = training, training.recipe, name
         self.inputs, self.observation = inputs, observation
-        self.device = self.recipe.device
-        self.meters = MemoryMeters(self.device)
+        self.meters = MemoryMeters(self.recipe.device)
         self.log = Log()
-        self.current_phase = "load"
+        self.loaded: Loaded | None = None
         self.load_s = 0.0
-        self.parameters: int | None = None
-        self.trainable_parameters: int | None = None
-        self.data: DataUse | None = None
-        self.validation_loss = math.nan
+        self.validation_loss: float | None = None
+        self.checkpoint: str | None = None
         self.checks: list[Check] = []
-        self.notes: list[str] = []
-        self.watch: Watch | None = None
+        self._phase = "load"
 
-    # ------------------------------------------------------------ load
+    def attempt(
+        self, lr: float | None, seed: int, folder: Path | None, state_folder: Path | None, checkpoint_every: int
+    ) -> tuple[Status, str | None]:
+        """Everything; bad outcomes become a status with its reason."""
+        try:
+            with self._in_phase("load"):
+                started = time.perf_counter()
+                run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
+                self.loaded, self.load_s = run, time.perf_counter() - started
+            first_step = self._resume(run, state_folder)
+            if first_step == 0:
+                self._prepare(run)
+            self._train(run, first_step, state_folder, checkpoint_every)
+            self._validate(run)
+            with self._in_phase("save"):
+                self._export(run, folder)
+        except CannotRunError as error:
+            return "skipped", str(error)
+        except DivergedError as error:
+            return "diverged", str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            return "oom", f"in phase {self._phase}: {(str(error) or 'host memory').splitlines()[0]}"
+        return "ok", None
 
-    def load(self) -> str | None:
-        """Load model and rows, attach the method; returns the reason if the method cannot run here."""
-        started = time.perf_counter()
-        method_class = find_method(self.training.module)
-        missing = [p for p in method_class.REQUIRES if importlib.util.find_spec(p) is None]
-        if missing:
-            return f"needs the package {', '.join(missing)}"
-        options = method_class.Config.model_validate(self.training.options, strict=False)
-        self.method: Method = method_class(options, recipe=self.recipe, lr=self.lr or 0.0, seed=self.seed)
-        tokenizer = load_tokenizer(self.inputs.model)
-        encode = {"max_length": self.recipe.max_length, "loss_on": self.recipe.loss_on}
-        rows, self.data = encode_rows(tokenizer, read_rows(self.inputs.rows / "train.json"), **encode)  # type: ignore[arg-type]
-        encode["loss_on"] = "answer"
-        held, _ = encode_rows(tokenizer, read_rows(self.inputs.rows / "validation.json"), **encode)  # type: ignore[arg-type]
-        model = load_model(self.inputs.model, weight_dtype=self.recipe.weight_dtype).to(self.device)
-        if self.recipe.activation_checkpointing:
-            # the re-entrant kind needs an input that requires grad; the hook it installs would force backward to
-            # visit every layer below the lowest active one, so it is taken off again
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            model.disable_input_require_grads()
-        self.facts = facts_of(model)
-        self.parameters = self.facts.total_parameters
-        why = self.method.skip(self.facts)
-        if why is not None:
-            return why
-        pad = tokenizer.pad_token_id
-        sizes = {"batch_size": self.recipe.batch_size, "micro_batch_size": self.recipe.micro_batch_size}
-        self.batches = Batches(rows, **sizes, seed=self.seed, pad_id=pad, device=self.device)
-        self.validation = fixed_batches(held, size=64, pad_id=pad, device="cpu")
-        count = self.observation.rows if self.observation else 0
-        self.observed_batches = fixed_batches(held[:count], size=self.recipe.micro_batch_size, pad_id=pad, device="cpu")
-        layers = find_layers(model)
-        self.base_parameters = [p for parameters in layers.layer_parameters() for p in parameters] + [
-            p for parameters in layers.outside.values() for p in parameters
-        ]
-        self.observer = Observer(layers.layer_parameters())
-        # from here on every new tensor that stays alive is the method's
-        self.watch = Watch(model, layers)
-        self.module: nn.Module = self.method.attach(model)
-        self.module.train()
-        self.watch.attached(self.module)
-        self.promise = self.method.expect(self.facts)
-        self.trainable_parameters = self.promise.trainable_parameters
-        self.total_steps = 0 if self.promise.layers == "none" else self.recipe.steps
-        self.period = self.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
-        self.load_s = time.perf_counter() - started
-        return None
+    # ------------------------------------------------------------ before the first step
 
-    # ------------------------------------------------------------ prepare
+    def _resume(self, run: Loaded, state_folder: Path | None) -> int:
+        """Take up the state of a killed run; returns the steps it had done."""
+        found = resume.load(state_folder, run.module) if state_folder is not None else None
+        if found is None:
+            return 0
+        done, rest = found
+        run.method.load_state_dict(rest["method"])
+        run.watch.load_state_dict(rest["watch"])
+        self.log = Log(**rest["log"])
+        self.log.notes.append(f"resumed after step {done}")
+        return done
 
-    def resume_or_prepare(self, state_folder: Path | None) -> None:
-        """Take up the state of a killed run, or let the method measure what it needs before the first step."""
-        self.first_step = 0
-        if state_folder is not None:
-            found = resume.load(state_folder, self.module)
-            if found is not None:
-                self.first_step, rest = found
-                self.method.load_state_dict(rest["method"])
-                self._watch.load_state_dict(rest["watch"])
-                self.log = Log(**rest["log"])
-                self.notes.append(f"resumed after step {self.first_step}")
-                return
-        with self.phase("prepare"):
+    def _prepare(self, run: Loaded) -> None:
+        """Let the method measure what it needs, on batches of its own."""
+        with self._in_phase("prepare"):
             started = time.perf_counter()
             # dropout in the probe must not shift the random numbers of training
-            with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self.device == "cuda" else []):
-                self.method.prepare(CalibrationBatches(self.batches))
+            with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._on_gpu else []):
+                run.method.prepare(CalibrationBatches(run.batches))
             self._synchronise()
             self.log.prepare_s = time.perf_counter() - started
+        self._observe(run, 0)
 
     # ------------------------------------------------------------ steps
 
-    def steps(self, state_folder: Path | None, checkpoint_every: int) -> None:
+    def _train(self, run: Loaded, first_step: int, state_folder: Path | None, checkpoint_every: int) -> None:
         """All optimizer steps, the observer and the engagement watch between them."""
-        if self.first_step == 0:
-            self._observe(0)
-        with (
-            Progress(self.total_steps, self.name, done=self.first_step) if self.total_steps else _nothing() as progress
-        ):
-            for step in range(self.first_step, self.total_steps):
-                with self.phase("first_step" if step == 0 else "steady"):
-                    loss = self._step(step)
+        total = self.recipe.steps if run.method.TRAINS else 0
+        period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
+        with Progress(total, self.name, done=first_step) as progress:
+            for step in range(first_step, total):
+                with self._in_phase("first_step" if step == 0 else "steady"):
+                    loss = self._step(run, step, starts_period=step % period == 0)
                 done = step + 1
-                if done % self.period == 0 or done == self.total_steps:
-                    self._watch.end_period(step)
-                if self.observation and (done % self.observation.every_steps == 0 or done == self.total_steps):
-                    self._observe(done)
-                if state_folder is not None and done % checkpoint_every == 0 and done < self.total_steps:
-                    self._save(state_folder, done)
-                if progress is not None:
-                    progress.advance(f"loss {loss:.3f}")
-        self.checks = verdict(self.promise, self.facts, self.periods, coarse_weights=self.recipe.weight_dtype == "bf16")
+                if done % period == 0 or done == total:
+                    run.watch.end_period(step)
+                if self.observation and (done % self.observation.every_steps == 0 or done == total):
+                    self._observe(run, done)
+                if state_folder is not None and done % checkpoint_every == 0 and done < total:
+                    self._save(run, state_folder, done)
+                progress.advance(f"loss {loss:.3f}")
+        coarse = self.recipe.weight_dtype == "bf16"
+        self.checks = verdict(run.promise, run.facts, self.periods, coarse_weights=coarse)
 
-    def _step(self, step: int) -> float:
+    def _step(self, run: Loaded, step: int, *, starts_period: bool) -> float:
         """One optimizer step; returns the mean loss per label token."""
-        starts_period = step % self.period == 0
-        started = time.perf_counter()
+        started, watching = time.perf_counter(), 0.0
         factor = lr_factor(step, self.recipe)
-        self.method.set_lr_factor(factor)
-        self.method.begin_step(step)
-        trace = self.method.trace()
-        self._log_belief(step, trace)
-        watching = 0.0
+        run.method.set_lr_factor(factor)
+        run.method.begin_step(step)
+        trace = run.method.trace()
+        self.log.belief(step, trace)
         if starts_period:
-            watching += self._timed(lambda: self._watch.start_period(step, trace))
-        micro_batches = self.batches.step(step)
+            watching += _seconds(lambda: run.watch.start_period(step, trace))
+        micro_batches = run.batches.step(step)
         targets = sum(label_tokens(batch) for batch in micro_batches)
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.recipe.device)
         for number, batch in enumerate(micro_batches):
-            loss = token_loss(self.module, batch) / targets
-            self.method.backward(loss, last=number == len(micro_batches) - 1)
+            loss = token_loss(run.module, batch) / targets
+            run.method.backward(loss, last=number == len(micro_batches) - 1)
             total += loss.detach()
         if starts_period:
-            watching += self._timed(self._watch.before_update)
-        facts = self.method.end_step(lambda: self._replay(micro_batches, targets))
+            watching += _seconds(run.watch.before_update)
+        facts = run.method.end_step(lambda: _replay(run, micro_batches, targets))
         self._synchronise()
-        spent = time.perf_counter() - started - watching
+        seconds = time.perf_counter() - started - watching
         mean = float(total)
-        self._log_step(step, mean, factor, facts, sum(int(b["attention_mask"].sum()) for b in micro_batches), spent)
+        if not math.isfinite(mean) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
+            raise DivergedError(f"at step {step}: loss {mean}, gradient norm {facts.grad_norm}")
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
+        self.log.step(step, loss=mean, factor=factor, facts=facts, tokens=tokens, seconds=seconds)
         if starts_period:
+            # the harness's own tensors of this step must not be counted as the method's
             del loss, batch, micro_batches, total
-            self._watch.after_update()
+            run.watch.after_update()
         return mean
 
-    def _replay(self, micro_batches: Sequence[dict[str, Tensor]], targets: int) -> Iterator[Tensor]:
-        return (token_loss(self.module, batch) / targets for batch in micro_batches)
+    def _observe(self, run: Loaded, done: int) -> None:
+        if self.observation is not None:
+            rms, loss = run.observer.observe(run.module, run.observed)
+            self.log.observed.append({"step": done, "gradient_rms": rms, "validation_loss": loss})
 
-    def _log_step(self, step: int, loss: float, factor: float, facts: StepFacts, tokens: int, spent: float) -> None:
-        if not math.isfinite(loss) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
-            raise Diverged(f"at step {step}: loss {loss}, gradient norm {facts.grad_norm}")
-        row = {"step": step, "loss": loss, "lr_factor": factor, "grad_norm": facts.grad_norm, "clipped": facts.clipped}
-        self.log.steps.append({**row, "tokens": tokens, "step_s": spent})
+    def _save(self, run: Loaded, folder: Path, done: int) -> None:
+        frozen = run.own_parameters if run.promise.base_frozen else []
+        rest = {"method": run.method.state_dict(), "watch": run.watch.state_dict(), "log": vars(self.log)}
+        resume.save(folder, step=done, module=run.module, frozen=frozen, rest=rest)
 
-    def _log_belief(self, step: int, trace: Any) -> None:
-        if trace is None:
-            return
-        row: dict[str, Any] = {"step": step, "active": list(trace.active)}
-        for key in ("importance", "probability", "age_steps"):
-            value = getattr(trace, key)
-            row[key] = None if value is None else list(value)
-        last = self.log.believed[-1] if self.log.believed else None
-        if last is None or any(row[key] != last[key] for key in ("active", "importance", "probability")):
-            self.log.believed.append(row)
+    # ------------------------------------------------------------ after the last step
 
-    def _observe(self, done: int) -> None:
-        if self.observation is None:
-            return
-        batches = [{k: v.to(self.device) for k, v in batch.items()} for batch in self.observed_batches]
-        rms, loss = self.observer.observe(self.module, batches)
-        self.log.observed.append({"step": done, "gradient_rms": rms, "validation_loss": loss})
-
-    def _save(self, folder: Path, done: int) -> None:
-        frozen = self.base_parameters if self.promise.base_frozen else []
-        rest = {"method": self.method.state_dict(), "watch": self._watch.state_dict(), "log": vars(self.log)}
-        resume.save(folder, step=done, module=self.module, frozen=frozen, rest=rest)
-
-    # ------------------------------------------------------------ end
-
-    def final_loss(self) -> float:
+    def _validate(self, run: Loaded) -> None:
         """Mean nats per answer token over the whole validation split."""
-        return mean_loss(self.module, [{k: v.to(self.device) for k, v in b.items()} for b in self.validation])
+        loss = mean_loss(run.module, run.validation)
+        if not math.isfinite(loss):
+            raise DivergedError(f"the validation loss is {loss}")
+        self.validation_loss = loss
 
-    def export(self, folder: Path | None) -> str | None:
+    def _export(self, run: Loaded, folder: Path | None) -> None:
         """Write a plain model folder; an untouched model is named where it is."""
         if folder is None:
-            return None
-        if self.promise.layers == "none":
-            return self.inputs.model_text or str(self.inputs.model)
-        target = folder / "model"
-        with durable.whole_folder(target) as temporary:
-            self.method.export(temporary)
+            return
+        if not run.method.TRAINS:
+            self.checkpoint = self.inputs.model_text or str(self.inputs.model)
+            return
+        with durable.whole_folder(folder / "model") as temporary:
+            run.method.export(temporary)
             load_tokenizer(self.inputs.model).save_pretrained(temporary)
-        return str(target)
-
-    def write_logs(self, folder: Path) -> None:
-        """steps, believed, observed and periods, one JSON object a line."""
-        durable.write_jsonl(folder / "steps.jsonl", self.log.steps)
-        durable.write_jsonl(folder / "believed.jsonl", self.log.believed)
-        durable.write_jsonl(folder / "observed.jsonl", self.log.observed)
-        durable.write_jsonl(folder / "periods.jsonl", [vars(p) for p in self.periods])
-
-    def timing(self) -> Timing:
-        """The clock's figures; throughput is null with a reason where too few steps were made."""
-        warmup = max(MIN_WARMUP, round(WARMUP_SHARE * self.total_steps)) if self.log.steps else 0
-        timed = self.log.steps[warmup:]
-        seconds = np.array([s["step_s"] for s in timed])
-        tokens = sum(s["tokens"] for s in timed)
-        return Timing(
-            load_s=self.load_s,
-            prepare_s=self.log.prepare_s,
-            train_s=sum(s["step_s"] for s in self.log.steps),
-            warmup_steps=warmup,
-            step_median_s=float(np.median(seconds)) if timed else None,
-            step_p95_s=float(np.quantile(seconds, 0.95)) if timed else None,
-            throughput_tokens_per_s=tokens / float(seconds.sum()) if timed else None,
-            throughput_why=None if timed else "no step after the warm-up",
-            device_synchronised=self.device == "cuda",
-        )
+        self.checkpoint = str(folder / "model")
 
     # ------------------------------------------------------------ small
 
     @property
-    def _watch(self) -> Watch:
-        assert self.watch is not None
-        return self.watch
+    def periods(self) -> list[Period]:
+        """Periods that came to their end."""
+        return [p for p in self.loaded.watch.periods if p.last_step >= 0] if self.loaded else []
 
     @property
-    def periods(self) -> list[Any]:
-        """Periods that came to their end."""
-        return [p for p in self.watch.periods if p.last_step >= 0] if self.watch else []
+    def _on_gpu(self) -> bool:
+        return self.recipe.device == "cuda"
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def _in_phase(self, name: str) -> Iterator[None]:
         """Meters and error messages of the block go under `name`."""
-        self.current_phase = name
+        self._phase = name
         with self.meters.phase(name):
             yield
 
-    def input_files(self) -> dict[str, Path]:
-        """What the run read, by role."""
-        files = {"train rows": self.inputs.rows / "train.json", "validation rows": self.inputs.rows / "validation.json"}
-        files |= {f"model {p.name}": p for p in sorted(self.inputs.model.glob("*.safetensors"))}
-        return {role: path for role, path in files.items() if path.exists()}
-
-    def device_name(self) -> str:
-        """ "cpu", or the accelerator's name."""
-        return torch.cuda.get_device_name() if self.device == "cuda" else "cpu"
-
     def _synchronise(self) -> None:
-        if self.device == "cuda":
+        if self._on_gpu:
             torch.cuda.synchronize()
 
-    @staticmethod
-    def _timed(action: Any) -> float:
-        started = time.perf_counter()
-        action()
-        return time.perf_counter() - started
+
+def _out_of_memory(error: Exception) -> bool:
+    """The CPU allocator has no exception of its own, only words."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield None
+def _replay(run: Loaded, micro_batches: Sequence[dict[str, Tensor]], targets: int) -> Iterator[Tensor]:
+    return (token_loss(run.module, batch) / targets for batch in micro_batches)
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _seconds(action: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started

@@ -6,6 +6,7 @@ behind, and draws no random number, so a run with it and one without it train th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -53,4 +54,4 @@ class Observer:
 
 def _rms(parameters: Sequence[nn.Parameter]) -> float:
     square = sum(float(p.grad.to(torch.float64).square().sum()) for p in parameters if p.grad is not None)
-    return (square / sum(p.numel() for p in parameters)) ** 0.5
+    return math.sqrt(square / sum(p.numel() for p in parameters))

@@ -12,7 +12,8 @@ from harness.provenance import provenance
 from harness.record import SearchRecord, Trial
 from harness.sources import training as sources_of
 from harness.spec import SearchJob
-from harness.training.loop import Inputs, train
+from harness.training.loading import Inputs
+from harness.training.loop import train
 
 
 def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchRecord:

@@ -1,0 +1,197 @@
+"""One whole small study through Snakemake: run, run again, lose a figure, lose a job, edit the config."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.pipeline
+
+
+class Study:
+    """A working folder with one config, and Snakemake on it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config = folder, folder / "micro.yaml"
+        shutil.copy(ROOT / "tests" / "pipeline" / "micro.yaml", self.config)
+
+    def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.folder),
+            "--profile", str(ROOT / "profiles" / "default"), "--cores", "2", "--configfile", str(self.config), *words,
+        ]  # fmt: skip
+        return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=self.folder)
+
+    def results(self) -> dict[str, int]:
+        """Every file under results/ and when it was written."""
+        return {
+            str(p.relative_to(self.folder)): p.stat().st_mtime_ns
+            for p in (self.folder / "results").rglob("*")
+            if p.is_file()
+        }
+
+    def run(self, method: str) -> Path:
+        (folder,) = (self.folder / "results" / "runs").glob(f"mini--arithmetic--{method}--seed0--*")
+        return folder
+
+    def train_command(self, method: str) -> list[str]:
+        spec = self.run(method).relative_to(self.folder) / "spec.json"
+        return [
+            sys.executable,
+            "-m",
+            "harness",
+            "train",
+            "--spec",
+            str(spec),
+            "--threads",
+            "1",
+            "--checkpoint-every",
+            "3",
+        ]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    made = Study(tmp_path_factory.mktemp("study"))
+    done = made.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return made
+
+
+def test_the_study_ends_in_a_page_with_tables_and_figures(study: Study) -> None:
+    out = study.folder / "results" / "micro"
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "accuracy" in page.lower()
+    # self-contained: nothing is fetched when it is opened
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    for name in ("accuracy", "heldout_loss", "runs", "efficiency", "learning_rates"):
+        for kind in ("csv", "md", "tex"):
+            assert (out / "tables" / f"{name}.{kind}").stat().st_size > 0
+    figures = {p.stem for p in (out / "figures").glob("*.svg")}
+    assert any(name.startswith("importance--mini--grass") for name in figures)
+    assert figures == {p.stem for p in (out / "figures").glob("*.png")}
+
+
+def test_every_run_is_engaged_and_scored(study: Study) -> None:
+    for method in ("base", "full", "grass"):
+        record = json.loads((study.run(method) / "train.json").read_text())
+        assert (record["status"], record["status_why"]) == ("ok", None)
+        (score,) = (study.run(method) / "eval").glob("*.json")
+        assert json.loads(score.read_text())["scores"][0]["rows"] == 20
+
+
+def test_a_number_of_each_table_is_what_the_raw_records_say(study: Study) -> None:
+    """Accuracy from the documents, held-out loss from documents and tokens, state bytes from the run's own record."""
+    (documents,) = (study.run("full") / "eval").glob("*.parquet")
+    raw = pd.read_parquet(documents)
+    tables = study.folder / "results" / "micro" / "tables"
+    accuracy = sum(bool(c) for c in raw["correct"]) / len(raw)
+    assert _holds(tables / "accuracy.csv", "full", "accuracy_mean_share", accuracy)
+    loss = sum(x * n for x, n in zip(raw["loss"], raw["tokens"], strict=True)) / sum(raw["tokens"])
+    assert _holds(tables / "heldout_loss.csv", "full", "heldout_loss_mean_nats_per_token", loss)
+    record = json.loads((study.run("grass") / "train.json").read_text())
+    assert _holds(tables / "efficiency.csv", "grass", "state_peak_bytes", record["memory"]["state_peak_bytes"])
+    assert _holds(tables / "efficiency.csv", "grass", "trainable_parameters", record["trainable_parameters"])
+    chosen = [row for row in _rows(tables / "learning_rates.csv", "grass") if row["selected"] == "True"]
+    assert [float(row["lr"]) for row in chosen] == [record["lr"]]
+
+
+def test_a_cell_of_the_heat_maps_is_what_the_raw_logs_say(study: Study) -> None:
+    lines = [json.loads(line) for line in (study.run("grass") / "observed.jsonl").read_text().splitlines()]
+    frame = pd.read_parquet(study.folder / "results" / "micro" / "observed.parquet")
+    mine = frame[frame["run"] == study.run("grass").name]
+    last = lines[-1]
+    cell = mine[(mine["step"] == last["step"]) & (mine["layer"] == 2)]["gradient_rms"].item()
+    assert cell == last["gradient_rms"][2]
+    believed = [json.loads(line) for line in (study.run("grass") / "believed.jsonl").read_text().splitlines()]
+    frame = pd.read_parquet(study.folder / "results" / "micro" / "believed.parquet")
+    mine = frame[(frame["run"] == study.run("grass").name) & (frame["step"] == believed[-1]["step"])]
+    assert mine.sort_values("layer")["importance"].tolist() == believed[-1]["importance"]
+    assert set(mine[mine["active"]]["layer"]) == set(believed[-1]["active"])
+
+
+def test_a_second_run_has_nothing_to_do(study: Study) -> None:
+    before = study.results()
+    again = study.snakemake()
+    assert "Nothing to be done" in again.stdout + again.stderr
+    assert study.results() == before
+
+
+def test_a_lost_figure_is_drawn_again_and_nothing_else_is_made(study: Study) -> None:
+    before = study.results()
+    shutil.rmtree(study.folder / "results" / "micro" / "figures")
+    assert study.snakemake().returncode == 0
+    after = study.results()
+    assert set(after) == set(before)
+    changed = {name for name in after if after[name] != before[name]}
+    assert {str(Path(name).parent) for name in changed} == {"results/micro/figures"}
+
+
+def test_a_killed_job_resumes_to_the_same_weights(study: Study) -> None:
+    """The process is killed without warning after its first resume state; Snakemake then runs it again."""
+    run = study.run("grass")
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    losses = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
+    (run / "train.json").unlink()
+    shutil.rmtree(run / "model")
+    state = study.folder / "results" / "state" / run.name / "state.pt"
+    process = subprocess.Popen(
+        study.train_command("grass"), cwd=study.folder, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    _kill_when(process, state)
+    assert state.exists()
+    assert not (run / "train.json").exists()
+    assert study.snakemake().returncode == 0
+    record = json.loads((run / "train.json").read_text())
+    assert any(note.startswith("resumed after step") for note in record["notes"])
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()] == losses
+    assert not state.exists()
+
+
+def test_an_edited_config_adds_runs_and_touches_none(study: Study) -> None:
+    text = study.config.read_text()
+    before = study.results()
+    try:
+        study.config.write_text(text.replace("full: {module: full, lr: 1.0e-3}", "full: {module: full, lr: 2.0e-3}"))
+        plan = study.snakemake("-n")
+        # one training run and its score; everything trained before stays as it is
+        assert re.search(r"train +1\n", plan.stdout + plan.stderr), plan.stdout + plan.stderr
+        assert not re.search(r"(search|pretrain|prefetch_rows) +\d", plan.stdout + plan.stderr)
+    finally:
+        study.config.write_text(text)
+    assert study.results() == before
+
+
+def _rows(table: Path, method: str) -> list[dict[str, str]]:
+    with table.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["method"] == method]
+
+
+def _holds(table: Path, method: str, column: str, value: float) -> bool:
+    """Whether the only row of `method` has this number in `column`."""
+    (row,) = _rows(table, method)
+    return abs(float(row[column]) - value) <= 1e-6 * max(1.0, abs(value))
+
+
+def _kill_when(process: subprocess.Popen[bytes], state: Path) -> None:
+    """Kill the whole process group as soon as a resume state is on disk."""
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None, "the job ended before it wrote a resume state"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,342 @@
+"""A study resolved into jobs: names that say what a job is, specs that are never touched again, each job's state."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from harness.__main__ import main
+from harness.config import load_study
+from harness.places import Places
+from harness.plan import Plan, open_study, outputs, resolve_study
+from harness.sources import current_sha256
+from harness.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
+
+STUDY = """\
+study: mine
+title: A study
+seeds: [0, 1]
+models:
+  tiny:
+    kind: pretrain
+    layers: 2
+    width: 16
+    heads: 2
+    feed_forward: 32
+    corpus: {one_step_share: 0.3, fact_share: 0.8, guess_share: 0.5}
+    steps: 5
+    rows: 4
+    length: 32
+    lr: 1.0e-3
+    seed: 0
+tasks:
+  sums:
+    train: {kind: generated, family: arithmetic, seed: 1, train_rows: 40, validation_rows: 8}
+    suites:
+      two-step: {kind: generated, variant: two-step, seed: 2, rows: 8, scoring: number, max_new_tokens: 8}
+methods:
+  base: {module: base, seeds: [0]}
+  full: {module: full}
+  lora: {module: lora, options: {rank: 4, alpha: 8}}
+recipe:
+  steps: 10
+  batch_size: 8
+  micro_batch_size: 4
+  max_length: 48
+  loss_on: answer
+  warmup_steps: 2
+  max_grad_norm: 1.0
+search: {grid: [1.0e-3, 3.0e-3, 1.0e-2], seeds: [100], max_extensions: 1}
+observation: {every_steps: 5, rows: 4}
+runtime: {threads: 1}
+"""
+
+
+def written(folder: Path, *edits: tuple[str, str]) -> Path:
+    text = STUDY
+    for old, new in edits:
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the study"
+        text = text.replace(old, new)
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def plan_of(folder: Path, *edits: tuple[str, str]) -> Plan:
+    return resolve_study(load_study(written(folder, *edits)))
+
+
+def every_name(plan: Plan) -> set[str]:
+    jobs = (plan.models, plan.rows, plan.suites, plan.searches, plan.runs, plan.evals)
+    return {name for kind in jobs for name in kind}
+
+
+def of_method(plan: Plan, label: str) -> set[str]:
+    return {name for name in plan.runs if f"--{label}--" in name}
+
+
+# ---------------------------------------------------------------- speed
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from harness.__main__ import main; "
+        f"code = main(['plan', '--config', {str(written(tmp_path))!r}]); "
+        "heavy = {'torch', 'transformers', 'pandas', 'numpy', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(f'{code}, imported {heavy}' if code or heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_thousand_runs_are_planned_in_seconds(tmp_path: Path) -> None:
+    seeds = f"seeds: {[s for s in range(501) if s != 100]}"
+    path = written(tmp_path, ("seeds: [0, 1]", seeds))
+    started = time.perf_counter()
+    plan = resolve_study(load_study(path))
+    spent = time.perf_counter() - started
+    assert len(plan.runs) == 1001
+    # measured: 0.2 s on one core of a busy two-core machine; the limit leaves room for a slow one
+    assert spent < 5
+    print(f"{len(plan.runs)} runs planned in {spent:.2f} s")
+
+
+# ---------------------------------------------------------------- the grid
+
+
+def test_a_study_is_models_times_tasks_times_methods_times_seeds(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert {name.rsplit("--", 1)[0] for name in plan.runs} == {
+        "tiny--sums--base--seed0",
+        "tiny--sums--full--seed0",
+        "tiny--sums--full--seed1",
+        "tiny--sums--lora--seed0",
+        "tiny--sums--lora--seed1",
+    }
+    assert [len(kind) for kind in (plan.models, plan.rows, plan.suites, plan.evals)] == [1, 1, 1, 1]
+    assert set(plan.eval_of) == set(plan.runs)
+
+
+def test_the_seeds_of_a_method_share_one_search_and_the_base_model_has_none(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path)
+    assert {name.rsplit("--", 1)[0] for name in plan.searches} == {"tiny--sums--full", "tiny--sums--lora"}
+    for run in plan.runs.values():
+        search = run.search_job()
+        if run.training.label == "base":
+            assert (search, run.lr, run.search) == (None, None, None)
+        else:
+            assert search is not None
+            assert search.name in plan.searches
+
+
+def test_a_method_with_a_rate_of_its_own_is_not_searched(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ("full: {module: full}", "full: {module: full, lr: 0.01}"))
+    assert {name.rsplit("--", 1)[0] for name in plan.searches} == {"tiny--sums--lora"}
+    assert {run.lr for run in plan.runs.values() if run.training.label == "full"} == {0.01}
+
+
+# ---------------------------------------------------------------- what a name depends on
+
+
+def test_another_option_adds_runs_and_leaves_all_other_names_alone(tmp_path: Path) -> None:
+    before, after = plan_of(tmp_path), plan_of(tmp_path, ("rank: 4", "rank: 8"))
+    assert not of_method(before, "lora") & of_method(after, "lora")
+    assert len(of_method(after, "lora")) == 2
+    changed = {name for name in every_name(before) ^ every_name(after) if "--lora--" not in name}
+    assert not changed
+
+
+def test_an_option_that_says_the_default_is_the_same_run(tmp_path: Path) -> None:
+    said = plan_of(tmp_path, ("rank: 4, alpha: 8", "alpha: 8, dropout: 0.0, rank: 4"))
+    assert every_name(said) == every_name(plan_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("right", "other"),
+    [
+        ("steps: 10", "steps: 11"),
+        ("loss_on: answer", "loss_on: all"),
+        ("train_rows: 40", "train_rows: 41"),
+        ("width: 16", "width: 32"),
+        ("every_steps: 5", "every_steps: 10"),
+    ],
+)
+def test_what_decides_a_run_decides_its_name(tmp_path: Path, right: str, other: str) -> None:
+    assert not set(plan_of(tmp_path).runs) & set(plan_of(tmp_path, (right, other)).runs)
+
+
+def test_another_grid_renames_searches_and_searched_runs_only(tmp_path: Path) -> None:
+    before, after = plan_of(tmp_path), plan_of(tmp_path, ("1.0e-2]", "2.0e-2]"))
+    assert not set(before.searches) & set(after.searches)
+    assert set(before.runs) & set(after.runs) == of_method(before, "base")
+
+
+def test_a_new_suite_changes_no_run(tmp_path: Path) -> None:
+    old = "    suites:\n"
+    suite = "{kind: generated, variant: three-step, seed: 3, rows: 8, scoring: number, max_new_tokens: 8}"
+    before, after = plan_of(tmp_path), plan_of(tmp_path, (old, f"{old}      three-step: {suite}\n"))
+    assert before.runs.keys() == after.runs.keys()
+    assert before.searches.keys() == after.searches.keys()
+    assert before.suites.keys() < after.suites.keys()
+    assert not before.evals.keys() & after.evals.keys()
+
+
+def test_how_a_run_is_carried_out_is_no_part_of_its_name(tmp_path: Path) -> None:
+    other = "runtime: {threads: 2, checkpoint_every_steps: 7, eval_batch_size: 3}"
+    assert every_name(plan_of(tmp_path, ("runtime: {threads: 1}", other))) == every_name(plan_of(tmp_path))
+
+
+def test_words_for_the_reader_are_no_part_of_a_name(tmp_path: Path) -> None:
+    other = plan_of(
+        tmp_path,
+        ("study: mine", "study: yours"),
+        ("title: A study", "title: Another\nnotes: [a note]"),
+        ("full: {module: full}", "full: {module: full, note: the yardstick}"),
+    )
+    assert every_name(other) == every_name(plan_of(tmp_path))
+
+
+def test_two_studies_share_the_runs_they_have_in_common(tmp_path: Path) -> None:
+    one = plan_of(tmp_path)
+    other = plan_of(
+        tmp_path,
+        ("study: mine", "study: yours"),
+        ("seeds: [0, 1]", "seeds: [1, 2]"),
+        ("  lora: {module: lora, options: {rank: 4, alpha: 8}}\n", "  lisa: {module: lisa}\n"),
+    )
+    common = {name.rsplit("--", 1)[0] for name in set(one.runs) & set(other.runs)}
+    assert common == {"tiny--sums--base--seed0", "tiny--sums--full--seed1"}
+    assert set(one.models) == set(other.models)
+
+
+def test_a_method_that_changes_the_recipe_wears_a_dagger_and_another_name(tmp_path: Path) -> None:
+    before = plan_of(tmp_path)
+    change = "full: {module: full, recipe: {weight_decay: 0.1, max_grad_norm: null}}"
+    after = plan_of(tmp_path, ("full: {module: full}", change))
+    for run in after.runs.values():
+        daggers = ("max_grad_norm", "weight_decay") if run.training.label == "full" else ()
+        assert run.training.recipe_changes == daggers
+    assert {name for name in after.runs if name not in before.runs} == of_method(after, "full")
+    changed = next(run.training.recipe for run in after.runs.values() if run.training.label == "full")
+    assert (changed.weight_decay, changed.max_grad_norm, changed.steps) == (0.1, None, 10)
+
+
+def test_a_change_that_changes_nothing_still_wears_the_dagger(tmp_path: Path) -> None:
+    # it would follow the study's recipe no more if that changed
+    after = plan_of(tmp_path, ("full: {module: full}", "full: {module: full, recipe: {steps: 10}}"))
+    assert of_method(after, "full").isdisjoint(plan_of(tmp_path).runs)
+
+
+def test_a_tasks_recipe_is_for_all_methods_and_wears_no_dagger(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, ("    suites:\n", "    recipe: {steps: 20}\n    suites:\n"))
+    assert {run.training.recipe.steps for run in plan.runs.values()} == {20}
+    assert {run.training.recipe_changes for run in plan.runs.values()} == {()}
+
+
+# ---------------------------------------------------------------- specs on disk
+
+
+def spec_files(root: Path) -> dict[Path, type[Job]]:
+    kinds: list[tuple[str, type[Job]]] = [
+        ("inputs/models/*/spec.json", ModelJob),
+        ("inputs/rows/*/spec.json", RowsJob),
+        ("inputs/suites/*/spec.json", SuiteJob),
+        ("searches/*/spec.json", SearchJob),
+        ("runs/*/spec.json", RunJob),
+        ("evals/*.json", EvalJob),
+    ]
+    return {path: job for pattern, job in kinds for path in root.glob(pattern)}
+
+
+def test_every_spec_file_reads_back_as_the_job_it_is_named_after(tmp_path: Path) -> None:
+    plan = open_study(written(tmp_path), Places(tmp_path / "results"))
+    files = spec_files(tmp_path / "results")
+    assert len(files) == len(every_name(plan))
+    for path, job in files.items():
+        label = path.stem if job is EvalJob else path.parent.name
+        assert job.model_validate_json(path.read_bytes()).name == label
+
+
+def test_a_spec_is_written_once_and_never_touched_again(tmp_path: Path) -> None:
+    places = Places(tmp_path / "results")
+    open_study(written(tmp_path), places)
+    first = {path: path.stat() for path in spec_files(places.root)}
+    # even one that somebody changed: what was run stays on record
+    changed = next(iter(first))
+    changed.write_text("{}")
+    first[changed] = changed.stat()
+    time.sleep(0.02)
+    open_study(written(tmp_path, ("rank: 4", "rank: 8")), places)
+    after = spec_files(places.root)
+    assert len(after) == len(first) + 3  # two runs and a search of the new rank
+    for path, stat in first.items():
+        assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
+
+
+def test_a_lost_spec_is_written_anew(tmp_path: Path) -> None:
+    places = Places(tmp_path / "results")
+    open_study(written(tmp_path), places)
+    lost = next(path for path in spec_files(places.root) if path.parent.parent.name == "runs")
+    text = lost.read_text()
+    lost.unlink()
+    open_study(written(tmp_path), places)
+    assert lost.read_text() == text
+
+
+def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path: Path) -> None:
+    files = "{kind: files, paths: [nowhere.json], seed: 1, validation_rows: 8}"
+    generated = "{kind: generated, family: arithmetic, seed: 1, train_rows: 40, validation_rows: 8}"
+    plan = open_study(written(tmp_path, (generated, files)), Places(tmp_path / "results"), dry_run=True)
+    assert len(plan.runs) == 5
+    assert not (tmp_path / "results").exists()
+
+
+# ---------------------------------------------------------------- the plan stage
+
+
+def test_the_plan_stage_tells_done_from_stale_from_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, places = written(tmp_path), Places()
+    plan = open_study(path, places)
+    trained = [output for output in outputs(plan, places) if output.kind == "train"]
+    done, stale = trained[0], trained[1]
+    for output, digest in ((done, current_sha256(plan, done)), (stale, "0" * 64)):
+        record = {"status": "ok", "provenance": {"source_sha256": digest}}
+        output.path.write_text(json.dumps(record))
+    assert main(["plan", "--config", str(path)]) == 0
+    shown = capsys.readouterr().out
+    states = {}
+    for line in shown.splitlines():
+        for output in trained:
+            if output.name in line:
+                states[output.name] = line.split("train")[0].strip()
+    assert states.pop(done.name) == "done"
+    assert states.pop(stale.name) == "stale"
+    assert Counter(states.values()) == {"to do": 3}
+    assert "mine: 1 models x 1 tasks x 3 methods = 5 runs, 2 searches" in shown
+    assert "train    1 done, 1 stale, 3 to do" in shown
+    assert "stale: made by other code than today's" in shown
+
+
+def test_the_plan_stage_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "--config", str(written(tmp_path)), "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert "stale" not in shown
+    assert all(
+        name in shown
+        for kind in ("models", "rows", "suites", "searches", "runs")
+        for name in vars(plan_of(tmp_path))[kind]
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
