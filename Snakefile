@@ -52,3 +52,7 @@ rule all:
     default_target: True
     input:
         STUDY / "report.html",
+        STUDY / "tables",
+        STUDY / "figures",
+        # named again: Snakemake does not miss a lost record while what was made of it is there
+        rules.collect.input,

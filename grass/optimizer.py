@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,13 @@ class Grass(Optimizer):
         seed: int = 0,
         layers: Sequence[nn.Module] | None = None,
     ) -> None:
+        for name, given, valid in (
+            ("norm", norm, get_args(Norm)),
+            ("sampler", sampler, get_args(Sampler)),
+            ("state", state, ("keep", "reset")),
+        ):
+            if given not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(valid)}, not {given!r}")
         found = find_layers(model, layers=layers)
         self.layer_parameters = found.layer_parameters()
         self.refresh_every = sample_every if refresh_every is None else refresh_every

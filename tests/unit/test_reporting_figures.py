@@ -39,11 +39,11 @@ def folder(frames: Frames, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_figures_repeat_byte_for_byte(frames: Frames, folder: Path, tmp_path: Path) -> None:
-    write_figures(frames, STUDY, tmp_path)
+    write_figures(frames, STUDY, tmp_path / "figures")
     first = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()}
-    assert first == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
-    captions = json.loads(first["captions.json"])
-    assert set(first) == {"captions.json"} | {f"{name}.{s}" for name in captions for s in ("svg", "png")}
+    assert first == {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()}
+    captions = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    assert set(first) == {f"{name}.{s}" for name in captions for s in ("svg", "png")}
     assert {f"importance--tiny--{m}" for m in ("lisa", "grass-static", "grass")} < captions.keys()
     assert all(texts["caption"] and texts["alt"] for texts in captions.values())
 

@@ -46,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return int(stage.run(own.parse_args(chosen.rest)))
+    except BrokenPipeError:
+        # `plan | head`: the reader has seen enough; Python's own flush at exit must not complain either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ConfigError, ValueError) as error:
         print(f"harness {chosen.stage}: {error}", file=sys.stderr)
         return 2

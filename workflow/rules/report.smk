@@ -34,18 +34,20 @@ rule figures:
         report(
             directory(STUDY / "figures"), patterns=["{name}.svg"], caption="../report/figures.rst", category="Figures"
         ),
+        captions=STUDY / "figures.json",
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output}"
+        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output[0]}"
 
 
 rule page:
     input:
         [STUDY / f"{name}.parquet" for name in FRAMES],
-        # made from the same rows: drawing a lost figure again does not make the page old
+        # made from the same rows: drawing lost figures again does not make the page old; named by their captions,
+        # which stay where they are when the folder of figures is lost
+        ancient(STUDY / "figures.json"),
         ancient(STUDY / "tables"),
-        ancient(STUDY / "figures"),
     output:
         STUDY / "report.html",
     params:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from harness.durable import sha256, whole_folder, write_json
+from harness.durable import sha256, write_json
 from harness.inputs.generated import suite_rows, training_rows
 from harness.inputs.prompts import Row
 from harness.places import resolve
@@ -49,7 +49,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
-    """Write train.json, validation.json and manifest.json into `folder`, which appears whole or not at all.
+    """Write train.json, validation.json and, last, manifest.json into `folder`: where it stands, the rest is whole.
 
     Files: rows without an output are dropped and counted, the rest is shuffled by the source's seed; the first
     `validation_rows` are for validation, the next `train_rows` (or all) for training. A question that a file holds
@@ -72,7 +72,7 @@ def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
 
 
 def make_suite(job: SuiteJob, folder: Path) -> RowsRecord:
-    """Write test.json and manifest.json into `folder`, which appears whole or not at all; files keep their order."""
+    """Write test.json and, last, manifest.json into `folder`; rows of a file keep their order."""
     source = job.source
     if isinstance(source, FileSuite):
         path = resolve(source.path)
@@ -97,18 +97,17 @@ def _shuffled_split(rows: Sequence[Row], source: FileRows) -> dict[str, list[Row
 def _written(
     name: str, folder: Path, splits: dict[str, list[Row]], *, read: Sequence[Path] = (), dropped: int = 0
 ) -> RowsRecord:
-    with whole_folder(folder) as unfinished:
-        for split, rows in splits.items():
-            write_json(unfinished / f"{split}.json", rows)
-        record = RowsRecord(
-            name=name,
-            files_sha256={f"{split}.json": sha256(unfinished / f"{split}.json") for split in splits},
-            rows={split: len(rows) for split, rows in splits.items()},
-            dropped_rows=dropped,
-            dropped_why="empty output" if dropped else None,
-            provenance=provenance(sources=ROWS, inputs={f"file {n}": path for n, path in enumerate(read, start=1)}),
-        )
-        write_json(unfinished / "manifest.json", record.model_dump(mode="json"))
+    for split, rows in splits.items():
+        write_json(folder / f"{split}.json", rows)
+    record = RowsRecord(
+        name=name,
+        files_sha256={f"{split}.json": sha256(folder / f"{split}.json") for split in splits},
+        rows={split: len(rows) for split, rows in splits.items()},
+        dropped_rows=dropped,
+        dropped_why="empty output" if dropped else None,
+        provenance=provenance(sources=ROWS, inputs={f"file {n}": path for n, path in enumerate(read, start=1)}),
+    )
+    write_json(folder / "manifest.json", record.model_dump(mode="json"))
     return record
 
 

@@ -107,7 +107,9 @@ def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     layers = next((len(row[key]) for key in ("importance", "probability", "age_steps") if row[key] is not None), None)
     if layers is None:
         # a method that believes in no layer: only what it drew is known
-        return [{"run": run, "step": row["step"], "layer": layer, "active": True} for layer in row["active"]]
+        unknown = dict.fromkeys(("importance", "probability", "age_steps"))
+        known = {"run": run, "step": row["step"], "active": True}
+        return [{**known, "layer": layer, **unknown} for layer in row["active"]]
     return [
         {
             "run": run,

@@ -29,10 +29,10 @@ def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
 
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:
-    """Write every figure as svg and png, and `captions.json` (name: caption and alternative text)."""
+    """Write every figure as svg and png; captions and alternative texts go to `<folder>.json` beside the folder."""
     captions = {}
     with styled():
         for drawing in draw(frames, study):
             save(drawing, folder)
             captions[drawing.name] = {"caption": drawing.caption, "alt": drawing.alt}
-    write_json(folder / "captions.json", captions)
+    write_json(folder.with_suffix(".json"), captions)

@@ -164,6 +164,8 @@ def _shade(figure: Any, axes: Any, maps: list[Map]) -> None:
             cmap="cividis",
             rasterized=True,
         )
+        # a method without beliefs may never have drawn the top layer; the observer saw them all
+        m.panel.set_ylim(layers[0] - 0.5, layers[-1] + 0.5)
         m.panel.grid(visible=False)
         m.panel.yaxis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(ScalarMappable(norm=norm, cmap="cividis"), ax=axes, shrink=0.8, pad=0.015, extend=extend)

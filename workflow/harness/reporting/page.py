@@ -39,7 +39,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         FileNotFoundError: tables or figures have not been made.
     """
     tables = json.loads((folder / "tables" / "tables.json").read_text(encoding="utf-8"))
-    captions = json.loads((folder / "figures" / "captions.json").read_text(encoding="utf-8"))
+    captions = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
     figures = [{"name": name, "source": _embed(folder / "figures", name)} | texts for name, texts in captions.items()]
     environment = Environment(
         loader=PackageLoader("harness.reporting", "."), autoescape=True, undefined=StrictUndefined,

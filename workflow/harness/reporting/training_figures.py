@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator
 from pandas import DataFrame
 
 from harness.reporting.frames import Frames
@@ -51,7 +52,9 @@ def loss_curves(frames: Frames, study: Study, model: str) -> Drawing:
         axes[0][column].set_title(task)
         axes[1][column].set_xlabel("optimizer step")
         for row in range(2):
-            if not axes[row][column].lines:
+            if axes[row][column].lines:
+                _log_scale(axes[row][column])
+            else:
                 empty(axes[row][column], "no ok run recorded steps here")
     axes[0][0].set_ylabel("training loss\n(nats per token)")
     axes[1][0].set_ylabel("validation loss\n(nats per answer token)")
@@ -76,6 +79,14 @@ def _band(axes: Any, matrix: DataFrame, look: Any) -> Any:
         low, high = np.nanmin(values, axis=1), np.nanmax(values, axis=1)
         axes.fill_between(x, low, high, color=look.colour, alpha=0.15, linewidth=0)
     return line
+
+
+def _log_scale(axes: Any) -> None:
+    """Losses fall by orders of magnitude: on a linear axis the first steps take all the height."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def rate_curves(frames: Frames, study: Study, model: str) -> Drawing:
@@ -105,6 +116,7 @@ def rate_curves(frames: Frames, study: Study, model: str) -> Drawing:
             drawn[method] = Line2D([], [], color=look.colour, linestyle=look.line, marker=look.marker, markersize=5)
         if panel.lines:
             panel.set_xscale("log")
+            _log_scale(panel)
         else:
             empty(panel, "no learning rate was searched here")
         panel.set_title(task)
