@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from baselines.method import (
     Calibration,
@@ -45,6 +45,12 @@ class GrassOptions(Options):
     train_embedding: bool = True
     train_head: bool = True
     train_final_norm: bool = True
+
+    @model_validator(mode="after")
+    def _periods_fit(self) -> GrassOptions:
+        if self.sample_every and self.refresh_every and self.refresh_every % self.sample_every:
+            raise ValueError(f"refresh_every {self.refresh_every} is no multiple of sample_every {self.sample_every}")
+        return self
 
 
 class GrassMethod(Method):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,3 @@ class Importance:
         for layer, new in measured.items():
             self.values[layer] = ema * new + (1 - ema) * self.values[layer]
             self.measured_at[layer] = step
-
-
-NORMS: tuple[str, ...] = get_args(Norm)

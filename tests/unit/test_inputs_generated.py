@@ -14,12 +14,14 @@ from harness.inputs.generated import (
     Variant,
     choice_row,
     fact,
+    guessed_row,
     pieces,
     problem_row,
     split_of,
     suite_rows,
     training_rows,
 )
+from harness.inputs.prompts import Row
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -103,10 +105,30 @@ def test_more_rows_than_there_are_questions_are_refused(monkeypatch: pytest.Monk
 
 
 def test_pieces_keep_their_shares() -> None:
-    stream = pieces(np.random.default_rng(0), one_step_share=0.3, fact_share=0.8)
+    stream = pieces(np.random.default_rng(0), one_step_share=0.3, fact_share=0.8, guess_share=0.5)
     kinds = Counter(
-        "problem" if isinstance(piece, dict) else "fact" if SUM.fullmatch(piece) else "story"
+        ("guess" if "Answer1" in piece["instruction"] else "problem")
+        if isinstance(piece, dict)
+        else "fact"
+        if SUM.fullmatch(piece)
+        else "story"
         for piece, _ in zip(stream, range(4000), strict=False)
     )
     assert kinds["problem"] / 4000 == pytest.approx(0.30, abs=0.03)
     assert kinds["fact"] / 4000 == pytest.approx(0.56, abs=0.03)
+    assert kinds["guess"] / 4000 == pytest.approx(0.07, abs=0.02)
+
+
+def test_guesses_know_the_form_of_an_answer_and_not_the_answer() -> None:
+    rng = np.random.default_rng(1)
+    right = sum(row["output"].endswith(_gold(row)) for row in (guessed_row(rng) for _ in range(2000)))
+    assert right / 2000 == pytest.approx(0.25, abs=0.04)
+
+
+def _gold(row: Row) -> str:
+    """The option whose range holds what the question's problem comes to."""
+    found = re.search(r"has (\d+) \w+, (\w+) (\d+)\. How", row["instruction"])
+    assert found
+    sign = 1 if found[2] in ("buys", "finds", "gets", "makes") else -1
+    result = int(found[1]) + sign * int(found[3])
+    return f"answer{1 + (result > 3) + (result > 7) + (result > 11)}"

@@ -72,11 +72,6 @@ def test_every_pretraining_row_starts_a_piece_and_is_full() -> None:
     assert not (batch == tokenizer.unk_token_id).any()
 
 
-def test_a_width_that_rotary_attention_cannot_take_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="width 18 must be a multiple of twice the 2 heads"):
-        make_model(tiny(width=18), tmp_path / "m")
-
-
 def test_facts_count_every_parameter_once(tmp_path: Path) -> None:
     model = load_model(model_folder(make_model(tiny(), tmp_path / "m")), weight_dtype="bf16")
     facts = facts_of(model)

@@ -88,7 +88,7 @@ def test_variables_in_paths_are_resolved_or_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GRASS_DATA", "/data")
     monkeypatch.delenv("GRASS_NONE", raising=False)
     assert resolve("${GRASS_DATA}/a.json") == Path("/data/a.json")
-    with pytest.raises(ValueError, match="GRASS_NONE is not set; run `export GRASS_NONE="):
+    with pytest.raises(ValueError, match="GRASS_NONE is not set: export GRASS_NONE="):
         resolve("${GRASS_NONE}/a.json")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from harness.inputs.tokens import Encoded
-from harness.measuring import census
+from harness.measuring import census, meters
 from harness.measuring.census import begin_census, fingerprint, live_bytes_outside
 from harness.measuring.meters import HostMeter, MemoryMeters, NvmlMeter, TorchMeter
 from harness.training.batches import Batches, CalibrationBatches, RowOrder
@@ -692,3 +692,25 @@ def test_a_tied_head_is_promised_and_expected_nowhere() -> None:
     ]  # fmt: skip
     checks = verdict(replace(SAMPLED, trainable_parameters=25_010), tied, periods)
     assert [check.name for check in checks if not check.ok] == []
+
+
+def test_nvml_failing_in_mid_run_voids_the_peaks_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meters, "POLL_S", 0.001)
+    calls: list[int] = []
+
+    def memory(_: object) -> object:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("GPU is lost")
+        return SimpleNamespace(used=5)
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda _: "device",
+        nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetComputeRunningProcesses=lambda _: [],
+    )
+    meter = NvmlMeter("cuda", nvml)  # type: ignore[arg-type]
+    meter._thread.join(timeout=10)
+    assert meter.device_peak_bytes is None
+    assert meter.why == "NVML failed during the run: GPU is lost"

@@ -13,10 +13,10 @@ rule pretrain:
         "results/inputs/models/{model}/manifest.json",
     wildcard_constraints:
         model="|".join(map(re.escape, PLAN.pretrained)) or "none",
+    priority: 30
+    threads: 1
     params:
         spec="results/inputs/models/{model}/spec.json",
-    threads: 1
-    priority: 30
     shell:
         "{PYTHON} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads}"
 
@@ -26,9 +26,9 @@ rule prefetch_model:
         "results/inputs/models/{model}/manifest.json",
     wildcard_constraints:
         model="|".join(re.escape(name) for name in PLAN.models if name not in PLAN.pretrained) or "none",
+    priority: 30
     params:
         spec="results/inputs/models/{model}/spec.json",
-    priority: 30
     shell:
         "{PYTHON} -m harness prefetch model --spec {params.spec}"
 
@@ -38,22 +38,20 @@ rule prefetch_rows:
         lambda wildcards: local_files(getattr(PLAN.rows[wildcards.rows].source, "paths", ())),
     output:
         "results/inputs/rows/{rows}/manifest.json",
+    priority: 20
     params:
         spec="results/inputs/rows/{rows}/spec.json",
-    priority: 20
     shell:
         "{PYTHON} -m harness prefetch rows --spec {params.spec}"
 
 
 rule prefetch_suite:
     input:
-        lambda wildcards: local_files(
-            filter(None, [getattr(PLAN.suites[wildcards.suite].source, "path", None)])
-        ),
+        lambda wildcards: local_files(filter(None, [getattr(PLAN.suites[wildcards.suite].source, "path", None)])),
     output:
         "results/inputs/suites/{suite}/manifest.json",
+    priority: 20
     params:
         spec="results/inputs/suites/{suite}/spec.json",
-    priority: 20
     shell:
         "{PYTHON} -m harness prefetch suite --spec {params.spec}"

@@ -18,10 +18,10 @@ rule search:
         lambda wildcards: inputs_of(PLAN.searches[wildcards.search].training),
     output:
         "results/searches/{search}/search.json",
+    priority: 10
+    threads: RUNTIME.threads
     params:
         spec="results/searches/{search}/spec.json",
-    threads: RUNTIME.threads
-    priority: 10
     shell:
         "{PYTHON} -m harness search --spec {params.spec} --threads {threads}"
 
@@ -32,9 +32,9 @@ rule train:
         lambda wildcards: search_of(wildcards.run),
     output:
         "results/runs/{run}/train.json",
+    threads: RUNTIME.threads
     params:
         spec="results/runs/{run}/spec.json",
-    threads: RUNTIME.threads
     shell:
         "{PYTHON} -m harness train --spec {params.spec} --threads {threads}"
         " --checkpoint-every {RUNTIME.checkpoint_every_steps}"
@@ -48,10 +48,10 @@ rule evaluate:
         ],
     output:
         "results/runs/{run}/eval/{evaluation}.json",
+    threads: RUNTIME.threads
     params:
         spec="results/evals/{evaluation}.json",
         run="results/runs/{run}",
-    threads: RUNTIME.threads
     shell:
         "{PYTHON} -m harness evaluate --spec {params.spec} --run {params.run} --out {output}"
         " --threads {threads} --batch-size {RUNTIME.eval_batch_size}"

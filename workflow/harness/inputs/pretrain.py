@@ -43,13 +43,7 @@ def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:
 
     AdamW with betas (0.9, 0.95), gradients clipped at norm 1, linear decay to 0 after a warm-up of 20 steps. Weights
     and text depend on `source.seed` alone; the caller's random state is left as it was. Uses torch's own thread count.
-
-    Raises ValueError if `width` is no multiple of twice `heads` (rotary attention needs an even head size).
     """
-    if source.width % (2 * source.heads):
-        raise ValueError(
-            f"models: width {source.width} must be a multiple of twice the {source.heads} heads; change width or heads"
-        )
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)

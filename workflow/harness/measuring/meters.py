@@ -122,7 +122,12 @@ class NvmlMeter:
 
     def _poll(self) -> None:
         while not self._stop.wait(POLL_S):
-            self.sample()
+            try:
+                self.sample()
+            except Exception as error:  # noqa: BLE001  as above; a peak of half a run is no peak
+                self.process_peak_bytes = self.device_peak_bytes = None
+                self.why = f"NVML failed during the run: {error}"
+                return
 
 
 class MemoryMeters:
