@@ -29,6 +29,24 @@ def test_every_method_keeps_the_contract(
         assert check(Case(module, options, inputs, tmp_path)) is None
 
 
+RECIPES: list[dict[str, Any]] = [
+    {"weight_dtype": "bf16"},
+    {"weight_dtype": "bf16", "state_dtype": "bf16"},
+    {"activation_checkpointing": True},
+    {"loss_on": "all", "max_grad_norm": None, "schedule": "cosine", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: " ".join(f"{k}={v}" for k, v in recipe.items()))
+@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_method_keeps_its_promises_under_every_recipe(
+    module: str, recipe: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    record = Case(module, find_method(module).EXAMPLES[0], inputs, tmp_path).train("run", **recipe)
+    assert (record.status, record.status_why) == ("ok", None)
+
+
 @pytest.mark.parametrize(
     "options", [o for o in find_method("grass").EXAMPLES if o.get("sampler") != "uniform"], ids=str
 )

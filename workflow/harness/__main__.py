@@ -21,6 +21,7 @@ STAGES = {
     "tables": "write a study's tables",
     "figures": "draw a study's figures",
     "page": "write a study's page",
+    "publish": "copy a finished study to results/published/",
     "schema": "write the JSON schemas of configs and records",
 }
 

@@ -49,7 +49,7 @@ rule page:
         ancient(STUDY / "figures.json"),
         ancient(STUDY / "tables"),
     output:
-        STUDY / "report.html",
+        report(STUDY / "report.html", caption="../report/page.rst", category="Page"),
     params:
         frames=STUDY,
     shell:

@@ -1,0 +1,57 @@
+"""`python -m harness publish`: copy a finished study, records and all, to results/published/."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--config", type=Path, required=True, help="config/<study>.yaml")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Copy; refuse a study that is not finished, and text that names a place on this machine."""
+    from harness import durable
+    from harness.config import load_study
+    from harness.places import Places
+    from harness.plan import outputs, resolve_study
+
+    places = Places()
+    plan = resolve_study(load_study(args.config, inputs_needed=False))
+    made = places.study(plan.study.study)
+    missing = [o.path for o in outputs(plan, places) if not o.path.exists()]
+    if missing or not (made / "report.html").exists():
+        raise ValueError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
+    target = places.root / "published" / plan.study.study
+    with durable.whole_folder(target) as temporary:
+        for path in sorted(made.iterdir()):
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
+        for output in outputs(plan, places):
+            copy = temporary / "records" / output.path.relative_to(places.root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(output.path, copy)
+            spec = output.path.parent / "spec.json"
+            if spec.exists():
+                shutil.copy(spec, copy.parent)
+        (temporary / "figures" / ".snakemake_timestamp").unlink(missing_ok=True)
+        (temporary / "tables" / ".snakemake_timestamp").unlink(missing_ok=True)
+        shutil.copy(args.config, temporary / "study.yaml")
+        _refuse_machine_paths(temporary)
+    print(f"published: {target}")
+    return 0
+
+
+def _refuse_machine_paths(folder: Path) -> None:
+    """A record that names this machine's folders says nothing to others, and too much."""
+    places = {str(Path.home()), str(Path.cwd())} - {"/"}
+    for path in folder.rglob("*"):
+        if path.suffix in {".json", ".jsonl", ".md", ".csv", ".tex", ".html", ".yaml", ".svg"}:
+            text = path.read_text(encoding="utf-8")
+            found = [place for place in places if place in text]
+            if found:
+                raise ValueError(
+                    f"{path.relative_to(folder)} names {found[0]}: give paths through a variable and run again"
+                )
