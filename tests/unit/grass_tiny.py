@@ -1,0 +1,61 @@
+"""A tiny Llama, batches for it, and a plain training loop: what the tests of `grass` share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass import Grass
+
+
+def llama(*, layers: int = 4, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(dtype)
+
+
+def batch(seed: int) -> dict[str, Tensor]:
+    ids = torch.randint(0, 32, (2, 8), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids}
+
+
+def grass_of(model: Any, **options: Any) -> Grass:
+    chosen = {"lr": 1e-2, "active_layers": 2, "sample_every": 3, **options}
+    opt = Grass(model, **chosen)
+    if opt.sampler != "uniform":
+        opt.probe([batch(-1), batch(-2)])
+    return opt
+
+
+def train(model: Any, opt: Any, first: int, last: int) -> None:
+    for step in range(first, last):
+        model(**batch(step)).loss.backward()
+        opt.step()
+        opt.zero_grad()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def layer_weights(opt: Grass, layer: int) -> list[Tensor]:
+    return [p.detach().clone() for p in opt.layer_parameters[layer]]
