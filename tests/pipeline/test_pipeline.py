@@ -122,6 +122,14 @@ def test_a_cell_of_the_heat_maps_is_what_the_raw_logs_say(study: Study) -> None:
     assert set(mine[mine["active"]]["layer"]) == set(believed[-1]["active"])
 
 
+def test_the_plan_calls_everything_done_and_nothing_stale(study: Study) -> None:
+    command = [sys.executable, "-m", "harness", "plan", "--config", str(study.config), "--all"]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=study.folder, check=True).stdout
+    assert "done" in said
+    assert "stale" not in said
+    assert "to do" not in said
+
+
 def test_a_second_run_has_nothing_to_do(study: Study) -> None:
     before = study.results()
     again = study.snakemake()

@@ -106,7 +106,8 @@ def _run(rng: np.random.Generator, run: str, task: str, method: str, seed: int) 
     row: dict[str, Any] = dict.fromkeys(FRAMES["runs"])
     row |= {
         "run": run, "model": MODEL, "task": task, "method": method, "module": method.split("-")[0], "seed": seed,
-        "status": status, "status_why": reason, "failed_checks": failed, "lr": 3e-4 if trained else None,
+        "status": status, "status_why": reason, "failed_checks": failed,
+        "notes": "collapsed: 2.10 layers effective" if method == "grass" else "", "lr": 3e-4 if trained else None,
         "lr_searched": True, "recipe_changes": "weight_decay" if method == "lora" else "",
         "steps": STEPS if trained else 0,
         "parameters": whole, "stale": method == "full" and seed == 0, "git_commit": "0123456789abcdef0123",

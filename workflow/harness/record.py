@@ -212,7 +212,8 @@ RUN_COLUMNS: dict[str, str] = {
     "step_p95_s": "Float64", "throughput_tokens_per_s": "Float64", "throughput_why": "string",
     "host_peak_bytes": "Int64", "device_allocated_peak_bytes": "Int64", "device_why": "string",
     "nvml_process_peak_bytes": "Int64", "nvml_why": "string", "state_peak_bytes": "Int64",
-    "failed_checks": "string", "stale": "boolean", "git_commit": "string", "platform": "string", "device": "string",
+    "failed_checks": "string", "notes": "string", "stale": "boolean", "git_commit": "string", "platform": "string",
+    "device": "string",
 }  # fmt: skip
 """One row a run. `host_peak_bytes` and `device_allocated_peak_bytes` are maxima over the training phases."""
 

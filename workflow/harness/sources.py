@@ -50,5 +50,6 @@ def current_sha256(plan: Plan, output: Output) -> str:
         return source_sha256(ROWS)
     if output.kind == "evaluate":
         return source_sha256(EVALUATION)
-    job = plan.runs.get(output.name) or plan.searches[output.name]
-    return source_sha256(training(job.training.module))
+    if output.kind == "search":
+        return source_sha256((*training(plan.searches[output.name].training.module), "harness.training.search"))
+    return source_sha256(training(plan.runs[output.name].training.module))

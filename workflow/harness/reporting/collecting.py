@@ -85,6 +85,7 @@ def _run_row(record: TrainRecord) -> dict[str, Any]:
         "nvml_why": memory and memory.nvml_why,
         "state_peak_bytes": memory and memory.state_peak_bytes,
         "failed_checks": "; ".join(check.name for check in record.engagement if not check.ok),
+        "notes": "; ".join(record.notes),
         "stale": record.provenance.source_sha256 != source_sha256(training(record.module)),
         "git_commit": record.provenance.git_commit,
         "platform": record.provenance.platform,

@@ -49,6 +49,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         study=study,
         status=status_summary(frames),
         reasons=outcome_reasons(frames),
+        flags=flagged_runs(frames),
         tables={name: _trusted(table) for name, table in tables.items()},
         accuracy_verdicts=verdict_sentences(folder / "tables" / "difference_accuracy.csv"),
         loss_verdicts=verdict_sentences(folder / "tables" / "difference_heldout_loss.csv"),
@@ -81,6 +82,16 @@ def outcome_reasons(frames: Frames) -> list[str]:
         seeds.setdefault(key, []).append(str(row["seed"]))
     return [
         f"{where}, seed{'s' * (len(which) > 1)} {', '.join(which)}: {what}" for (where, what), which in seeds.items()
+    ]
+
+
+def flagged_runs(frames: Frames) -> list[str]:
+    """What the harness noted about runs that count, such as a sampler that had collapsed."""
+    noted = frames.ok_runs()
+    noted = noted[noted["notes"].fillna("") != ""].sort_values(["method", "model", "task", "seed"])
+    return [
+        f"{row['method']} on {row['model']}, {row['task']}, seed {row['seed']}: {row['notes']}"
+        for row in noted.to_dict("records")
     ]
 
 

@@ -206,7 +206,7 @@ def run_table(frames: Frames, study: Study) -> Table:
     """Every run with its outcome; nothing is left out."""
     notes = Footnotes()
     columns = [
-        "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "lr", "lr_searched",
+        "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "notes", "lr", "lr_searched",
         "recipe_changes", "steps", "train_loss", "validation_loss", "truncated_rows", "dropped_rows", "prepare_s",
         "train_s", "stale", "git_commit", "platform", "device",
     ]  # fmt: skip
@@ -222,6 +222,7 @@ def run_table(frames: Frames, study: Study) -> Table:
             "reason": "" if row["status"] == "ok" else why(row["status_why"]),
             "failed checks": _or_dash(row["failed_checks"]), "lr": _lr(row, notes),
             "validation loss": UNKNOWN if pd.isna(row["validation_loss"]) else number(float(row["validation_loss"]), 4),
+            "notes": _or_dash(row["notes"]),
             "stale": UNKNOWN if pd.isna(row["stale"]) else "yes" if row["stale"] else "no",
             "id": str(row["run"]).rsplit("--", 1)[-1],
         }
