@@ -183,8 +183,8 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
     notes.add(
         "Verdict: a claim needs at least 3 seeds, both intervals clear of 0, and p < 0.05 after Holm's correction over "
         "the rivals of the same suite that have a p value. p is the larger of the bootstrap's and the t test's. "
-        "Seeds and documents are resampled together; with 3 seeds the bootstrap interval alone is too narrow, the "
-        "t interval (2 degrees of freedom) carries the noise between seeds."
+        "Seeds and documents are resampled together; with a few seeds the bootstrap interval alone is too narrow, "
+        "the t interval (one degree of freedom less than seeds) carries the noise between seeds."
     )
     unit = "percentage points" if measure is ACCURACY else measure.unit
     return Table(
