@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,6 +20,7 @@ from harness.durable import sha256, write_text
 from harness.record import FRAMES
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
+from harness.reporting.stats import effective_layers, layer_matrix
 from harness.reporting.table import signed
 from harness.spec import Study
 
@@ -86,13 +88,31 @@ def outcome_reasons(frames: Frames) -> list[str]:
 
 
 def flagged_runs(frames: Frames) -> list[str]:
-    """What the harness noted about runs that count, such as a sampler that had collapsed."""
-    noted = frames.ok_runs()
-    noted = noted[noted["notes"].fillna("") != ""].sort_values(["method", "model", "task", "seed"])
+    """What the harness noted about runs that count; seeds that share a note share a line."""
+    seeds: dict[tuple[str, str], list[str]] = {}
+    for row in frames.ok_runs().sort_values(["method", "model", "task", "seed"]).to_dict("records"):
+        where = f"{row['method']} on {row['model']}, {row['task']}"
+        notes = [row["notes"]] if isinstance(row["notes"], str) and row["notes"] else []
+        for note in [*notes, *_collapse(frames, str(row["run"]))]:
+            seeds.setdefault((where, note), []).append(str(row["seed"]))
     return [
-        f"{row['method']} on {row['model']}, {row['task']}, seed {row['seed']}: {row['notes']}"
-        for row in noted.to_dict("records")
+        f"{where}, seed{'s' * (len(which) > 1)} {', '.join(which)}: {note}" for (where, note), which in seeds.items()
     ]
+
+
+def _collapse(frames: Frames, run: str) -> list[str]:
+    """A sampler that came to draw nearly always the same layers trains a fixed set; the probe alone does not show it."""
+    believed = frames.believed[frames.believed["run"] == run]
+    probability = layer_matrix(believed, "probability").dropna() if len(believed) else believed
+    if probability.empty:
+        return []
+    active = int(believed.groupby("step")["active"].sum().max())
+    fewest = min(effective_layers(list(values)) for values in probability.to_numpy(dtype=np.float64))
+    if active < probability.shape[1] and fewest < active + 1:
+        return [
+            f"the sampler collapsed: fewer than {active + 1} layers effective at some refresh, with {active} active"
+        ]
+    return []
 
 
 def verdict_sentences(csv: Path) -> list[str]:
