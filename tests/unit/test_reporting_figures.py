@@ -14,7 +14,7 @@ import reporting_data as data
 from harness.reporting.figures import write_figures
 from harness.reporting.frames import Frames, write_frames
 from harness.reporting.importance_figures import active_spans, importance_map
-from harness.reporting.page import write_page
+from harness.reporting.page import flagged_runs, write_page
 from harness.reporting.style import looks, styled
 from harness.reporting.tables import write_tables
 from harness.reporting.training_figures import smoothed, window_steps
@@ -130,3 +130,22 @@ def test_the_page_says_what_does_not_count_and_what_is_claimed(folder: Path) -> 
     assert "lora on tiny, choice, seeds 0, 1, 2: skipped — needs peft" in text
     assert re.search(r"three-step \(tiny\): grass is better than lora \(\+37\.\d points\)", text)
     assert "Temperature and refresh period are ours." in text
+
+
+def test_what_was_noted_about_counted_runs_is_said_once_for_all_seeds(frames: Frames) -> None:
+    noted = [line for line in flagged_runs(frames) if "collapsed: 2.10" in line]
+    assert noted
+    assert all(line.startswith("grass on tiny") for line in noted)
+    assert len(noted) == len(STUDY.tasks)
+
+
+def test_a_sampler_that_collapses_after_a_refresh_is_noted(frames: Frames) -> None:
+    """The probe had found all layers alike; the last refresh gives one layer everything."""
+    run = str(frames.believed.loc[frames.believed["probability"].notna(), "run"].iloc[0])
+    believed = frames.believed.copy()
+    last = (believed["run"] == run) & (believed["step"] == believed.loc[believed["run"] == run, "step"].max())
+    believed.loc[last, "probability"] = 0.0
+    believed.loc[last & (believed["layer"] == 0), "probability"] = 1.0
+    before = [line for line in flagged_runs(frames) if "the sampler collapsed" in line]
+    after = [line for line in flagged_runs(replace(frames, believed=believed)) if "the sampler collapsed" in line]
+    assert len(after) == len(before) + 1

@@ -101,7 +101,7 @@ def flagged_runs(frames: Frames) -> list[str]:
 
 
 def _collapse(frames: Frames, run: str) -> list[str]:
-    """A sampler that came to draw nearly always the same layers trains a fixed set; the probe alone does not show it."""
+    """A sampler that draws nearly always the same layers trains a fixed set; the probe alone does not show it."""
     believed = frames.believed[frames.believed["run"] == run]
     probability = layer_matrix(believed, "probability").dropna() if len(believed) else believed
     if probability.empty:
@@ -109,9 +109,7 @@ def _collapse(frames: Frames, run: str) -> list[str]:
     active = int(believed.groupby("step")["active"].sum().max())
     fewest = min(effective_layers(list(values)) for values in probability.to_numpy(dtype=np.float64))
     if active < probability.shape[1] and fewest < active + 1:
-        return [
-            f"the sampler collapsed: fewer than {active + 1} layers effective at some refresh, with {active} active"
-        ]
+        return [f"the sampler collapsed: under {active + 1} effective layers at some refresh, {active} active"]
     return []
 
 
