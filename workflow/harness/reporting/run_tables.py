@@ -207,8 +207,8 @@ def run_table(frames: Frames, study: Study) -> Table:
     notes = Footnotes()
     columns = [
         "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "notes", "lr", "lr_searched",
-        "recipe_changes", "steps", "train_loss", "validation_loss", "truncated_rows", "dropped_rows", "prepare_s",
-        "train_s", "stale", "git_commit", "platform", "device",
+        "recipe_changes", "steps", "train_loss", "validation_loss", "train_rows", "truncated_rows", "dropped_rows",
+        "prepare_s", "train_s", "stale", "git_commit", "platform", "device",
     ]  # fmt: skip
     order = {name: i for names in (study.models, study.tasks, study.methods) for i, name in enumerate(names)}
     runs = frames.runs.sort_values(
@@ -223,12 +223,15 @@ def run_table(frames: Frames, study: Study) -> Table:
             "failed checks": _or_dash(row["failed_checks"]), "lr": _lr(row, notes),
             "validation loss": UNKNOWN if pd.isna(row["validation_loss"]) else number(float(row["validation_loss"]), 4),
             "notes": _or_dash(row["notes"]),
+            "rows trained on": _count(row["train_rows"]), "of these cut": _count(row["truncated_rows"]),
+            "rows dropped": _count(row["dropped_rows"]),
             "stale": UNKNOWN if pd.isna(row["stale"]) else "yes" if row["stale"] else "no",
             "id": str(row["run"]).rsplit("--", 1)[-1],
         }
         for row in runs.to_dict("records")
     ]  # fmt: skip
     notes.add(
+        "Rows cut: longer than the recipe's max_length; rows dropped: no token of their answer was left. "
         "stale: the code that made the record has changed since. id: first 8 digits of the resolved spec's sha256."
     )
     return Table(
@@ -238,6 +241,10 @@ def run_table(frames: Frames, study: Study) -> Table:
         display=DataFrame(display),
         footnotes=notes.lines(),
     )
+
+
+def _count(value: Any) -> str:
+    return UNKNOWN if pd.isna(value) else f"{int(value):,}"
 
 
 def _or_dash(value: Any) -> str:

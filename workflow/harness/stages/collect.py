@@ -20,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
     from harness.reporting.collecting import collect
     from harness.reporting.frames import write_frames
 
-    frames = collect(resolve_study(load_study(args.config)), Places(args.out.parent))
+    frames = collect(resolve_study(load_study(args.config, inputs_needed=False)), Places(args.out.parent))
     write_frames(frames, args.out)
     return 0

@@ -24,5 +24,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the page; 0."""
-    write_page(read_frames(args.frames), load_study(args.config), args.frames, args.out)
+    write_page(read_frames(args.frames), load_study(args.config, inputs_needed=False), args.frames, args.out)
     return 0

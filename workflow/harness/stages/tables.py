@@ -19,5 +19,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the tables; 0."""
-    write_tables(read_frames(args.frames), load_study(args.config), args.out)
+    write_tables(read_frames(args.frames), load_study(args.config, inputs_needed=False), args.out)
     return 0
