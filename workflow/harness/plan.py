@@ -142,7 +142,7 @@ def outputs(plan: Plan, places: Places) -> list[Output]:
     for name, run in plan.runs.items():
         weight = START_WEIGHT + run.training.recipe.steps
         found.append(Output(places.run(name) / "train.json", "train", name, weight))
-        found.append(Output(places.score(name, plan.eval_of[name]), "evaluate", name, 2 * START_WEIGHT))
+        found.append(Output(places.score(name, plan.eval_of[name]), "evaluate", name, 1.2 * START_WEIGHT))
     return found
 
 
