@@ -281,7 +281,7 @@ def test_rows_to_frame_refuses_what_does_not_fit() -> None:
 
 def test_stage_writes_the_tables(frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_frames(frames, tmp_path)
-    monkeypatch.setattr(stage, "load_study", lambda path: data.study().model_copy(update={"published": None}))
+    monkeypatch.setattr(stage, "load_study", lambda path, **_: data.study().model_copy(update={"published": None}))
     parser = argparse.ArgumentParser()
     stage.add_arguments(parser)
     args = parser.parse_args(["--config", "x", "--frames", str(tmp_path), "--out", str(tmp_path / "tables")])
