@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import study_files
 from harness.__main__ import main
 from harness.config import load_study
 from harness.places import Places
@@ -17,54 +18,17 @@ from harness.plan import Plan, open_study, outputs, resolve_study
 from harness.sources import current_sha256
 from harness.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
 
-STUDY = """\
-study: mine
-title: A study
-seeds: [0, 1]
-models:
-  tiny:
-    kind: pretrain
-    layers: 2
-    width: 16
-    heads: 2
-    feed_forward: 32
-    corpus: {one_step_share: 0.3, fact_share: 0.8, guess_share: 0.5}
-    steps: 5
-    rows: 4
-    length: 32
-    lr: 1.0e-3
-    seed: 0
-tasks:
-  sums:
-    train: {kind: generated, family: arithmetic, seed: 1, train_rows: 40, validation_rows: 8}
-    suites:
-      two-step: {kind: generated, variant: two-step, seed: 2, rows: 8, scoring: number, max_new_tokens: 8}
-methods:
-  base: {module: base, seeds: [0]}
-  full: {module: full}
-  lora: {module: lora, options: {rank: 4, alpha: 8}}
-recipe:
-  steps: 10
-  batch_size: 8
-  micro_batch_size: 4
-  max_length: 48
-  loss_on: answer
-  warmup_steps: 2
-  max_grad_norm: 1.0
-search: {grid: [1.0e-3, 3.0e-3, 1.0e-2], seeds: [100], max_extensions: 1}
-observation: {every_steps: 5, rows: 4}
-runtime: {threads: 1}
-"""
+# without a fixed rate and a task's own recipe; with an untrained row
+STUDY = (
+    study_files.STUDY.replace("    recipe: {steps: 12}\n", "")
+    .replace("  fixed: {module: full, lr: 1.0e-3}\n", "")
+    .replace("methods:\n", "methods:\n  base: {module: base, seeds: [0]}\n")
+    + "runtime: {threads: 1}\n"
+)
 
 
 def written(folder: Path, *edits: tuple[str, str]) -> Path:
-    text = STUDY
-    for old, new in edits:
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in the study"
-        text = text.replace(old, new)
-    path = folder / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
+    return study_files.written(folder, *edits, text=STUDY)
 
 
 def plan_of(folder: Path, *edits: tuple[str, str]) -> Plan:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from baselines.method import ModelFacts
+from baselines.method import ModelFacts, torch_dtype
 from grass.layers import find_layers
 from harness.durable import sha256, write_json
 from harness.inputs.pretrain import pretrain
@@ -29,7 +29,6 @@ from harness.spec import HubModel, LocalModel, ModelJob
 
 disable_progress_bar()  # the harness shows its own progress; a bar a loaded file would drown it
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -83,7 +82,7 @@ def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: A
     `use_cache=False` to the forward pass in training: the setting is not touched here, since it would be saved with
     the trained model.
     """
-    settings = {"attn_implementation": "sdpa", "dtype": _DTYPES[weight_dtype], **kwargs}
+    settings = {"attn_implementation": "sdpa", "dtype": torch_dtype(weight_dtype), **kwargs}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, **settings)
     model.train()
     return model
