@@ -19,7 +19,6 @@ from baselines.method import (
     Options,
     StepFacts,
     moment_bytes,
-    torch_dtype,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from baselines.method import Batch
     from grass import Grass
 
 
@@ -40,8 +40,10 @@ class GrassOptions(Options):
     temperature: float = Field(default=1.0, gt=0, description="tau")
     norm: Literal["none", "mean", "sum", "max", "zscore"] = "mean"
     ema: float = Field(default=0.5, ge=0, le=1, description="alpha, weight of the new measurement")
-    sampler: Literal["importance", "static", "uniform"] = "importance"
+    sampler: Literal["importance", "uniform", "inverse", "topk", "fixed", "static", "age", "cyclic"] = "importance"
+    reprobe: bool = Field(default=False, description="measure all layers anew at each refresh, on the probe's batches")
     state: Literal["keep", "reset"] = "keep"
+    offload: Literal["auto", "resident", "move"] = Field(default="auto", description="where moments live")
     train_embedding: bool = True
     train_head: bool = True
     train_final_norm: bool = True
@@ -96,10 +98,13 @@ class GrassMethod(Method):
             ema=self.options.ema,
             sampler=self.options.sampler,
             state=self.options.state,
+            reprobe=self._calibration_batches if self.options.reprobe else False,
+            offload=self.options.offload,
+            accumulation_steps=self.recipe.accumulation_steps,
             train_embedding=self.options.train_embedding,
             train_head=self.options.train_head,
             train_final_norm=self.options.train_final_norm,
-            state_dtype=torch_dtype(self.recipe.state_dtype),
+            state_dtype=self.recipe.state_dtype,
             betas=self.recipe.betas,
             eps=self.recipe.eps,
             weight_decay=self.recipe.weight_decay,
@@ -110,8 +115,12 @@ class GrassMethod(Method):
 
     def prepare(self, calibration: Calibration) -> None:
         """The probing phase, on batches of its own: the schedule and the training rows are left whole."""
-        if self.options.sampler != "uniform":
+        if self.optimizer.needs_probe:
             self.optimizer.probe(calibration.batches(self.options.probe_steps), calibration.loss)
+
+    def _calibration_batches(self) -> Iterator[Batch]:
+        assert self.calibration is not None
+        return self.calibration.batches(self.options.probe_steps)
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
         """`Grass.step` measures, clips and updates."""
@@ -153,5 +162,7 @@ class GrassMethod(Method):
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The optimizer restores the active set as well."""
+        """The optimizer restores the active set as well; a resumed run has no `prepare` to give it the probe's loss."""
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.calibration is not None:
+            self.optimizer.probe_loss = self.calibration.loss

@@ -119,8 +119,7 @@ class Lisa(Method):
             set_trainable(parameters, layer in self.active)
 
     def _forget_moments(self) -> None:
-        from grass.offload import drop
-
         assert self.optimizer is not None
         for parameters in self.layer_parameters:
-            drop(self.optimizer, parameters)
+            for parameter in parameters:
+                self.optimizer.state.pop(parameter, None)

@@ -162,6 +162,8 @@ class Method:
         self.seed = seed
         self.optimizer: torch.optim.Optimizer | None = None
         self.model: nn.Module | None = None
+        self.calibration: Calibration | None = None
+        """Set by the harness before the first step, in a resumed run as well; for methods that measure again later."""
 
     def skip(self, facts: ModelFacts) -> str | None:
         """Reason why this method cannot run its recipe on this model, or None."""

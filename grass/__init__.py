@@ -10,7 +10,20 @@ for batch in loader:
     opt.zero_grad()
 """
 
+from grass.heatmap import plot
 from grass.layers import LayerMap, find_layers
 from grass.optimizer import Grass
+from grass.options import Options
+from grass.trace import History, Record, read_history, write_history
 
-__all__ = ["Grass", "LayerMap", "find_layers"]
+__all__ = [
+    "Grass",
+    "History",
+    "LayerMap",
+    "Options",
+    "Record",
+    "find_layers",
+    "plot",
+    "read_history",
+    "write_history",
+]

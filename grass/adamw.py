@@ -1,20 +1,33 @@
-"""AdamW whose moments have a dtype of their own, with a step count per parameter.
+"""AdamW whose moments have a dtype of their own, with a step count per parameter, updated piece by piece.
 
 `torch.optim.AdamW` keeps its moments in the parameter's dtype. A bf16 second moment with beta2 = 0.999 never decays
-(0.999 v rounds back to v), so bf16 weights want fp32 moments. In fp32 this is torch's update, bit for bit.
+(0.999 v rounds back to v), so bf16 weights want fp32 moments or stochastic rounding. With moments in the weights' own
+dtype, and without stochastic rounding, this is torch's update, bit for bit. Working in pieces keeps temporaries small,
+whatever the size of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grass.rounding import round_stochastically
+
 Moments = dict[str, Any]
 """One parameter's state: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape, the moments' dtype)."""
+
+PIECE_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 22}
+"""Entries updated at once. On a CPU the piece and its temporaries stay in a core's cache; elsewhere it is as large as
+keeps three fp32 temporaries below 48 MiB, so that few kernels are launched."""
+
+
+def piece_elements(device: torch.device) -> int:
+    """Entries of a parameter on `device` that are updated at once."""
+    return PIECE_ELEMENTS["cpu" if device.type == "cpu" else "other"]
 
 
 def new_moments(parameter: nn.Parameter, dtype: torch.dtype) -> Moments:
@@ -23,39 +36,89 @@ def new_moments(parameter: nn.Parameter, dtype: torch.dtype) -> Moments:
     return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
-@torch.no_grad()
-def adamw_update(
-    parameter: nn.Parameter,
-    moments: Moments,
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-) -> None:
-    """One AdamW step of one parameter from its `.grad`, in place (Loshchilov and Hutter 2019, algorithm 2).
+class Rounding:
+    """Random bits for stochastic rounding, the same ones for a piece whatever was updated before it.
 
-    The arithmetic is done in the moments' dtype; the weight is rounded to its own dtype once, at the end.
+    A piece's bits follow from the seed, the parameter's number, its step count and the piece's place, so a resumed run,
+    other ranks and every offload mode round alike, and there is no state to save.
     """
-    assert parameter.grad is not None
-    first, second = moments["exp_avg"], moments["exp_avg_sq"]
-    gradient: Tensor = parameter.grad.to(first.dtype)
-    moments["step"] += 1
-    step = moments["step"]
-    first.lerp_(gradient, 1 - betas[0])
-    second.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    step_size = lr / (1 - betas[0] ** step)
-    denominator = (second.sqrt() / (1 - betas[1] ** step) ** 0.5).add_(eps)
-    if parameter.dtype == first.dtype:
-        parameter.mul_(1 - lr * weight_decay)
-        parameter.addcdiv_(first, denominator, value=-step_size)
-    else:
-        weight = parameter.to(first.dtype).mul_(1 - lr * weight_decay)
-        parameter.copy_(weight.addcdiv_(first, denominator, value=-step_size))
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def generator(self, device: torch.device, *, parameter: int, step: int, start: int) -> torch.Generator:
+        """A generator on `device`, set for one piece."""
+        generator = self._generators.setdefault(device, torch.Generator(device))
+        mixed = self.seed
+        for part in (parameter, step, start):
+            # splitmix64's increment and multiplier: neighbouring numbers give unrelated seeds
+            mixed = ((mixed ^ (part + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) % (1 << 63)
+        return generator.manual_seed(mixed)
+
+
+@torch.no_grad()
+def update_piece(
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    step: int,
+    group: dict[str, Any],
+    generator: torch.Generator | None = None,
+) -> None:
+    """One AdamW step of some entries of one parameter, in place (Loshchilov and Hutter 2019, algorithm 2).
+
+    Args:
+        weight: entries to update, any shape.
+        gradient: their gradients, same shape.
+        first: first moments (`exp_avg`), same shape, the moments' dtype.
+        second: second moments (`exp_avg_sq`), same shape and dtype as `first`.
+        step: which step of this parameter it is, from 1.
+        group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
+        generator: random bits; given, the arithmetic is in fp32 and bf16 weights and second moments are rounded
+            stochastically. None: the arithmetic is in the moments' dtype, rounded to nearest.
+    """
+    beta1, beta2 = group["betas"]
+    dtype = first.dtype if generator is None else torch.float32
+    g, m, v, w = (t.to(dtype) for t in (gradient, first, second, weight))
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    denominator = (v.sqrt().div_((1 - beta2**step) ** 0.5)).add_(group["eps"])
+    w.mul_(1 - group["lr"] * group["weight_decay"])
+    w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
+    for stored, computed, stochastic in ((first, m, False), (second, v, True), (weight, w, True)):
+        if stored.dtype == dtype:
+            continue  # computed in place
+        if stochastic and generator is not None and stored.dtype == torch.bfloat16:
+            round_stochastically(computed, stored, generator)
+        else:
+            stored.copy_(computed)
+
+
+def pieces_of(parameter: nn.Parameter) -> Iterator[tuple[int, int]]:
+    """(start, end) of the pieces of `parameter`, counted in entries of the flattened parameter."""
+    count, size = parameter.numel(), piece_elements(parameter.device)
+    for start in range(0, count, size):
+        yield start, min(start + size, count)
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """One-dimensional view of a contiguous tensor; a copy, for reading only, of any other."""
+    return tensor.detach().reshape(-1)
 
 
 class AdamW(Optimizer):
-    """AdamW over any parameters; those without a gradient are left alone, state and weight decay included."""
+    """AdamW over any parameters; those without a gradient are left alone, state and weight decay included.
+
+    Args:
+        params: parameters or groups.
+        lr, betas, eps, weight_decay: AdamW's.
+        state_dtype: dtype of the moments.
+        stochastic_rounding: round bf16 weights and bf16 second moments stochastically.
+        seed: of stochastic rounding.
+    """
 
     def __init__(
         self,
@@ -66,8 +129,11 @@ class AdamW(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         state_dtype: torch.dtype = torch.float32,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         self.state_dtype = state_dtype
+        self.rounding = Rounding(seed) if stochastic_rounding else None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -77,40 +143,44 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        number = 0
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     if not self.state[parameter]:
                         self.state[parameter] = new_moments(parameter, self.state_dtype)
-                    update_in_group(parameter, self.state[parameter], group)
+                    self._update(parameter, self.state[parameter], group, number)
+                number += 1
         return loss
+
+    def _update(self, parameter: nn.Parameter, moments: Moments, group: dict[str, Any], number: int) -> None:
+        assert parameter.grad is not None
+        moments["step"] += 1
+        step = moments["step"]
+        tensors = [parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]]
+        if not parameter.is_contiguous():
+            # no flat view to cut: such a parameter is one piece
+            update_piece(*tensors, step=step, group=group, generator=self._bits(parameter, number, step, 0))
+            return
+        flattened = [flat(t) for t in tensors]
+        for start, end in pieces_of(parameter):
+            part = [t[start:end] for t in flattened]
+            update_piece(*part, step=step, group=group, generator=self._bits(parameter, number, step, start))
+
+    def _bits(self, parameter: nn.Parameter, number: int, step: int, start: int) -> torch.Generator | None:
+        if self.rounding is None:
+            return None
+        return self.rounding.generator(parameter.device, parameter=number, step=step, start=start)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore exactly; the base class would cast the moments to the parameters' dtype."""
         super().load_state_dict(state_dict)
-        restore_exactly(self, state_dict)
-
-
-def update_in_group(parameter: nn.Parameter, moments: Moments, group: dict[str, Any]) -> None:
-    """`adamw_update` with a parameter group's hyper-parameters."""
-    adamw_update(
-        parameter,
-        moments,
-        lr=group["lr"],
-        betas=group["betas"],
-        eps=group["eps"],
-        weight_decay=group["weight_decay"],
-    )
-
-
-def restore_exactly(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Put the moments of `state_dict` back in their own dtype, each on the device it was saved from or its parameter's.
-
-    Host moments stay on the host: a tensor saved from the CPU is not sent to the device here.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-    for number, parameter in zip(numbers, parameters, strict=True):
-        saved = state_dict["state"].get(number)
-        if saved is not None:
-            optimizer.state[parameter] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in saved.items()}
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        for number, parameter in zip(numbers, parameters, strict=True):
+            saved = state_dict["state"].get(number)
+            if saved is not None:
+                self.state[parameter] = {
+                    key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                    for key, value in saved.items()
+                }

@@ -24,6 +24,13 @@ def gradient_square(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     return torch.stack(norms).square().sum() if norms else None
 
 
+def gradient_norms(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """2-norm of each parameter's gradient, scalars on its device; in fp32 where gradients have a lower precision."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    low = any(g.dtype in (torch.bfloat16, torch.float16) for g in gradients)
+    return list(torch._foreach_norm(gradients, 2, dtype=torch.float32 if low else None))
+
+
 def root_mean_square(square: Tensor, count: int) -> Tensor:
     """R = sqrt(||g||^2 / N): the root mean square of a layer's `count` gradient entries (paper, mean gradient norm)."""
     return (square / count).sqrt()

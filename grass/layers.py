@@ -1,14 +1,16 @@
 """Where a causal language model keeps its decoder layers, found from the module tree alone.
 
-No table of class names: the decoder stack is the one `nn.ModuleList` whose children hold most of the model's
-parameters. What lies outside it is split in three groups: the embedding (and anything else before the stack), the
-final norm, and the language-model head.
+No table of class names: the decoder stack is the one `nn.ModuleList` of like modules that hold two or more matrices
+each. What lies outside it is split in three groups: the embedding (and whatever is none of the other two), the final
+norm, and the language-model head.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from torch import nn
 
@@ -20,7 +22,7 @@ class LayerMap:
     """Decoder layers of a model and the parameters outside them.
 
     Every parameter of the model is in exactly one layer or one outside group. A head tied to the embedding is one
-    tensor; it is listed once, under `embedding`, and `head` is empty.
+    tensor; it is listed once, under `embedding`, and `head` is empty or holds the head's own bias.
     """
 
     layers: tuple[nn.Module, ...]
@@ -36,74 +38,57 @@ class LayerMap:
 
 
 def find_layers(model: nn.Module, *, layers: Sequence[nn.Module] | None = None) -> LayerMap:
-    """Find the decoder layers of `model`.
+    """Find the decoder layers of `model`, and what the parameters outside them are.
+
+    The stack is the outermost `nn.ModuleList` whose children share a base class of their own and hold two or more
+    matrices each; where no list has such children, a list of smaller ones serves.
+
+    A parameter outside the stack is put by the first of these rules that holds:
+
+    - `embedding`: it belongs to `model.get_input_embeddings()`.
+    - `head`: it belongs to `model.get_output_embeddings()`.
+    - `final_norm`: it belongs to a norm (a module with parameters, none of more than one dimension) that is applied
+      to the stack's output. Such a norm is a sibling of the stack, or of a module around it, that the parent's
+      `forward` names for the first time after it named the stack; where `forward` does not name the stack itself
+      (the parent is an `nn.ModuleDict`, say), a sibling registered after it. The nearest level with one counts.
+    - `embedding`: everything else, such as position embeddings, a norm of the embedding, projections in and out of
+      the stack's width, and a head that the model does not give out through `get_output_embeddings`.
+
+    The rule for the norm reads names out of the compiled `forward`, whose order is that of the source: it is wrong
+    where `forward` mentions a norm before the stack but applies it after.
 
     Args:
         model: a causal language model, or any module if `layers` is given.
         layers: the layers, bottom first, where they cannot be found or others are wanted.
 
     Raises:
-        ValueError: no stack, or more than one candidate; the message lists them and says to pass `layers`.
+        ValueError: no stack, or more than one candidate (the message lists them and says to pass `layers`); a given
+            layer that is no part of the model; a layer without parameters; a parameter that two layers share.
     """
     if layers is not None:
         if not layers:
             raise ValueError("layers: the given list is empty")
-        return LayerMap(tuple(layers), "", _outside(model, layers))
-    name, stack = _largest_stack(model)
-    return LayerMap(tuple(stack), name, _outside(model, list(stack)))
+        inside = {id(module) for module in model.modules()}
+        for index, layer in enumerate(layers):
+            if id(layer) not in inside:
+                raise ValueError(f"layers: number {index} ({type(layer).__name__}) is no submodule of the model")
+        name, found = "", tuple(layers)
+    else:
+        name, stack = _decoder_stack(model)
+        found = tuple(stack)
+    _check_own_parameters(found)
+    return LayerMap(found, name, _outside(model, found))
 
 
-def _largest_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    total = sum(p.numel() for p in model.parameters())
-    candidates: list[tuple[str, nn.ModuleList, int]] = []
-    for name, module in model.named_modules():
-        # a list inside a candidate's child (the experts of a mixture, say) is part of a layer, not a stack
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer, _, _ in candidates):
-            size = sum(p.numel() for p in module.parameters())
-            if size and len({type(child) for child in module}) == 1:
-                candidates.append((name, module, size))
-    listed = ", ".join(
-        f"{name} ({len(m)} x {type(m[0]).__name__}, {size:,} parameters)" for name, m, size in candidates
-    )
-    if not candidates:
-        raise ValueError(
-            "no stack of decoder layers (an nn.ModuleList of equal modules) in this model: pass layers=[...]"
-        )
-    candidates.sort(key=lambda candidate: -candidate[2])
-    if len(candidates) > 1 and candidates[1][2] > 0.1 * total:
-        raise ValueError(f"more than one stack could be the decoder ({listed}): pass layers=list(model.<name>)")
-    return candidates[0][0], candidates[0][1]
-
-
-def _outside(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    inside = {id(p) for layer in layers for p in layer.parameters()}
-    embedding = _parameters_of(model, "get_input_embeddings")
-    head = _parameters_of(model, "get_output_embeddings")
-    groups: dict[str, list[nn.Parameter]] = {key: [] for key in OUTSIDE}
-    seen: set[int] = set()
-    passed_stack = False
-    for _, parameter in model.named_parameters(remove_duplicate=True):
-        if id(parameter) in inside:
-            passed_stack = True
-            continue
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        if id(parameter) in embedding:
-            groups["embedding"].append(parameter)
-        elif id(parameter) in head:
-            groups["head"].append(parameter)
-        else:
-            # what comes before the stack in the module tree (position embeddings) goes with the embedding,
-            # what comes after it normalises the stack's output
-            groups["final_norm" if passed_stack else "embedding"].append(parameter)
-    return groups
-
-
-def _parameters_of(model: nn.Module, getter: str) -> set[int]:
+def declared_module(model: nn.Module, getter: str) -> nn.Module | None:
+    """Module that the model gives out through its method `getter`; None where it has no such method or module."""
     get = getattr(model, getter, None)
-    module = get() if callable(get) else None
-    return {id(p) for p in module.parameters()} if isinstance(module, nn.Module) else set()
+    try:
+        module = get() if callable(get) else None
+    except NotImplementedError:
+        # transformers raises it where a model has not said where its embedding is
+        return None
+    return module if isinstance(module, nn.Module) else None
 
 
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
@@ -112,3 +97,109 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
         parameter.requires_grad_(trainable)
         if not trainable:
             parameter.grad = None
+
+
+def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    candidates: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        # a list inside a candidate's child (the experts of a mixture, say) is part of a layer, not a stack
+        if (
+            isinstance(module, nn.ModuleList)
+            and not any(name.startswith(f"{outer}.") for outer in candidates)
+            and any(True for _ in module.parameters())
+            and _are_alike(module)
+        ):
+            candidates[name] = module
+    # lists of single projections or embeddings (one a codebook, say) stand beside a stack and are none
+    candidates = {name: m for name, m in candidates.items() if any(map(_is_deep, m))} or candidates
+    if not candidates:
+        raise ValueError(
+            "no stack of decoder layers (an nn.ModuleList of equal modules) in this model: pass layers=[...]"
+        )
+    if len(candidates) > 1:
+        listed = ", ".join(
+            f"{name} ({len(m)} x {type(m[0]).__name__}, {sum(p.numel() for p in m.parameters()):,} parameters)"
+            for name, m in candidates.items()
+        )
+        raise ValueError(f"more than one stack could be the decoder ({listed}): pass layers=list(model.<name>)")
+    return next(iter(candidates.items()))
+
+
+def _are_alike(modules: nn.ModuleList) -> bool:
+    """Whether all are of one class, or derive from one that is more special than `nn.Module` (hybrid models)."""
+    shared = set.intersection(*(set(type(module).__mro__) for module in modules))
+    return bool(shared - set(nn.Module.__mro__))
+
+
+def _is_deep(module: nn.Module) -> bool:
+    return sum(p.dim() > 1 for p in module.parameters()) > 1
+
+
+def _check_own_parameters(layers: Sequence[nn.Module]) -> None:
+    owner: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        named = list(layer.named_parameters())
+        if not named:
+            raise ValueError(
+                f"layer {index} ({type(layer).__name__}) has no parameters, so there is nothing to train when it is "
+                "drawn: pass layers=[...] without it"
+            )
+        for name, parameter in named:
+            first = owner.setdefault(id(parameter), index)
+            if first != index:
+                raise ValueError(
+                    f"layers {first} and {index} share the parameter {name}, so that freezing one would freeze the "
+                    "other: pass layers=[...] that share none"
+                )
+
+
+def _outside(model: nn.Module, layers: Sequence[nn.Module]) -> dict[str, list[nn.Parameter]]:
+    placed = {id(p) for layer in layers for p in layer.parameters()}
+    embedding = _parameters_of(declared_module(model, "get_input_embeddings"))
+    head = _parameters_of(declared_module(model, "get_output_embeddings"))
+    norm = _final_norm(model, layers)
+    groups: dict[str, list[nn.Parameter]] = {key: [] for key in OUTSIDE}
+    for parameter in model.parameters():
+        key = id(parameter)
+        if key in placed:
+            continue
+        if key in head - embedding:
+            groups["head"].append(parameter)
+        elif key in norm - embedding:
+            groups["final_norm"].append(parameter)
+        else:
+            groups["embedding"].append(parameter)
+    return groups
+
+
+def _parameters_of(module: nn.Module | None) -> set[int]:
+    return set() if module is None else {id(p) for p in module.parameters()}
+
+
+def _final_norm(model: nn.Module, layers: Sequence[nn.Module]) -> set[int]:
+    """Ids of the parameters of the norm of the stack's output; empty where there is none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    paths = [names[id(layer)].split(".") for layer in layers]
+    for level in range(len(commonprefix([path[:-1] for path in paths])), -1, -1):
+        parent = model.get_submodule(".".join(paths[0][:level]))
+        after = _used_after(parent, {path[level] for path in paths})
+        norms = [child for name, child in parent.named_children() if name in after and _is_norm(child)]
+        if norms:
+            return {id(p) for norm in norms for p in norm.parameters()}
+    return set()
+
+
+def _is_norm(module: nn.Module) -> bool:
+    dimensions = [p.dim() for p in module.parameters()]
+    return bool(dimensions) and max(dimensions) <= 1
+
+
+def _used_after(parent: nn.Module, stack: set[str]) -> set[str]:
+    """Names that `parent` uses only after its children `stack`."""
+    code = getattr(inspect.unwrap(type(parent).forward), "__code__", None)
+    # a function's names stand in the order in which its source mentions them first
+    order = list(code.co_names) if code is not None else []
+    if not stack <= set(order):
+        order = [name for name, _ in parent.named_children()]
+    last = max((order.index(name) for name in stack if name in order), default=len(order))
+    return set(order[last + 1 :])

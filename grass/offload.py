@@ -1,39 +1,319 @@
-"""Optimizer states of sleeping layers live on the host and come back when their layer is drawn again."""
+"""Moments of sleeping layers live on the host; those of active layers come to the device for as long as they must.
+
+`resident`: a group's moments are on the device while it trains, and change places when layers do. `move`: all moments
+stay on the host; `step` stages them in chunks, updates, and sends them back during the next forward pass, so that none
+is on the device when activations peak. What is fetched, when, and into which buffer follows from events alone; results
+are the same in both modes, to the last bit.
+
+Moving behind the *update* of a neighbour, as the paper describes it, cannot hide a copy: a layer's update takes a
+millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.room`); writing back hides behind the
+next forward pass.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
-HOST = torch.device("cpu")
+from grass.blocks import Block, Chunk, HostArena
+from grass.room import BackwardRoom
+from grass.streams import Streams, streams_for
 
+Mode = Literal["resident", "move"]
 
-def send_to_host(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> int:
-    """Move the moments of `parameters` to host memory; values and step counts stay. Returns the bytes moved."""
-    return _move(optimizer, parameters, HOST)
+RING = 4
+"""Buffers that a step may use beyond those filled during backward: one arriving, one updated, two returning."""
+ROOM_TO_STAY = 1.25
+"""`auto`: states stay resident if this many times their bytes are free at peak; the rest is for fragmentation."""
 
-
-def fetch_to_device(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> int:
-    """Move the moments of `parameters` to the device of their parameter. Returns the bytes moved."""
-    return _move(optimizer, parameters, None)
-
-
-def drop(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Forget the moments and step counts of `parameters`."""
-    for parameter in parameters:
-        optimizer.state.pop(parameter, None)
+UpdateChunk = Callable[[Block, Chunk, Tensor], None]
+"""Updates the pieces of a chunk with the moments in the buffer given, shape (2, elements of the chunk)."""
 
 
-def _move(optimizer: Optimizer, parameters: Iterable[nn.Parameter], device: torch.device | None) -> int:
-    moved = 0
-    for parameter in parameters:
-        target = device or parameter.device
-        # .get: a defaultdict would grow an empty state for a parameter that never trained
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.device != target:
-                optimizer.state[parameter][key] = value.to(target)
-                moved += value.numel() * value.element_size()
-    return moved
+@dataclass
+class _Staged:
+    """A device buffer, the event that fills it, and (once written back) the event that empties it."""
+
+    buffer: Tensor
+    ready: Any = None
+
+
+class StateOffload:
+    """Keeps the moments of all groups of one optimizer.
+
+    Args:
+        blocks: one a parameter group.
+        device: where the parameters are.
+        mode: `resident`, `move`, or `auto`: `move` until the first change of layers shows how much memory is free at
+            peak, and for ever where device memory is host memory, `resident`.
+        streams: the device's queues; by default what `device` has.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Block], device: torch.device, mode: str, *, streams: Streams | None = None
+    ) -> None:
+        self.blocks = list(blocks)
+        self.device = device
+        self.streams = streams if streams is not None else streams_for(device)
+        self.room = BackwardRoom(self.streams)
+        self.arena = HostArena(pin=device.type == "cuda")
+        self.moved_bytes = 0
+        """Bytes copied since this was last set to 0, both directions."""
+        self.undecided = False
+        self.why = f"offload={mode!r}"
+        self.mode: Mode = "resident" if mode == "resident" else "move"
+        if mode == "auto":
+            self.undecided = self.streams.free_at_peak() is not None
+            self.mode = "move" if self.undecided else "resident"
+            self.why = "auto: watching the peak" if self.undecided else "auto: device memory is host memory"
+        self._has_updated = False
+        self._fetched: dict[tuple[int, int], _Staged] = {}
+        """Chunks on the device or on their way, by (block, chunk)."""
+        self._returning: deque[tuple[Tensor, Any]] = deque()
+        """Buffers that are being written back, with the event that ends it; oldest first."""
+        self._written: dict[tuple[int, int], Any] = {}
+        """`move`: event after which the host block holds a chunk's newest moments."""
+
+    # ------------------------------------------------------------ layers change
+
+    @property
+    def apart(self) -> bool:
+        """Device and host memory are two things: moments that stay on a CPU have nowhere else to be."""
+        return self.device.type != "cpu"
+
+    def change(self, asleep: Iterable[Block], awake: Iterable[Block], *, keep: bool) -> None:
+        """Other groups train from here on.
+
+        Args:
+            asleep: groups that do not train now.
+            awake: groups that do.
+            keep: sleeping moments stay on the host; else they are forgotten.
+        """
+        self.room.new_period()
+        for block in asleep:
+            self._drop_fetched(block)
+            if not keep:
+                self.forget(block)
+            elif self.mode == "resident" and block.home is not None and block.home is not block.host and self.apart:
+                self._send_home(block)
+        awake = list(awake)
+        if self.undecided:
+            self._decide(awake)
+        if self.mode == "resident" and self.apart:
+            for block in awake:
+                if block.home is not None and block.home is block.host:
+                    self._bring(block)
+
+    def _decide(self, awake: Sequence[Block]) -> None:
+        free = self.streams.free_at_peak()
+        needed = sum(block.nbytes for block in awake)
+        if free is None or not self._has_updated:
+            return  # no step yet, so no peak to judge by
+        self.undecided = False
+        stays = free >= ROOM_TO_STAY * needed
+        self.mode = "resident" if stays else "move"
+        self.why = (
+            f"auto: {free:,} bytes free at peak, {needed:,} bytes of states in use: "
+            f"{'they stay' if stays else 'they move'}"
+        )
+
+    def forget(self, block: Block) -> None:
+        """Drop a group's moments."""
+        if block.home is not None and block.home is not block.host:
+            self._returning.append((block.home, block.ready or self.streams.mark("compute")))
+        if block.host is not None:
+            self.streams.settle()
+            self.arena.give_back(block.host)
+        block.home = block.host = block.ready = None
+        self._written = {key: event for key, event in self._written.items() if key[0] != block.index}
+
+    def _drop_fetched(self, block: Block) -> None:
+        """Let go of what backward fetched for a step that never came; the host holds the same moments."""
+        for key in [key for key in self._fetched if key[0] == block.index]:
+            staged = self._fetched.pop(key)
+            self._returning.append((staged.buffer, staged.ready))
+
+    def _send_home(self, block: Block) -> None:
+        """`resident`: from the device buffer to the host block."""
+        buffer, streams = block.home, self.streams
+        assert buffer is not None
+        if block.ready is not None:
+            streams.wait("return", block.ready)
+        if block.host is None:
+            block.host = self.arena.take(block.elements, block.dtype)
+        streams.wait("return", streams.mark("compute"))
+        self._copy("return", block.host, buffer)
+        event = streams.mark("return")
+        block.home, block.ready = block.host, event
+        self._returning.append((buffer, event))
+
+    def _bring(self, block: Block) -> None:
+        """`resident`: from the host block to a device buffer, a leaving group's where one fits."""
+        assert block.host is not None
+        streams = self.streams
+        buffer = self._take_returning(block.elements, block.dtype, "fetch")
+        if buffer is None:
+            buffer = streams.allocate(block.elements, block.dtype)
+            streams.wait("fetch", streams.mark("compute"))
+        if block.ready is not None:
+            streams.wait("fetch", block.ready)
+        for chunk in range(len(block.chunks)):
+            written = self._written.pop((block.index, chunk), None)
+            if written is not None:
+                streams.wait("fetch", written)
+        self._copy("fetch", buffer, block.host)
+        block.home, block.ready = buffer, streams.mark("fetch")
+
+    def _take_returning(self, elements: int, dtype: torch.dtype, queue: Literal["compute", "fetch"]) -> Tensor | None:
+        """A buffer of that very size that is on its way back; `queue` waits until it is empty."""
+        for place, (buffer, event) in enumerate(self._returning):
+            if buffer.shape[1] == elements and buffer.dtype == dtype:
+                del self._returning[place]
+                self.streams.wait(queue, event)
+                return buffer
+        return None
+
+    # ------------------------------------------------------------ backward
+
+    def prefetch(self, blocks: Sequence[Block], *, more_to_come: bool, gradients: int = 0) -> None:
+        """`move`: fetch moments of groups whose gradients are final, as far as the peak is not raised."""
+        if self.mode != "move":
+            return
+        for block in blocks:
+            if block.home is None:
+                continue  # its first update: zeros need no fetching
+            for number, chunk in enumerate(block.chunks):
+                if (block.index, number) in self._fetched:
+                    continue
+                nbytes = 2 * chunk.elements * block.dtype.itemsize
+                if self.room.bytes(more_to_come=more_to_come, gradients=gradients) < nbytes:
+                    return
+                self.room.taken(nbytes)
+                self._stage(block, number, self._new_buffer(chunk.elements, block.dtype))
+
+    def _new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
+        buffer = self.streams.allocate(elements, dtype)
+        # memory that `compute` freed a moment ago may still be in use there
+        self.streams.wait("fetch", self.streams.mark("compute"))
+        return buffer
+
+    def _stage(self, block: Block, number: int, buffer: Tensor) -> None:
+        assert block.host is not None
+        chunk = block.chunks[number]
+        written = self._written.pop((block.index, number), None)
+        if written is not None:
+            self.streams.wait("fetch", written)
+        self._copy("fetch", buffer[:, : chunk.elements], block.host[:, chunk.start : chunk.end])
+        self._fetched[block.index, number] = _Staged(buffer, self.streams.mark("fetch"))
+
+    # ------------------------------------------------------------ step
+
+    def update(self, blocks: Sequence[Block], apply: UpdateChunk) -> None:
+        """Update the groups `blocks`, each where its moments are."""
+        self._has_updated = True
+        for block in blocks:
+            self._ensure_home(block)
+        if self.mode == "move":
+            self._update_staged(blocks, apply)
+            return
+        for block in blocks:
+            home = block.home
+            assert home is not None
+            if block.ready is not None:
+                self.streams.wait("compute", block.ready)
+                block.ready = None
+            for chunk in block.chunks:
+                self._apply(apply, block, chunk, home[:, chunk.start : chunk.end], home)
+
+    def _ensure_home(self, block: Block) -> None:
+        """Zero moments for a group that never trained."""
+        if block.home is not None:
+            return
+        if self.mode == "move" or not self.apart:
+            self.put_home(block)
+            return
+        found = self._take_returning(block.elements, block.dtype, "compute")
+        buffer = self.streams.allocate(block.elements, block.dtype) if found is None else found
+        self.streams.compute(lambda: _clear(buffer), buffer)
+        block.home = buffer
+
+    def _update_staged(self, blocks: Sequence[Block], apply: UpdateChunk) -> None:
+        """Fetch, update and send back chunk by chunk; those that backward fetched come first."""
+        self.release()
+        work = [(block, number) for block in blocks for number in range(len(block.chunks))]
+        work.sort(key=lambda item: (item[0].index, item[1]) not in self._fetched)
+        largest = {dtype: max(b.chunks[n].elements for b, n in work if b.dtype == dtype) for dtype in _dtypes(work)}
+        ring = RING
+        ahead = 0
+        for block, number in work:
+            while ahead < len(work):
+                next_block, next_number = work[ahead]
+                if (next_block.index, next_number) not in self._fetched:
+                    size = largest[next_block.dtype]
+                    buffer = self._take_returning(size, next_block.dtype, "fetch") if ring == 0 else None
+                    if buffer is None and ring > 0:
+                        ring -= 1
+                        buffer = self._new_buffer(size, next_block.dtype)
+                    if buffer is None:
+                        break
+                    self._stage(next_block, next_number, buffer)
+                ahead += 1
+            staged, chunk = self._fetched.pop((block.index, number)), block.chunks[number]
+            self.streams.wait("compute", staged.ready)
+            moments = staged.buffer[:, : chunk.elements]
+            self._apply(apply, block, chunk, moments, staged.buffer)
+            self.streams.wait("return", self.streams.mark("compute"))
+            assert block.host is not None
+            self._copy("return", block.host[:, chunk.start : chunk.end], moments)
+            event = self._written[block.index, number] = self.streams.mark("return")
+            self._returning.append((staged.buffer, event))
+
+    def _apply(self, apply: UpdateChunk, block: Block, chunk: Chunk, moments: Tensor, buffer: Tensor) -> None:
+        self.streams.compute(lambda: apply(block, chunk, moments), buffer)
+
+    def _copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
+        self.streams.copy(queue, target, source)
+        self.moved_bytes += target.nbytes
+
+    # ------------------------------------------------------------ forward, and the end
+
+    @property
+    def returning(self) -> int:
+        """Buffers that are being written back."""
+        return len(self._returning)
+
+    def release(self, keep: int = 0) -> None:
+        """Free buffers that are written back, oldest first, until `keep` are left; `compute` waits where it must."""
+        while len(self._returning) > keep:
+            buffer, event = self._returning.popleft()
+            self.streams.wait("compute", event)
+            self.streams.free(buffer)
+
+    def release_done(self) -> None:
+        """Free buffers whose way back is over by now, without waiting."""
+        while self._returning and self.streams.done(self._returning[0][1]):
+            self.release(keep=len(self._returning) - 1)
+
+    def put_home(self, block: Block) -> None:
+        """Give a group host moments (zeros) to be filled by the caller: for a resume."""
+        block.home = block.host = self.arena.take(block.elements, block.dtype)
+
+    def settle(self) -> None:
+        """Block until every moment is at home: before anybody reads or writes it from the host."""
+        self.streams.settle()
+        self._written.clear()
+        for block in self.blocks:
+            block.ready = None
+
+
+def _clear(buffer: Tensor) -> None:
+    buffer.zero_()
+
+
+def _dtypes(work: Sequence[tuple[Block, int]]) -> set[torch.dtype]:
+    return {block.dtype for block, _ in work}

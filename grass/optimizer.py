@@ -2,59 +2,48 @@
 
 Source: "GRASS: Gradient-based Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model
 Fine-tuning" (arXiv 2604.07808, Findings of ACL 2026). What the paper leaves open is a named option, its default marked
-"ours".
+"ours" in `grass.options.Options`.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grass.adamw import new_moments, restore_exactly, update_in_group
-from grass.importance import Importance, Norm, effective_layers, gradient_square, probabilities, root_mean_square
+from grass.distributed import average_gradients, check_agreement
+from grass.importance import Importance, Norm, effective_layers, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
-from grass.offload import drop, fetch_to_device, send_to_host
-from grass.sampling import draw_layers
-
-Sampler = Literal["importance", "static", "uniform"]
+from grass.options import Offload, Options, Reprobe, State
+from grass.prefix import stop_at_lowest_layer
+from grass.probing import Loss, Prober
+from grass.refusals import refuse_loss_scaling, refuse_unfit_model
+from grass.sampling import LayerSampler, Sampler, warn_if_not_adaptive
+from grass.states import LayerStates
+from grass.trace import History, Record
 
 
 class Grass(Optimizer):
     """GRASS as a drop-in optimizer: `loss.backward(); opt.step(); opt.zero_grad()`.
 
-    Call `probe(batches)` before training; the first active set is drawn there. With `sampler="uniform"` no probe is
-    needed. Weights change only in `step()`.
+    Call `probe(batches)` before training, or set `probe_steps`; samplers that measure nothing need neither. Weights
+    change only in `step()`. Schedulers of torch act on it as on any optimizer. Under `torch.distributed` give every
+    rank the plain module: `step()` averages gradients itself.
 
     Args:
         model: a causal language model with one stack of decoder layers, or any module if `layers` is given.
-        lr: peak learning rate of every group; torch schedulers act on it as usual.
-        active_layers: gamma, layers that train in a period (paper; its value is not known, 4 is ours).
-        sample_every: T_s, steps between two draws (paper: 25 to 50 is best).
-        refresh_every: T_u, steps between two refreshes of the probabilities, a multiple of `sample_every`
-            (paper; default ours: `sample_every`).
-        temperature: tau of the softmax (paper; value ours).
-        norm: scaling of the mean gradient norms before the softmax (ours: the paper names none).
-        ema: alpha, weight of the new measurement in a refresh (paper; value ours).
-        sampler: `importance` is the paper's method; `static` is its GRASS*, probabilities from the probe for ever;
-            `uniform` draws like LISA and never probes.
-        state: `keep` sends the moments of sleeping layers to the host and brings them back (paper); `reset` forgets
-            them.
-        train_embedding, train_head, train_final_norm: groups outside the stack that always train (ours: all three).
-        state_dtype: dtype of the moments.
-        betas, eps, weight_decay: AdamW's.
-        max_grad_norm: clip the global norm of the active gradients inside `step`, after importance was measured.
-        seed: of the draws' own generator.
-        layers: the decoder layers, where they cannot be found.
+        layers: the decoder layers, bottom first, where they cannot be found or others are wanted.
+        lr: and all others: see `grass.options.Options`, which says of each what it does and whether it is the paper's.
 
     Raises:
-        ValueError: an option out of range; the message names it.
+        ValueError: an option out of range, or a model that cannot work (wrapped, compiled, on meta, in fp16, without a
+            stack that can be told); the message says what to do.
     """
+
+    _step_supports_amp_scaling = True  # so that a GradScaler shows itself, and can be refused
 
     def __init__(
         self,
@@ -64,160 +53,88 @@ class Grass(Optimizer):
         active_layers: int = 4,
         sample_every: int = 50,
         refresh_every: int | None = None,
+        probe_steps: int = 0,
         temperature: float = 1.0,
         norm: Norm = "mean",
         ema: float = 0.5,
-        sampler: Sampler = "importance",
-        state: Literal["keep", "reset"] = "keep",
         train_embedding: bool = True,
         train_head: bool = True,
         train_final_norm: bool = True,
-        state_dtype: torch.dtype = torch.float32,
+        state: State = "keep",
+        sampler: Sampler = "importance",
+        reprobe: Reprobe = False,
+        offload: Offload = "auto",
+        state_dtype: Literal["fp32", "bf16"] = "fp32",
+        stochastic_rounding: bool = False,
+        accumulation_steps: int = 1,
+        seed: int = 0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        seed: int = 0,
         layers: Sequence[nn.Module] | None = None,
     ) -> None:
-        for name, given, valid in (
-            ("norm", norm, get_args(Norm)),
-            ("sampler", sampler, get_args(Sampler)),
-            ("state", state, ("keep", "reset")),
-        ):
-            if given not in valid:
-                raise ValueError(f"{name} must be one of {', '.join(valid)}, not {given!r}")
+        # the signature is for readers and editors; the options are defined, explained and checked in one place
+        self.options = Options(**{k: v for k, v in locals().items() if k in Options.__dataclass_fields__})
+        refuse_unfit_model(model)
         found = find_layers(model, layers=layers)
         self.layer_parameters = found.layer_parameters()
-        self.refresh_every = sample_every if refresh_every is None else refresh_every
-        _check_options(len(self.layer_parameters), active_layers, sample_every, self.refresh_every, temperature, ema)
+        self.options.check_model(len(self.layer_parameters), model.parameters())
         self.model = model
-        self.active_layers = active_layers
-        self.sample_every = sample_every
-        self.temperature = temperature
-        self.norm: Norm = norm
-        self.ema = ema
-        self.sampler: Sampler = sampler
-        self.state_mode = state
-        self.state_dtype = state_dtype
-        self.max_grad_norm = max_grad_norm
-        self.generator = torch.Generator().manual_seed(seed)
+        self.accumulation_steps = accumulation_steps
+        """Backward passes a step; may be changed between steps."""
         trained = {"embedding": train_embedding, "final_norm": train_final_norm, "head": train_head}
         for key in OUTSIDE:
             set_trainable(found.outside[key], trained[key])
         outside = {key: found.outside[key] for key in OUTSIDE if trained[key] and found.outside[key]}
         # in the model's own order, so that the global norm is summed as full fine-tuning sums it, to the last bit
-        named = [(key, outside[key]) for key in ("embedding",) if key in outside]
-        named += [(f"layer {i}", parameters) for i, parameters in enumerate(self.layer_parameters)]
-        named += [(key, outside[key]) for key in ("final_norm", "head") if key in outside]
-        groups = [{"params": parameters, "name": name} for name, parameters in named]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        below: list[dict[str, Any]] = [
+            {"params": outside[key], "name": key} for key in ("embedding",) if key in outside
+        ]
+        stack = [{"params": parameters, "name": f"layer {i}"} for i, parameters in enumerate(self.layer_parameters)]
+        above = [{"params": outside[key], "name": key} for key in ("final_norm", "head") if key in outside]
+        hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__([*below, *stack, *above], hyper)
 
-        count = len(self.layer_parameters)
-        self.steps = 0
+        self.states = LayerStates(self, found.layers, len(below), self.options)
+        """Where the moments are, and how they come and go."""
+        self.sampler = LayerSampler(sampler, layers=len(stack), active_layers=active_layers, seed=seed)
+        everything = [p for group in self.param_groups for p in group["params"]]
+        self._prober = Prober(model, self.layer_parameters, everything, self._read)
+        self.history = History()
+        """One record a call of `step()`, probing steps included; not part of the state dict."""
         self.importance: Importance | None = None
-        self.probability = [1 / count] * count
         self.active: tuple[int, ...] = ()
-        self.last_grad_norm: float | None = None
-        """Global norm of the active gradients in the last step, before clipping."""
+        """Decoder layers that train now."""
+        self._calls = 0
+        """Calls of `step()`, probing steps included."""
+        self._norms: dict[nn.Parameter, Tensor] = {}
+        """Norm of every gradient of this step, in the model's order."""
+        self._grad_norm: Tensor | None = None
         self._window: dict[int, tuple[Tensor, int]] = {}
         """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
+        self.steps = 0
+        """Updates done."""
         self._resample()
+        if probe_steps and self.sampler.needs_probe:
+            self._stop_at_lowest_layer()
+            self._prober.start()
 
-    # ------------------------------------------------------------ probing
+    # ------------------------------------------------------------ what it believes
 
-    def probe(self, batches: Iterable[Any], loss: Callable[[nn.Module, Any], Tensor] | None = None) -> None:
-        """Measure every layer's mean gradient norm without updating anything, then draw the first active set.
+    @property
+    def needs_probe(self) -> bool:
+        """The sampler draws by mean gradient norms, which only a probe can give at first."""
+        return self.sampler.needs_probe
 
-        Gradients are reduced to their norm and freed as they appear, so at most one parameter's gradient is alive.
-        Each batch is one probing step: the norm is that of the batch's own gradient (no accumulation).
-
-        Args:
-            batches: T_p batches (paper: probing steps; the number is ours).
-            loss: mean loss of one batch; by default `model(**batch).loss`.
-
-        Raises:
-            ValueError: no batch, a gradient that is not finite, or gradients left over from a backward pass.
-        """
-        if self.steps:
-            raise ValueError("probe() comes before training; this optimizer has made steps already")
-        totals = [0.0] * len(self.layer_parameters)
-        steps = 0
-        with self._norms_of_all_layers() as squares:
-            for batch in batches:
-                (loss(self.model, batch) if loss is not None else self.model(**batch).loss).backward()
-                for layer, square in enumerate(squares.tolist()):
-                    totals[layer] += (square / self._count(layer)) ** 0.5
-                squares.zero_()
-                steps += 1
-        if not steps:
-            raise ValueError("probe() was given no batch")
-        self.importance = Importance.from_probe([total / steps for total in totals])
-        self._update_probability()
-        self._resample()
-
-    @contextmanager
-    def _norms_of_all_layers(self) -> Iterator[Tensor]:
-        """Yield one squared gradient norm a layer, filled by every backward pass; gradients never accumulate."""
-        everything = [p for group in self.param_groups for p in group["params"]]
-        if any(p.grad is not None for p in everything):
-            raise ValueError("probe() found gradients of an earlier backward pass: call opt.zero_grad() first")
-        before = [(p, p.requires_grad) for p in everything]
-        squares = torch.zeros(
-            len(self.layer_parameters), dtype=torch.float32, device=self.layer_parameters[0][0].device
-        )
-
-        def reduce(layer: int) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                squares[layer] += torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
-                parameter.grad = None
-
-            return hook
-
-        set_trainable(everything, False)
-        handles = []
-        for layer, parameters in enumerate(self.layer_parameters):
-            set_trainable(parameters, True)
-            handles += [p.register_post_accumulate_grad_hook(reduce(layer)) for p in parameters]
-        try:
-            yield squares
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, trainable in before:
-                set_trainable([parameter], trainable)
-
-    # ------------------------------------------------------------ training
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Measure, clip, update what is active; then refresh and draw again if the period is over."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self.sampler != "uniform" and self.importance is None:
-            raise RuntimeError("call opt.probe(batches) before the first step, or choose sampler='uniform'")
-        self._measure()
-        self._clip()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if not self.state[parameter]:
-                        self.state[parameter] = new_moments(parameter, self.state_dtype)
-                    update_in_group(parameter, self.state[parameter], group)
-        self.steps += 1
-        if self.sampler == "importance" and self.steps % self.refresh_every == 0:
-            self._refresh()
-        if self.steps % self.sample_every == 0:
-            # gradients of layers that now fall asleep are dropped here: zero_grad() comes too late for them
-            self._resample()
-        return loss
+    @property
+    def probability(self) -> list[float]:
+        """Probability p of the next single draw, one entry a decoder layer."""
+        return self.sampler.probability
 
     @property
     def effective_layers(self) -> float:
-        """exp(H(p)) of the probabilities now in force."""
+        """exp(H(p)) of the probabilities now in force: from 1 to the number of layers."""
         return effective_layers(self.probability)
 
     @property
@@ -225,103 +142,242 @@ class Grass(Optimizer):
         """Steps since each layer's importance was measured; None before probing."""
         return None if self.importance is None else tuple(self.steps - at for at in self.importance.measured_at)
 
-    def _measure(self) -> None:
-        if self.sampler != "importance":
-            return
+    @property
+    def last_grad_norm(self) -> float | None:
+        """Global norm of the active gradients in the last step, before clipping; reading it waits for the device."""
+        return None if self._grad_norm is None else self._read(self._grad_norm.reshape(1))[0]
+
+    # ------------------------------------------------------------ probing
+
+    @property
+    def probe_loss(self) -> Loss | None:
+        """Loss of a probe's batch, as last given to `probe`; None: `model(**batch).loss`.
+
+        Set it in a resumed run that re-probes with a loss of its own.
+        """
+        return self._prober.loss
+
+    @probe_loss.setter
+    def probe_loss(self, loss: Loss | None) -> None:
+        self._prober.loss = loss
+
+    def probe(self, batches: Iterable[Any], loss: Loss | None = None, *, exact: bool = False) -> None:
+        """Measure every layer's mean gradient norm without updating anything, then draw the first active set.
+
+        Gradients are reduced to their norm and freed as they appear, so at most one parameter's gradient is alive.
+        The random numbers that dropout draws here are put back.
+
+        Args:
+            batches: T_p micro-batches (paper: probing steps; the number is ours); each is one probing step.
+            loss: mean loss of one batch; by default `model(**batch).loss`.
+            exact: measure the gradient *accumulated* over `accumulation_steps` micro-batches, as training does, not
+                each one's own: every probing step then takes that many batches and runs them
+                ceil(layers / active_layers) times, with the gradients of `active_layers` layers alive.
+
+        Raises:
+            ValueError: no batch, a gradient that is not finite, gradients left over from a backward pass, a call after
+                the first step, or in-step probing asked for as well.
+        """
+        if self.steps:
+            raise ValueError("probe() comes before training; this optimizer has made steps already")
+        if self._prober.in_step is not None:
+            raise ValueError("probe_steps makes step() probe by itself: leave it 0 to call probe()")
+        self.probe_loss = loss
+        self._believe(self._measure_all(batches, exact=exact))
+
+    def _measure_all(self, batches: Iterable[Any], *, exact: bool = False) -> list[float]:
+        self._stop_at_lowest_layer()
+        accumulated = self.accumulation_steps if exact else None
+        return self._prober.measure(batches, exact=accumulated, together=self.options.active_layers)
+
+    def _believe(self, means: Sequence[float]) -> None:
+        self.importance = Importance.from_probe(means)
+        self._follow()
+        warn_if_not_adaptive(self.sampler, self.effective_layers)
+        self._resample()
+
+    def _probe_step(self) -> None:
+        """One call of `step()` that only measures."""
+        r = self._prober.take()
+        self._remember((), r, moved_bytes=0, exposed=None)
+        if len(self._prober.in_step or ()) == self.options.probe_steps:
+            means = self._prober.stop()
+            assert means is not None
+            self._believe(means)
+
+    # ------------------------------------------------------------ training
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Measure, clip, update what is active; then refresh and draw again if the period is over.
+
+        With `probe_steps`, the first that many calls measure all layers and update nothing: their data is consumed,
+        and a scheduler that is stepped beside has moved on.
+
+        Raises:
+            RuntimeError: not probed yet, no gradient, or a gradient scaler at work.
+        """
+        refuse_loss_scaling(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._prober.in_step is not None:
+            self._probe_step()
+            return loss
+        if self.needs_probe and self.importance is None:
+            raise RuntimeError("call opt.probe(batches) before the first step, or choose sampler='uniform'")
+        self._stop_at_lowest_layer()
+        average_gradients([p for block in self.states.awake(self.active) for p in block.parameters])
+        r = self._measure()
+        self._clip()
+        moved, exposed = self.states.update(self.active, self.accumulation_steps)
+        self._remember(self.active, r, moved, exposed)
+        self.steps += 1
+        if self.sampler.refreshes and self.steps % self.options.refresh == 0:
+            self._refresh()
+        if self.steps % self.options.sample_every == 0:
+            # gradients of layers that now fall asleep are dropped here: zero_grad() comes too late for them
+            self._resample()
+        return loss
+
+    def last_micro_batch(self) -> None:
+        """Say before a backward pass that it is the step's last; needed only where `accumulation_steps` varies."""
+        if self.states.hooks is not None:
+            self.states.hooks.last_micro_batch()
+
+    def _measure(self) -> Tensor:
+        """Norm of every gradient; r of the active layers (paper: after accumulation; ours: before clipping)."""
+        graded = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not graded:
+            raise RuntimeError("step() found no gradient of an active layer: call loss.backward() first")
+        self._norms = dict(zip(graded, gradient_norms(graded), strict=True))
+        measured = []
         for layer in self.active:
-            square = gradient_square(self.layer_parameters[layer])
-            if square is not None:
-                r = root_mean_square(square, self._count(layer))
+            norms = [self._norms[p] for p in self.layer_parameters[layer] if p in self._norms]
+            square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)
+            r = root_mean_square(square, self._count(layer))
+            measured.append(r)
+            if self.sampler.refreshes and norms:
                 total, steps = self._window.get(layer, (torch.zeros_like(r), 0))
                 self._window[layer] = (total + r, steps + 1)
+        return torch.stack(measured)
 
     def _clip(self) -> None:
-        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        limit = self.max_grad_norm if self.max_grad_norm is not None else float("inf")
-        self.last_grad_norm = float(nn.utils.clip_grad_norm_(trained, limit))
+        self._grad_norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
+        if self.options.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(list(self._norms), self.options.max_grad_norm, self._grad_norm)
 
     def _refresh(self) -> None:
+        """Blend what the window's steps showed, or a new probe of all layers, into m; then p follows (paper)."""
         assert self.importance is not None
-        measured = {layer: float(total) / steps for layer, (total, steps) in self._window.items()}
-        self.importance.refresh(measured, ema=self.ema, step=self.steps)
+        measured: dict[int, float] = {}
+        if self.options.reprobe is not False:
+            self.zero_grad()
+            batches = self.options.reprobe() if callable(self.options.reprobe) else self.options.reprobe
+            measured = dict(enumerate(self._measure_all(batches)))
+        elif self._window:
+            means = torch.stack([total / steps for total, steps in self._window.values()])
+            measured = dict(zip(self._window, self._read(means), strict=True))
+        self.importance.refresh(measured, ema=self.options.ema, step=self.steps)
         self._window = {}
-        self._update_probability()
+        self._follow()
 
-    def _update_probability(self) -> None:
+    def _follow(self) -> None:
+        """The sampler's probabilities follow importance."""
         assert self.importance is not None
-        if self.sampler != "uniform":
-            first = self.importance.measured_at == [0] * len(self.layer_parameters)
-            self.probability = probabilities(self.importance.values, temperature=self.temperature, norm=self.norm)
-            if first:
-                self._warn_if_not_adaptive()
-
-    def _warn_if_not_adaptive(self) -> None:
-        count, effective = len(self.layer_parameters), self.effective_layers
-        if effective > 0.95 * count:
-            found, mend = f"is near uniform: {effective:.2f} of {count} layers effective", "lower"
-        elif effective < self.active_layers + 1 and count > self.active_layers:
-            found, mend = f"has collapsed: {effective:.2f} effective layers, {self.active_layers} active", "raise"
-        else:
-            return
-        warnings.warn(f"GRASS {found} after probing; {mend} `temperature` to change that", stacklevel=4)
+        options = self.options
+        self.sampler.follow(self.importance.values, temperature=options.temperature, norm=options.norm)
 
     def _resample(self) -> None:
-        self.active = draw_layers(self.probability, self.active_layers, self.generator)
+        self.active = self._draw()
+        check_agreement(self.options.seed, self.active, self._device)
         for layer, parameters in enumerate(self.layer_parameters):
-            awake = layer in self.active
-            set_trainable(parameters, awake)
-            if awake:
-                fetch_to_device(self, parameters)
-            elif self.state_mode == "keep":
-                send_to_host(self, parameters)
-            else:
-                drop(self, parameters)
+            set_trainable(parameters, layer in self.active)
+        self.states.change(self.active, self.accumulation_steps)
+
+    # ------------------------------------------------------------ small
+
+    def _draw(self) -> tuple[int, ...]:
+        """The next active set; with `_read`, the only place where the host decides by numbers."""
+        return self.sampler.draw(steps=self.steps, trained=self.active if self.steps else ())
+
+    def _read(self, values: Tensor) -> list[float]:
+        """Numbers of a one-dimensional tensor, read from the device."""
+        return [float(value) for value in values.tolist()]
 
     def _count(self, layer: int) -> int:
+        """N of a layer: its parameters, norm weights included."""
         return sum(p.numel() for p in self.layer_parameters[layer])
+
+    @property
+    def _device(self) -> torch.device:
+        return self.layer_parameters[0][0].device
+
+    def _stop_at_lowest_layer(self) -> None:
+        """Keep backward from visiting layers below the lowest active one, unless the embedding trains."""
+        if not self.options.train_embedding:
+            stop_at_lowest_layer(self.model)
+
+    def _remember(
+        self, active: tuple[int, ...], r: Tensor, moved_bytes: int, exposed: Callable[[], float | None] | None
+    ) -> None:
+        record = Record(
+            step=self._calls,
+            active=active,
+            norm=(None,) * len(self.layer_parameters),
+            importance=None if self.importance is None else tuple(self.importance.values),
+            age=self.age_steps,
+            probability=tuple(self.probability),
+            effective_layers=self.effective_layers,
+            mode=self.states.mode,
+            moved_bytes=moved_bytes,
+            exposed_copy_s=None,
+        )
+        self.history.append(record, norms=r, exposed=exposed)
+        self._calls += 1
 
     # ------------------------------------------------------------ resume
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs: moments, active set, importance, probabilities, window, generator."""
+        self.states.settle()
         packed = super().state_dict()
+        values = self.importance
         packed["grass"] = {
             "steps": self.steps,
-            "importance": None
-            if self.importance is None
-            else (list(self.importance.values), list(self.importance.measured_at)),
-            "probability": list(self.probability),
+            "calls": self._calls,
+            "importance": None if values is None else (list(values.values), list(values.measured_at)),
             "active": self.active,
             "window": {layer: (total.clone(), steps) for layer, (total, steps) in self._window.items()},
-            "generator": self.generator.get_state(),
+            "sampler": self.sampler.state_dict(),
+            "probing": None if self._prober.in_step is None else [s.clone() for s in self._prober.in_step],
         }
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; also puts the model's `requires_grad` flags in order."""
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "grass"})
-        restore_exactly(self, state_dict)
+        """Inverse of `state_dict`; also puts the model's `requires_grad` flags in order.
+
+        Moments keep their dtype, and go to where this optimizer keeps them, whatever device they come on: the base
+        class would cast both to the parameters'.
+
+        Raises:
+            ValueError: saved with other groups, or with moments of another dtype.
+        """
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         own = state_dict["grass"]
-        self.steps = own["steps"]
+        self.steps, self._calls = own["steps"], own["calls"]
         self.importance = None if own["importance"] is None else Importance(*(list(part) for part in own["importance"]))
-        self.probability = list(own["probability"])
         self.active = tuple(own["active"])
-        self._window = {int(layer): (total.clone(), steps) for layer, (total, steps) in own["window"].items()}
-        self.generator.set_state(own["generator"].cpu())
+        self._window = {
+            int(layer): (total.to(self._device, copy=True), steps) for layer, (total, steps) in own["window"].items()
+        }
+        self.sampler.load_state_dict(own["sampler"])
+        self.history = History()
+        if self._prober.in_step is not None:
+            self._prober.stop()
         for layer, parameters in enumerate(self.layer_parameters):
             set_trainable(parameters, layer in self.active)
-
-
-def _check_options(
-    layers: int, active: int, sample_every: int, refresh_every: int, temperature: float, ema: float
-) -> None:
-    if not 1 <= active <= layers:
-        raise ValueError(f"active_layers must be from 1 to {layers} (the model's layers), not {active}")
-    if sample_every < 1:
-        raise ValueError(f"sample_every must be at least 1, not {sample_every}")
-    if refresh_every < 1 or refresh_every % sample_every:
-        raise ValueError(f"refresh_every must be a multiple of sample_every ({sample_every}), not {refresh_every}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, not {temperature}")
-    if not 0 <= ema <= 1:
-        raise ValueError(f"ema must be from 0 to 1, not {ema}")
+        self.states.load(state_dict, self.active, self.accumulation_steps)
+        if own["probing"] is not None:
+            self._prober.start([squares.to(self._device, copy=True) for squares in own["probing"]])

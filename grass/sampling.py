@@ -1,11 +1,32 @@
-"""Draws of distinct layers: successive draws by probability with renormalisation."""
+"""Which layers train next: the paper's draw by importance, and the controls that isolate what it is worth.
+
+importance  by p = softmax(m / tau), refreshed as training goes (paper)
+static      by p of the probing phase, for ever (paper's GRASS*)
+uniform     every layer alike: LISA's law
+inverse     by softmax(-m / tau): the least important layers first
+topk        the gamma most important layers, no chance involved
+fixed       one random set for ever
+age         by the number of steps since a layer last trained, whatever its gradients
+cyclic      each layer once, in shuffled order, then shuffled again
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
+
+from grass.importance import Norm, probabilities
+
+Sampler = Literal["importance", "uniform", "inverse", "topk", "fixed", "static", "age", "cyclic"]
+
+NEEDS_PROBE = frozenset({"importance", "inverse", "topk", "static"})
+"""Samplers that need mean gradient norms before their first draw."""
+REFRESHES = frozenset({"importance", "inverse", "topk"})
+"""Samplers whose probabilities follow the gradients of training."""
 
 
 def draw_layers(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -33,3 +54,104 @@ def draw_layers(probability: Sequence[float], count: int, generator: torch.Gener
     log_p = torch.tensor([math.log(p) if p > 0 else smallest for p in probability], dtype=torch.float64)
     keys = log_p - (-uniform.clamp_min(torch.finfo(torch.float64).tiny).log()).log()
     return tuple(sorted(keys.topk(count).indices.tolist()))
+
+
+class LayerSampler:
+    """Draws of one run: the probabilities now in force, the generator, and what the controls remember."""
+
+    def __init__(self, kind: Sampler, *, layers: int, active_layers: int, seed: int) -> None:
+        self.kind = kind
+        self.layers = layers
+        self.active_layers = active_layers
+        self.generator = torch.Generator().manual_seed(seed)
+        self.probability = [1 / layers] * layers
+        """p of the next single draw, one a layer, summing to 1. `topk` and `fixed`: 1/gamma for the chosen layers."""
+        self._trained_until = [0] * layers
+        """`age`: steps done when each layer last trained."""
+        self._queue: list[int] = []
+        """`cyclic`: layers still to come in this round."""
+
+    @property
+    def needs_probe(self) -> bool:
+        """Mean gradient norms are needed before the first draw that counts."""
+        return self.kind in NEEDS_PROBE
+
+    @property
+    def refreshes(self) -> bool:
+        """Probabilities follow the gradients of training."""
+        return self.kind in REFRESHES
+
+    def follow(self, importance: Sequence[float], *, temperature: float, norm: Norm) -> None:
+        """New probabilities from new mean gradient norms, one a layer; nothing for samplers that measure nothing."""
+        if self.kind in ("importance", "static"):
+            self.probability = probabilities(importance, temperature=temperature, norm=norm)
+        elif self.kind == "inverse":
+            # softmax(-m / tau): scaled first, since the scaling of negative values is another one
+            self.probability = probabilities(importance, temperature=-temperature, norm=norm)
+        elif self.kind == "topk":
+            largest = sorted(range(self.layers), key=lambda layer: (-importance[layer], layer))
+            self._put_all_on(largest[: self.active_layers])
+
+    def draw(self, *, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
+        """The next active set, ascending.
+
+        Args:
+            steps: optimizer steps done so far.
+            trained: layers of the period that ends.
+        """
+        for layer in trained:
+            self._trained_until[layer] = steps
+        if self.kind == "age":
+            ages = [1 + steps - until for until in self._trained_until]
+            self.probability = [age / sum(ages) for age in ages]
+        if self.kind == "cyclic":
+            return self._next_of_cycle()
+        drawn = draw_layers(self.probability, self.active_layers, self.generator)
+        if self.kind == "fixed":
+            self._put_all_on(drawn)
+        return drawn
+
+    def _put_all_on(self, chosen: Sequence[int]) -> None:
+        # exact zeros elsewhere: a draw then takes just the chosen ones
+        self.probability = [1 / len(chosen) if layer in chosen else 0.0 for layer in range(self.layers)]
+
+    def _next_of_cycle(self) -> tuple[int, ...]:
+        drawn = self._queue[: self.active_layers]
+        self._queue = self._queue[self.active_layers :]
+        while len(drawn) < self.active_layers:
+            order = torch.randperm(self.layers, generator=self.generator).tolist()
+            # a set that spans two rounds must still be distinct: what it holds already goes to the round's end
+            fresh = [layer for layer in order if layer not in drawn]
+            missing = self.active_layers - len(drawn)
+            self._queue = fresh[missing:] + [layer for layer in order if layer in drawn]
+            drawn += fresh[:missing]
+        return tuple(sorted(drawn))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next draws depend on."""
+        return {
+            "probability": list(self.probability),
+            "generator": self.generator.get_state(),
+            "trained_until": list(self._trained_until),
+            "queue": list(self._queue),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; a generator state that was sent to a device is brought back."""
+        self.probability = list(state["probability"])
+        self.generator.set_state(state["generator"].cpu())
+        self._trained_until = list(state["trained_until"])
+        self._queue = list(state["queue"])
+
+
+def warn_if_not_adaptive(sampler: LayerSampler, effective: float) -> None:
+    """Warn where drawing by importance comes to drawing uniformly, or the same layers for ever."""
+    if sampler.kind not in ("importance", "static", "inverse"):
+        return
+    if effective > 0.95 * sampler.layers:
+        found, mend = f"is near uniform: {effective:.2f} of {sampler.layers} layers effective", "lower"
+    elif effective < sampler.active_layers + 1 and sampler.layers > sampler.active_layers:
+        found, mend = f"has collapsed: {effective:.2f} effective layers, {sampler.active_layers} active", "raise"
+    else:
+        return
+    warnings.warn(f"GRASS {found} after probing; {mend} `temperature` to change that", stacklevel=4)

@@ -15,18 +15,13 @@ from baselines.lisa import Lisa
 from baselines.lora import Lora
 from baselines.method import Method
 from grass import Grass
-from grass.adamw import new_moments
-from grass.importance import probabilities
-from grass.layers import set_trainable
-from grass.offload import drop
 from grass.sampling import draw_layers
 
 
 class IgnoresProbability(Grass):
-    def _resample(self) -> None:
-        believed, self.probability = self.probability, [1.0] * len(self.probability)
-        super()._resample()
-        self.probability = believed
+    def _draw(self) -> tuple[int, ...]:
+        count = len(self.layer_parameters)
+        return draw_layers([1.0] * count, self.options.active_layers, self.sampler.generator)
 
 
 class NeverRefreshes(Grass):
@@ -35,9 +30,8 @@ class NeverRefreshes(Grass):
 
 
 class NeverRotates(Grass):
-    def _resample(self) -> None:
-        if self.steps == 0:
-            super()._resample()
+    def _draw(self) -> tuple[int, ...]:
+        return super()._draw() if self.steps == 0 else self.active
 
 
 class DrawsEveryStep(Grass):
@@ -52,68 +46,68 @@ class SharesOneStepCount(Grass):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    if not self.state[p]:
-                        self.state[p] = new_moments(p, self.state_dtype)
-                    self.state[p]["step"] = self.steps
+                    self.state.setdefault(p, {})["step"] = self.steps
         return super().step(closure)
 
 
 class SwapsTheEmaWeights(Grass):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ema = 1 - self.ema
+        super().__init__(*args, **{**kwargs, "ema": 1 - kwargs["ema"]})
 
 
 class BuiltFromFrozenParameters(Grass):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        for group in self.param_groups:
-            group["params"] = [p for p in group["params"] if p.requires_grad]
+    def _measure(self) -> Any:
+        # the layers of the first draw are the only ones it ever knows
+        self.known = getattr(self, "known", self.active)
+        for layer in set(self.active) - set(self.known):
+            for p in self.layer_parameters[layer]:
+                p.grad = None
+        return super()._measure()
 
 
 class NeverDropsState(Grass):
-    def _resample(self) -> None:
-        self.state_mode = "keep"
-        super()._resample()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "state": "keep"})
 
 
 class LosesSleepingState(Grass):
-    def _resample(self) -> None:
-        self.state_mode = "reset"
-        super()._resample()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "state": "reset"})
 
 
 class MeasuresAfterClipping(Grass):
-    def _measure(self) -> None:
-        pass
-
-    def _clip(self) -> None:
-        super()._clip()
-        super()._measure()
+    def _measure(self) -> Any:
+        limit = self.options.max_grad_norm
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), float("inf") if limit is None else limit)
+        return super()._measure()
 
 
 class ForgetsTheParameterCount(Grass):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prober._counts = [1] * len(self.layer_parameters)
+
     def _count(self, layer: int) -> int:
         return 1
 
 
 class ProbesWithUpdates(Grass):
-    def probe(self, batches: Any, loss: Any = None) -> None:
-        super().probe(batches, loss)
+    def probe(self, batches: Any, loss: Any = None, *, exact: bool = False) -> None:
+        super().probe(batches, loss, exact=exact)
         with torch.no_grad():
             self.layer_parameters[0][0].mul_(1.001)
 
 
 class IgnoresTemperature(Grass):
-    def _update_probability(self) -> None:
+    def _follow(self) -> None:
         assert self.importance is not None
-        self.probability = probabilities(self.importance.values, temperature=1e9, norm=self.norm)
+        self.sampler.follow(self.importance.values, temperature=1e9, norm=self.options.norm)
 
 
 class NeverNormalises(Grass):
-    def _update_probability(self) -> None:
+    def _follow(self) -> None:
         assert self.importance is not None
-        self.probability = probabilities(self.importance.values, temperature=self.temperature, norm="none")
+        self.sampler.follow(self.importance.values, temperature=self.options.temperature, norm="none")
 
 
 class NeverClearsTheWindow(Grass):
@@ -134,17 +128,15 @@ class DecaysSleepingLayers(Grass):
 
 
 class DrawsOneTooFew(Grass):
-    def _resample(self) -> None:
-        super()._resample()
-        asleep, self.active = self.active[0], self.active[1:]
-        set_trainable(self.layer_parameters[asleep], False)
+    def _draw(self) -> tuple[int, ...]:
+        return super()._draw()[1:]
 
 
 class ForgetsItsGenerator(Grass):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before = self.generator.get_state()
+        before = self.sampler.generator.get_state()
         super().load_state_dict(state_dict)
-        self.generator.set_state(before)
+        self.sampler.generator.set_state(before)
 
 
 class LisaBuiltFromFrozen(Lisa):
@@ -189,7 +181,7 @@ class LisaIsNotUniform(Lisa):
 class LisaForgetsEverything(Lisa):
     def begin_step(self, step: int) -> None:
         if step % self.options.sample_every == 0 and self.optimizer is not None:
-            drop(self.optimizer, list(self.optimizer.state))
+            self.optimizer.state.clear()
         super().begin_step(step)
 
 

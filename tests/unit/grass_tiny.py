@@ -36,7 +36,7 @@ def batch(seed: int) -> dict[str, Tensor]:
 def grass_of(model: Any, **options: Any) -> Grass:
     chosen = {"lr": 1e-2, "active_layers": 2, "sample_every": 3, **options}
     opt = Grass(model, **chosen)
-    if opt.sampler != "uniform":
+    if opt.needs_probe:
         opt.probe([batch(-1), batch(-2)])
     return opt
 

@@ -205,7 +205,7 @@ def test_a_saved_state_is_not_changed_by_further_training() -> None:
     train(model, opt, 4, 7)
     assert state["importance"] == saved["importance"]
     assert state["active"] == saved["active"]
-    assert torch.equal(state["generator"], saved["generator"])
+    assert torch.equal(state["sampler"]["generator"], saved["sampler"]["generator"])
     for layer, (total, steps) in saved["window"].items():
         assert torch.equal(state["window"][layer][0], total)
         assert state["window"][layer][1] == steps

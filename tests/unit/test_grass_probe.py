@@ -111,7 +111,7 @@ def test_a_step_before_the_probe_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"active_layers": 0}, "active_layers must be from 1 to 4 (the model's layers), not 0"),
+        ({"active_layers": 0}, "active_layers must be at least 1, not 0"),
         ({"active_layers": 5}, "active_layers must be from 1 to 4 (the model's layers), not 5"),
         ({"sample_every": 0}, "sample_every must be at least 1, not 0"),
         ({"refresh_every": 4}, "refresh_every must be a multiple of sample_every (3), not 4"),
@@ -120,7 +120,10 @@ def test_a_step_before_the_probe_is_refused() -> None:
         ({"temperature": math.nan}, "temperature must be above 0, not nan"),
         ({"ema": 1.1}, "ema must be from 0 to 1, not 1.1"),
         ({"norm": "median"}, "norm must be one of none, mean, sum, max, zscore, not 'median'"),
-        ({"sampler": "importnace"}, "sampler must be one of importance, static, uniform, not 'importnace'"),
+        (
+            {"sampler": "importnace"},
+            "sampler must be one of importance, uniform, inverse, topk, fixed, static, age, cyclic, not 'importnace'",
+        ),
         ({"state": "drop"}, "state must be one of keep, reset, not 'drop'"),
     ],
 )

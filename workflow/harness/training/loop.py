@@ -134,6 +134,7 @@ class _Run:
                 started = time.perf_counter()
                 run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
                 self.loaded, self.load_s = run, time.perf_counter() - started
+            run.method.calibration = CalibrationBatches(run.batches)
             first_step = self._resume(run, state_folder)
             if first_step == 0:
                 self._prepare(run)
@@ -171,7 +172,8 @@ class _Run:
             started = time.perf_counter()
             # dropout in the probe must not shift the random numbers of training
             with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._on_gpu else []):
-                run.method.prepare(CalibrationBatches(run.batches))
+                assert run.method.calibration is not None
+                run.method.prepare(run.method.calibration)
             self._synchronise()
             self.log.prepare_s = time.perf_counter() - started
         self._observe(run, 0)

@@ -1,0 +1,148 @@
+"""Moments of a parameter group as one flat block, cut in chunks for transfer and in pieces for the update."""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass.adamw import pieces_of
+
+CHUNK_BYTES = 64 * 2**20
+"""Largest staging buffer, both moments together."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Entries `start` to `end` of one parameter; in the block they begin at `offset`."""
+
+    parameter: int
+    start: int
+    end: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive pieces that travel together: entries `start` to `end` of the block."""
+
+    start: int
+    end: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def elements(self) -> int:
+        """Entries of one moment."""
+        return self.end - self.start
+
+
+class Block:
+    """Both moments of every parameter of one group, shape (2, entries): first moments, then second.
+
+    `home` is where the moments are when nothing is staged: a host tensor, or a device buffer while the group is awake
+    in `resident` mode; None before the group's first update.
+    """
+
+    def __init__(self, index: int, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+        self.index = index
+        self.parameters = list(parameters)
+        self.dtype = dtype
+        counts = [p.numel() for p in self.parameters]
+        self.offsets = [sum(counts[:i]) for i in range(len(counts))]
+        self.elements = sum(counts)
+        self.home: Tensor | None = None
+        self.host: Tensor | None = None
+        """Host block, kept while the moments are on the device, so that it is pinned once."""
+        self.ready: Any = None
+        """Event after which `home` holds the moments, where a copy into it is on its way."""
+        self._chunks: list[Chunk] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both moments."""
+        return 2 * self.elements * self.dtype.itemsize
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        """The block, cut in consecutive pieces of at most `CHUNK_BYTES` together; the same cuts in every mode."""
+        if self._chunks is None:
+            self._chunks = list(self._cut(CHUNK_BYTES // (2 * self.dtype.itemsize)))
+        return self._chunks
+
+    def _cut(self, limit: int) -> Iterator[Chunk]:
+        pieces: list[Piece] = []
+        start = end = 0
+        for number, (parameter, offset) in enumerate(zip(self.parameters, self.offsets, strict=True)):
+            for first, last in pieces_of(parameter):
+                if pieces and end + (last - first) - start > limit:
+                    yield Chunk(start, end, tuple(pieces))
+                    pieces, start = [], end
+                pieces.append(Piece(number, first, last, offset + first))
+                end = offset + last
+        if pieces:
+            yield Chunk(start, end, tuple(pieces))
+
+    def view(self, parameter: int) -> tuple[Tensor, Tensor]:
+        """First and second moments of a parameter, in its shape, as views of `home`."""
+        assert self.home is not None
+        offset, shape = self.offsets[parameter], self.parameters[parameter].shape
+        first, second = (row.narrow(0, offset, shape.numel()).view(shape) for row in self.home)
+        return first, second
+
+
+class HostArena:
+    """All host memory for moments: page-aligned blocks, registered with CUDA so that copies need no staging by it.
+
+    A block is made when its group first trains, so host memory follows what was visited. `cudaHostRegister` pins the
+    very bytes asked for; `pin_memory()` would round each block up to a power of two.
+    """
+
+    def __init__(self, *, pin: bool) -> None:
+        self.pinned = pin
+        """Whether blocks are pinned; False on devices without CUDA, and from the first refusal on."""
+        self.nbytes = 0
+        self._registered: dict[int, Tensor] = {}
+        if pin:
+            # blocks may outlive nothing: memory must be unregistered before it is unmapped
+            weakref.finalize(self, _unregister_all, self._registered)
+
+    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Zeros of shape (2, elements) in host memory."""
+        nbytes = 2 * elements * dtype.itemsize
+        # an anonymous map is page-aligned and zero; the tensor keeps it alive
+        block = torch.frombuffer(mmap.mmap(-1, nbytes), dtype=dtype).view(2, elements)
+        self.nbytes += nbytes
+        if self.pinned:
+            self._register(block)
+        return block
+
+    def give_back(self, block: Tensor) -> None:
+        """Unpin and forget a block; its memory goes with its last view."""
+        self.nbytes -= block.nbytes
+        if self._registered.pop(block.data_ptr(), None) is not None:
+            torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+
+    def _register(self, block: Tensor) -> None:
+        code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0))
+        if code == 0:
+            self._registered[block.data_ptr()] = block
+            return
+        self.pinned = False
+        warnings.warn(
+            f"GRASS could not pin {block.nbytes:,} bytes of host memory for optimizer states (CUDA error {code}): "
+            "copies from here on use pageable memory and wait for the host; raise the limit of locked memory "
+            "(ulimit -l), or choose offload='resident'",
+            stacklevel=2,
+        )
+
+
+def _unregister_all(registered: dict[int, Tensor]) -> None:
+    for address in list(registered):
+        torch.cuda.cudart().cudaHostUnregister(address)
+    registered.clear()

@@ -1,0 +1,109 @@
+"""When the state offload acts during forward and backward: hooks on the decoder layers and on their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass.blocks import Block
+from grass.offload import StateOffload
+
+
+class LayerHooks:
+    """Frees returned buffers during forward, fetches states of layers whose gradients are final during backward.
+
+    Args:
+        states: what is told.
+        layers: decoder layers, bottom first.
+        blocks: the layers' blocks, in the same order.
+        below: whether backward goes on below the lowest active layer (the embedding trains).
+    """
+
+    def __init__(
+        self, states: StateOffload, layers: Sequence[nn.Module], blocks: Sequence[Block], *, below: bool
+    ) -> None:
+        self._states = states
+        self._blocks = list(blocks)
+        self._below = below
+        self._active: list[int] = []
+        self._accumulation_steps = 1
+        self._fired: dict[int, int] = {}
+        """Gradients stored since the last step, by layer."""
+        self._final: list[Block] = []
+        """Active layers whose gradients are final, in the order in which they became so."""
+        self._to_return = 0
+        self._gradient_handles: list[torch.utils.hooks.RemovableHandle] = []
+        count = len(layers)
+        self._handles = [
+            layer.register_forward_pre_hook(self._before_layer(number, count)) for number, layer in enumerate(layers)
+        ]
+        # without an allocator that counts there is never room, and nothing to watch
+        self._watches = states.streams.allocated() is not None
+        if self._watches:
+            self._handles += [layer.register_forward_hook(self._after_layer) for layer in layers]
+
+    def change(self, active: Sequence[int], accumulation_steps: int) -> None:
+        """Other layers train from here on, over `accumulation_steps` backward passes a step."""
+        self._active, self._accumulation_steps = list(active), accumulation_steps
+        for handle in self._gradient_handles:
+            handle.remove()
+        self._gradient_handles = []
+        if self._watches and self._states.mode == "move":
+            for layer in self._active:
+                hook = self._gradient_ready(layer)
+                self._gradient_handles += [
+                    p.register_post_accumulate_grad_hook(hook) for p in self._blocks[layer].parameters
+                ]
+        self.step_done(accumulation_steps)
+
+    def last_micro_batch(self) -> None:
+        """The next backward pass is the step's last."""
+        self._fired, self._accumulation_steps = {}, 1
+
+    def step_done(self, accumulation_steps: int) -> None:
+        """The update is over; count from the beginning."""
+        self._fired, self._final, self._accumulation_steps = {}, [], accumulation_steps
+        self._states.room.step_done()
+        self._to_return = self._states.returning
+
+    def remove(self) -> None:
+        """Take every hook off."""
+        for handle in [*self._handles, *self._gradient_handles]:
+            handle.remove()
+
+    def _before_layer(self, number: int, count: int) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, arguments: Any) -> None:
+            # activations grow layer by layer, buffers shrink in step: neither stands on top of the other
+            if self._states.returning:
+                self._states.release(keep=self._to_return * (count - 1 - number) // count)
+
+        return hook
+
+    def _after_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(self._entering_layer)
+
+    def _entering_layer(self, gradient: Tensor) -> None:
+        self._states.room.entering_layer()
+        self._fetch(gradients=0)
+
+    def _gradient_ready(self, layer: int) -> Callable[[Tensor], None]:
+        block = self._blocks[layer]
+
+        def hook(parameter: Tensor) -> None:
+            self._states.room.gradient_ready()
+            self._fired[layer] = self._fired.get(layer, 0) + 1
+            if self._fired[layer] == len(block.parameters) * self._accumulation_steps:
+                self._final.append(block)
+                self._fetch(gradients=sum(p.grad.nbytes for p in block.parameters if p.grad is not None))
+
+        return hook
+
+    def _fetch(self, *, gradients: int) -> None:
+        if self._final:
+            more_to_come = self._below or len(self._final) < len(self._active)
+            self._states.prefetch(self._final, more_to_come=more_to_come, gradients=gradients)

@@ -1,0 +1,146 @@
+"""Every option of `Grass`, its meaning, its status (the paper's or ours), and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from grass.importance import Norm
+from grass.sampling import Sampler
+
+State = Literal["keep", "reset"]
+Offload = Literal["resident", "move", "auto"]
+Reprobe = Literal[False] | Iterable[Any] | Callable[[], Iterable[Any]]
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of `Grass`; names in brackets are the paper's symbols.
+
+    "Paper" marks what the paper describes. It publishes no value of gamma, T_p, T_s, T_u, tau, alpha, learning rate or
+    clipping: every default is ours.
+    """
+
+    lr: float
+    """Peak learning rate of every group; torch schedulers act on it as usual."""
+    active_layers: int = 4
+    """[gamma] Decoder layers that train in a period (paper)."""
+    sample_every: int = 50
+    """[T_s] Steps between two draws of the active layers (paper; it finds 25 to 50 best, 5 bad)."""
+    refresh_every: int | None = None
+    """[T_u] Steps between two refreshes of the probabilities, a multiple of `sample_every` (paper); None: T_s."""
+    probe_steps: int = 0
+    """[T_p] Probing steps taken *inside* `step()`: the first T_p calls measure all layers and update nothing. They
+    consume training data and steps of the learning-rate schedule, warm-up included. 0 (ours): call `probe(batches)`
+    before training instead, outside data and schedule."""
+    temperature: float = 1.0
+    """[tau] Temperature of the softmax over the scaled mean gradient norms (paper)."""
+    norm: Norm = "mean"
+    """Scaling of the mean gradient norms before the softmax (ours; the paper names none, but raw values of 1e-6 to
+    1e-3 would make the softmax uniform)."""
+    ema: float = 0.5
+    """[alpha] Weight of the *new* measurement in a refresh (paper)."""
+    train_embedding: bool = True
+    """Train the input embedding; position embeddings and any other parameter outside the stack go with it (ours)."""
+    train_head: bool = True
+    """Train the language-model head; one that is tied to the embedding goes with the embedding (ours)."""
+    train_final_norm: bool = True
+    """Train the normalisation after the last decoder layer (ours)."""
+    state: State = "keep"
+    """`keep` the moments of sleeping layers (paper), or `reset` them when a layer falls asleep (a control)."""
+    sampler: Sampler = "importance"
+    """How layers are drawn: `importance` (paper), `static` (paper's GRASS*), or a control (see `grass.sampling`)."""
+    reprobe: Reprobe = False
+    """A control: batches, or a function that returns them, with which *all* layers are measured anew at each refresh;
+    False (paper): a refresh uses what the active layers' own steps showed."""
+    offload: Offload = "auto"
+    """Where moments live. `resident`: active layers' on the device, sleeping ones' on the host (paper: moved when
+    layers change). `move`: all on the host, staged in chunks for the update alone. `auto`: chosen by free memory at
+    peak. Results are equal to the last bit."""
+    state_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype of the moments (ours; the paper's memory table needs bf16, whose second moment never decays)."""
+    stochastic_rounding: bool = False
+    """Round bf16 weights and bf16 second moments up or down at random, right on average; the update is then
+    computed in fp32 (ours)."""
+    accumulation_steps: int = 1
+    """Backward passes a step, so that the last one is known and states can be fetched during it; see
+    `Grass.last_micro_batch` for loops where the number varies."""
+    seed: int = 0
+    """Of the draws' own generator, and of stochastic rounding."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay; sleeping layers have no gradient and do not decay."""
+    max_grad_norm: float | None = None
+    """Clip the global norm of the active gradients inside `step()`, after importance was measured. Active parameters
+    only: a bound of 1 is weaker than it is for full fine-tuning."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no model could make valid.
+
+        Raises:
+            ValueError: an option out of range; the message names it.
+        """
+        for name, valid in (
+            ("norm", get_args(Norm)),
+            ("sampler", get_args(Sampler)),
+            ("state", get_args(State)),
+            ("offload", get_args(Offload)),
+            ("state_dtype", tuple(STATE_DTYPES)),
+        ):
+            given = getattr(self, name)
+            if given not in valid:
+                raise ValueError(f"{name} must be one of {', '.join(valid)}, not {given!r}")
+        for name, least in (("active_layers", 1), ("sample_every", 1), ("probe_steps", 0), ("accumulation_steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        if self.refresh < 1 or self.refresh % self.sample_every:
+            raise ValueError(
+                f"refresh_every must be a multiple of sample_every ({self.sample_every}), not {self.refresh}"
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if not 0 <= self.ema <= 1:
+            raise ValueError(f"ema must be from 0 to 1, not {self.ema}")
+        for name in ("lr", "eps", "weight_decay"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be 0 or more and finite, not {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be from 0 to below 1, not {self.betas}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0, or None to switch clipping off, not {self.max_grad_norm}")
+
+    @property
+    def refresh(self) -> int:
+        """T_u, resolved."""
+        return self.sample_every if self.refresh_every is None else self.refresh_every
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the moments."""
+        return STATE_DTYPES[self.state_dtype]
+
+    def check_model(self, layers: int, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuse what this model makes invalid.
+
+        Raises:
+            ValueError: more active layers than layers, or nothing to round stochastically.
+        """
+        if self.active_layers > layers:
+            raise ValueError(f"active_layers must be from 1 to {layers} (the model's layers), not {self.active_layers}")
+        if self.stochastic_rounding and self.state_dtype == "fp32":
+            dtypes = {p.dtype for p in parameters}
+            if torch.bfloat16 not in dtypes:
+                raise ValueError(
+                    f"stochastic_rounding has nothing to round: weights are {', '.join(sorted(map(str, dtypes)))} "
+                    "and moments fp32; it is for bf16 weights or state_dtype='bf16'"
+                )

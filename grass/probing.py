@@ -1,0 +1,212 @@
+"""The probing phase: every layer's gradient norm, with no update and hardly any memory (paper, probing phase).
+
+Norms are taken in fp32 as each gradient appears, and the gradient is freed at once, so that one parameter's gradient
+is alive at a time. Embedding, final norm and head are not differentiated. The host reads the norms once, at the end.
+
+What is measured under accumulation: outside the schedule, a probing step is one micro-batch, whose gradient is noisier,
+hence larger, than the average over a step's micro-batches; inside `step()` it is the root of the summed squares of the
+micro-batches' gradients as the loop scales them, which is the accumulated norm if micro-batches are uncorrelated.
+`exact` measures the norm of the accumulated gradient, at the cost of running the micro-batches once for every
+`together` layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grass.distributed import average
+from grass.importance import gradient_square
+from grass.layers import set_trainable
+
+Loss = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) -> mean loss, a scalar."""
+Read = Callable[[Tensor], list[float]]
+"""Numbers of a one-dimensional tensor, read from the device."""
+
+
+class Prober:
+    """Measures the mean gradient norm m of every decoder layer.
+
+    Args:
+        model: what computes the loss.
+        layers: parameters of each decoder layer.
+        everything: all parameters of the optimizer.
+        read: how the host reads numbers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Sequence[nn.Parameter]],
+        everything: Sequence[nn.Parameter],
+        read: Read,
+    ) -> None:
+        self._model = model
+        self._layers = layers
+        self._everything = everything
+        self._read = read
+        self._counts = [sum(p.numel() for p in parameters) for parameters in layers]
+        self.loss: Loss | None = None
+        """Loss of one batch; None: `model(**batch).loss`."""
+        self._hooks = NormHooks(layers, everything)
+        self.in_step: list[Tensor] | None = None
+        """Squared norms of the in-step probing steps so far, each of shape (layers,); None when none is under way."""
+
+    # ------------------------------------------------------------ outside the schedule
+
+    def measure(self, batches: Iterable[Any], *, exact: int | None, together: int) -> list[float]:
+        """Mean gradient norm m of every layer over `batches`; random numbers that dropout draws are put back.
+
+        Args:
+            batches: micro-batches.
+            exact: micro-batches that make one step, for the norm of the accumulated gradient; None: each counts alone.
+            together: layers whose accumulated gradients may be alive at once.
+
+        Raises:
+            ValueError: no batch, or gradients of an earlier backward pass.
+        """
+        losses = (self._loss_of(batch) for batch in batches)
+        with torch.enable_grad(), random_numbers_kept(self._everything[0].device):
+            if exact is None:
+                squares = list(self._each(losses))
+            else:
+                squares = [self._accumulated(step, together) for step in iter(lambda: list(islice(losses, exact)), [])]
+        if not squares:
+            raise ValueError("probe() was given no batch")
+        return self.means(squares)
+
+    def _loss_of(self, batch: Any) -> Callable[[], Tensor]:
+        return lambda: self.loss(self._model, batch) if self.loss is not None else self._model(**batch).loss
+
+    def _each(self, losses: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+        self._hooks.start()
+        try:
+            for loss in losses:
+                loss().backward()
+                yield self._hooks.take()
+        finally:
+            self._hooks.stop()
+
+    def _accumulated(self, losses: Sequence[Callable[[], Tensor]], together: int) -> Tensor:
+        """Squared norms of the gradient accumulated over `losses`, each divided by their number."""
+        squares = []
+        for first in range(0, len(self._layers), together):
+            chosen = self._layers[first : first + together]
+            # dropout must fall alike at every pass over the same micro-batches
+            with _only(chosen, self._everything), random_numbers_kept(self._everything[0].device):
+                for loss in losses:
+                    (loss() / len(losses)).backward()
+                squares += [gradient_square(parameters) for parameters in chosen]
+        return torch.stack([torch.zeros((), device=self._everything[0].device) if s is None else s for s in squares])
+
+    def means(self, squares: Sequence[Tensor]) -> list[float]:
+        """Mean over probing steps of r = sqrt(||g||^2 / N), averaged over ranks; the host reads once."""
+        rows, layers = torch.stack(list(squares)), len(self._layers)
+        read = self._read(average(rows.reshape(-1)))
+        r = [
+            [(read[step * layers + layer] / count) ** 0.5 for layer, count in enumerate(self._counts)]
+            for step in range(len(squares))
+        ]
+        return [sum(row[layer] for row in r) / len(squares) for layer in range(layers)]
+
+    # ------------------------------------------------------------ inside step()
+
+    def start(self, before: Sequence[Tensor] = ()) -> None:
+        """From here on backward passes are measured, after the probing steps `before` of a resumed run."""
+        self._hooks.start()
+        self.in_step = list(before)
+
+    def take(self) -> Tensor:
+        """End one in-step probing step; returns r of every layer, shape (layers,), on the device."""
+        assert self.in_step is not None
+        self.in_step.append(self._hooks.take())
+        return (self.in_step[-1] / torch.tensor(self._counts, device=self._everything[0].device)).sqrt()
+
+    def stop(self) -> list[float] | None:
+        """End in-step probing; returns m of every layer, None where no probing step was done."""
+        squares, self.in_step = self.in_step, None
+        self._hooks.stop()
+        return self.means(squares) if squares else None
+
+
+class NormHooks:
+    """Turns every gradient of the decoder layers into a squared norm and frees it, from `start` to `stop`."""
+
+    def __init__(self, layers: Sequence[Sequence[nn.Parameter]], everything: Sequence[nn.Parameter]) -> None:
+        self._layers = layers
+        self._everything = everything
+        self._squares: dict[int, Tensor] = {}
+        self._before: list[tuple[nn.Parameter, bool]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def start(self) -> None:
+        """Let all decoder layers, and nothing else, have gradients.
+
+        Raises:
+            ValueError: there are gradients of an earlier backward pass.
+        """
+        if any(p.grad is not None for p in self._everything):
+            raise ValueError("probe() found gradients of an earlier backward pass: call opt.zero_grad() first")
+        self._before = [(p, p.requires_grad) for p in self._everything]
+        set_trainable(self._everything, False)
+        for layer, parameters in enumerate(self._layers):
+            set_trainable(parameters, True)
+            self._handles += [p.register_post_accumulate_grad_hook(self._reduce(layer)) for p in parameters]
+
+    def take(self) -> Tensor:
+        """Sum of the squared gradient norms of every layer since the last call, shape (layers,), fp32, on the device.
+
+        Over several backward passes it is the sum of each one's own squares. A layer without gradient has 0.
+        """
+        zero = torch.zeros((), dtype=torch.float32, device=self._everything[0].device)
+        squares = torch.stack([self._squares.get(layer, zero) for layer in range(len(self._layers))])
+        self._squares = {}
+        return squares
+
+    def stop(self) -> None:
+        """Take the hooks off and restore every flag."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter, trainable in self._before:
+            set_trainable([parameter], trainable)
+        self._handles, self._before, self._squares = [], [], {}
+
+    def _reduce(self, layer: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square()
+            self._squares[layer] = self._squares[layer] + square if layer in self._squares else square
+            parameter.grad = None
+
+        return hook
+
+
+@contextmanager
+def _only(chosen: Sequence[Sequence[nn.Parameter]], everything: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Gradients of `chosen` alone; none is left afterwards."""
+    if any(p.grad is not None for p in everything):
+        raise ValueError("probe() found gradients of an earlier backward pass: call opt.zero_grad() first")
+    before = [(p, p.requires_grad) for p in everything]
+    set_trainable(everything, False)
+    for parameters in chosen:
+        set_trainable(parameters, True)
+    try:
+        yield
+    finally:
+        for parameter, trainable in before:
+            parameter.grad = None
+            set_trainable([parameter], trainable)
+
+
+@contextmanager
+def random_numbers_kept(device: torch.device) -> Iterator[None]:
+    """Random numbers drawn within, on the host or on `device`, are put back."""
+    devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield

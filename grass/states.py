@@ -1,0 +1,180 @@
+"""AdamW over the groups that are awake, its moments wherever the state offload keeps them.
+
+The optimizer's `state` shows each parameter's moments as views of its group's block, where they are at home, with the
+parameter's own step count: layers that were awake at different times have different bias corrections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from grass.adamw import Rounding, flat, update_piece
+from grass.blocks import Block, Chunk
+from grass.hooks import LayerHooks
+from grass.offload import StateOffload
+from grass.options import Options
+
+
+class LayerStates:
+    """Moments and step counts of one `Grass`, and the update that uses them.
+
+    Args:
+        optimizer: whose `state` and `param_groups` are used; one block a group, in the same order.
+        layers: decoder layers, bottom first.
+        first_layer: index of the bottom layer's group.
+        options: of the run.
+    """
+
+    def __init__(self, optimizer: Optimizer, layers: Sequence[nn.Module], first_layer: int, options: Options) -> None:
+        self._optimizer = optimizer
+        self._layers = layers
+        self._options = options
+        self._rounding = Rounding(options.seed) if options.stochastic_rounding else None
+        groups = [group["params"] for group in optimizer.param_groups]
+        self.blocks = [Block(i, parameters, options.dtype) for i, parameters in enumerate(groups)]
+        self.layer_blocks = self.blocks[first_layer : first_layer + len(layers)]
+        self._outside = [block for block in self.blocks if block not in self.layer_blocks]
+        self._number = {p: i for i, p in enumerate(p for parameters in groups for p in parameters)}
+        self.offload: StateOffload | None = None
+        """None until the first step: only then the parameters are where they will train."""
+        self.hooks: LayerHooks | None = None
+
+    @property
+    def mode(self) -> str:
+        """`resident` or `move`; the option itself before the first step."""
+        return self._options.offload if self.offload is None else self.offload.mode
+
+    @property
+    def why(self) -> str:
+        """Why that mode runs."""
+        return "nothing has trained yet" if self.offload is None else self.offload.why
+
+    def awake(self, active: Sequence[int]) -> list[Block]:
+        """Blocks that train while the layers `active` do, in the model's order."""
+        chosen = [*self._outside, *(self.layer_blocks[layer] for layer in active)]
+        return sorted(chosen, key=lambda block: block.index)
+
+    def change(self, active: Sequence[int], accumulation_steps: int) -> None:
+        """The layers `active` train from here on."""
+        if self.offload is None:
+            return
+        awake = self.awake(active)
+        asleep = [block for block in self.blocks if block not in awake]
+        keep = self._options.state == "keep"
+        self.offload.change(asleep, awake, keep=keep)
+        for block in self.blocks:
+            self._show(block)
+        if self.hooks is not None:
+            self.hooks.change(active, accumulation_steps)
+
+    def update(self, active: Sequence[int], accumulation_steps: int) -> tuple[int, Callable[[], float | None]]:
+        """One AdamW step of every parameter that has a gradient.
+
+        Returns:
+            Bytes of moments copied since the last update, and a function that tells the seconds that computing waited
+            for copies.
+        """
+        if self.offload is None:
+            self._build(active, accumulation_steps)
+        offload = self.offload
+        assert offload is not None
+        trained = [b for b in self.awake(active) if any(p.grad is not None for p in b.parameters)]
+        for block in trained:
+            for p in block.parameters:
+                # a plain dictionary: the optimizer's own would be grown by a mere look
+                self._optimizer.state.setdefault(p, {"step": 0})["step"] += p.grad is not None
+        offload.update(trained, self._update_chunk)
+        for block in trained:
+            self._show(block)
+        offload.release_done()
+        if self.hooks is not None:
+            self.hooks.step_done(accumulation_steps)
+        moved, offload.moved_bytes = offload.moved_bytes, 0
+        return moved, offload.streams.exposed()
+
+    def _update_chunk(self, block: Block, chunk: Chunk, moments: Tensor) -> None:
+        group = self._optimizer.param_groups[block.index]
+        for piece in chunk.pieces:
+            p = block.parameters[piece.parameter]
+            if p.grad is None:
+                continue
+            first, second = moments.narrow(1, piece.offset - chunk.start, piece.end - piece.start)
+            weight, gradient = (flat(t)[piece.start : piece.end] for t in (p, p.grad))
+            step, bits = self._optimizer.state[p]["step"], None
+            if self._rounding is not None:
+                bits = self._rounding.generator(p.device, parameter=self._number[p], step=step, start=piece.start)
+            update_piece(weight, gradient, first, second, step=step, group=group, generator=bits)
+
+    def _build(self, active: Sequence[int], accumulation_steps: int) -> None:
+        devices = {p.device for block in self.blocks for p in block.parameters}
+        if len(devices) > 1:
+            named = ", ".join(sorted(map(str, devices)))
+            raise ValueError(f"the model's parameters are on several devices ({named}): put the model on one")
+        self.offload = StateOffload(self.blocks, devices.pop(), self._options.offload)
+        if self.offload.mode == "move" or self.offload.apart:
+            embedding = [block for block in self._outside if block.index < self.layer_blocks[0].index]
+            self.hooks = LayerHooks(self.offload, self._layers, self.layer_blocks, below=bool(embedding))
+            self.hooks.change(active, accumulation_steps)
+
+    def _show(self, block: Block) -> None:
+        """Let the optimizer's `state` show the moments where they are now."""
+        for number, p in enumerate(block.parameters):
+            if block.home is None:
+                self._optimizer.state.pop(p, None)
+            elif p in self._optimizer.state:
+                first, second = block.view(number)
+                self._optimizer.state[p].update(exp_avg=first, exp_avg_sq=second)
+
+    # ------------------------------------------------------------ resume
+
+    def settle(self) -> None:
+        """Wait until the moments shown are the newest."""
+        if self.offload is not None:
+            self.offload.settle()
+
+    def load(self, state_dict: dict[str, Any], active: Sequence[int], accumulation_steps: int) -> None:
+        """Take the moments of an optimizer's state dict, whatever device they come on, each to where it belongs.
+
+        Raises:
+            ValueError: moments of another dtype than this optimizer keeps.
+        """
+        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
+        saved = {p: state_dict["state"].get(n) for p, n in zip(self._number, numbers, strict=True)}
+        for p, moments in saved.items():
+            if moments is not None and "exp_avg" in moments and moments["exp_avg"].dtype != self._options.dtype:
+                raise ValueError(
+                    f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {self._options.dtype}: "
+                    f"build it with the state_dtype it was saved with"
+                )
+        self._optimizer.state.clear()
+        self.release()
+        if all(moments is None for moments in saved.values()):
+            return
+        self._build(active, accumulation_steps)
+        assert self.offload is not None
+        for block in self.blocks:
+            if all(saved[p] is None for p in block.parameters):
+                continue
+            self.offload.put_home(block)
+            for number, p in enumerate(block.parameters):
+                moments = saved[p]
+                if moments is not None:
+                    self._optimizer.state[p] = {"step": int(moments["step"])}
+                    for view, key in zip(block.view(number), ("exp_avg", "exp_avg_sq"), strict=True):
+                        view.copy_(moments[key])
+        self.change(active, accumulation_steps)
+
+    def release(self) -> None:
+        """Forget all moments and take the hooks off."""
+        if self.hooks is not None:
+            self.hooks.remove()
+        if self.offload is not None:
+            self.offload.release()
+            for block in self.blocks:
+                self.offload.forget(block)
+            self.offload.release()
+        self.offload = self.hooks = None

@@ -1,0 +1,290 @@
+"""What happened in every step: `Record`, `History` (what `opt.history` is), and its file of JSON Lines.
+
+A record's facts are known to the host when the step ends, but for two: the gradient norms are still on the device, and
+how long computing waited for copies is known to events of the device. Reading either would make the host wait for the
+device in every step, so a history keeps them as they are and reads them when somebody looks.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+MOST_PENDING = 256
+"""Records whose device values may be waiting to be read; at this number all of them are read, in one transfer."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One optimizer step. Tuples over layers have one entry a decoder layer, bottom first."""
+
+    step: int
+    """Number of the step, counted from 0."""
+    active: tuple[int, ...]
+    """Decoder layers that trained in this step, ascending (paper: the gamma sampled layers); empty while probing."""
+    norm: tuple[float | None, ...]
+    """r, root mean square of each layer's gradient entries before clipping, in units of loss per unit of weight (paper:
+    gradient norm of one step); None where it was not measured, as in a layer asleep."""
+    importance: tuple[float, ...] | None
+    """m, the mean gradient norms in force in this step, in the unit of r (paper: mean gradient norm, its measure of
+    layer importance); None before probing and with a sampler that measures nothing."""
+    age: tuple[int, ...] | None
+    """Steps since each entry of `importance` was measured; None where `importance` is (ours)."""
+    probability: tuple[float, ...]
+    """P, the sampling probabilities in force in this step; they sum to 1 (paper: softmax of m over tau)."""
+    effective_layers: float
+    """exp(H(P)), from 1 (one layer takes all) to the number of layers (uniform); a count of layers (ours)."""
+    mode: str
+    """How optimizer states were kept in this step: `resident` on the device, or `move` to and from the host (paper:
+    layer-wise optimizer state offloading)."""
+    moved_bytes: int
+    """Bytes of optimizer state copied between device and host on behalf of this step, both directions together."""
+    exposed_copy_s: float | None
+    """Seconds that computing waited for those copies (paper: what overlapping computation and communication leaves
+    over); None where not known."""
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """What is still to be read for one record."""
+
+    norms: Tensor | None
+    exposed: Callable[[], float | None] | None
+
+
+class History(Sequence[Record]):
+    """Records in the order of their steps; read like a list, equal to a list of the same records.
+
+    `append`, `len` and `repr` never read device memory. An index, a slice, iteration and a comparison do, where a
+    record they touch is pending; then all pending records are read together.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[Record] = []
+        self._pending: dict[int, _Pending] = {}
+
+    def append(
+        self, record: Record, norms: Tensor | None = None, exposed: Callable[[], float | None] | None = None
+    ) -> None:
+        """Add the next step, without waiting for the device unless `MOST_PENDING` records are pending.
+
+        A tensor without values (a fake or a meta tensor, as in a forecast of memory) is let go together with
+        `exposed`: that step was never computed, so its record says None for both for ever.
+
+        Args:
+            record: the step; with `norms`, its `norm` is all None; with `exposed`, its `exposed_copy_s` is None.
+            norms: r of the layers in `record.active`, or of all layers where that is empty; shape (layers,), fp32, on
+                any device. It is kept, not copied: do not write into it afterwards.
+            exposed: gives `exposed_copy_s`; called once, at any time from now on, and may wait for the device.
+
+        Raises:
+            ValueError: `norms` has not one value for each of those layers.
+        """
+        if norms is not None:
+            expected = len(_measured_layers(record))
+            if norms.shape != (expected,):
+                raise ValueError(
+                    f"norms of step {record.step} must have shape ({expected},), one value for each measured layer, "
+                    f"not {tuple(norms.shape)}"
+                )
+            if isinstance(norms, FakeTensor) or norms.is_meta:
+                norms = exposed = None
+        if norms is not None or exposed is not None:
+            self._pending[len(self._records)] = _Pending(None if norms is None else norms.detach(), exposed)
+        self._records.append(record)
+        if len(self._pending) >= MOST_PENDING:
+            self._read_pending()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        touched = range(len(self))[index if isinstance(index, slice) else slice(index, index + 1 or None)]
+        if not self._pending.keys().isdisjoint(touched):
+            self._read_pending()
+        return self._records[index]
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self[:])
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, History | list):
+            return self[:] == other[:]
+        return NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]  # it grows
+
+    def __repr__(self) -> str:
+        return f"History({len(self)} steps)"
+
+    def _read_pending(self) -> None:
+        """Fill in every pending record: one transfer for the norms of all, then the copy times."""
+        rows = iter(_to_host([p.norms for p in self._pending.values() if p.norms is not None]))
+        found: dict[int, Record] = {}
+        for i, pending in self._pending.items():
+            record = self._records[i]
+            if pending.norms is not None:
+                measured = dict(zip(_measured_layers(record), next(rows), strict=True))
+                record = replace(record, norm=tuple(measured.get(layer) for layer in range(len(record.norm))))
+            if pending.exposed is not None:
+                record = replace(record, exposed_copy_s=pending.exposed())
+            found[i] = record
+        for i, record in found.items():
+            self._records[i] = record
+        self._pending.clear()
+
+
+def write_history(history: Sequence[Record], path: str | Path) -> None:
+    """Write one JSON object a line, its keys the fields of `Record`, and replace `path` by the whole file at once.
+
+    Every line is strict JSON. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", as in
+    Protocol Buffers' JSON: a norm that overflowed is the very thing one looks for, and null means not measured.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for record in history:
+                row = {field.name: _encode(getattr(record, field.name)) for field in fields(Record)}
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_history(path: str | Path) -> list[Record]:
+    """Inverse of `write_history`.
+
+    Raises:
+        ValueError: a line that is not a record; the message names the file, the line and what is wrong.
+    """
+    records = []
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(_decode(line.decode("utf-8")))
+            except (ValueError, OverflowError) as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    return records
+
+
+def _measured_layers(record: Record) -> Sequence[int]:
+    """Layers that have a norm in this step: those that train, or all of them while probing."""
+    return record.active or range(len(record.norm))
+
+
+def _to_host(tensors: list[Tensor]) -> list[list[float]]:
+    """Values of 1-d tensors, with one transfer a device (as a rule there is one device)."""
+    values = {
+        device: iter(torch.cat([t for t in tensors if t.device == device]).tolist())
+        for device in {t.device for t in tensors}
+    }
+    return [list(islice(values[t.device], len(t))) for t in tensors]
+
+
+def _encode(value: Any) -> Any:
+    """A field's value as strict JSON has it."""
+    if isinstance(value, tuple):
+        return [v if v is None or math.isfinite(v) else _word(v) for v in value]
+    return _word(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _word(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _decode(line: str) -> Record:
+    try:
+        row = json.loads(line, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError("a record is a JSON object with one key a field")
+    names = [field.name for field in fields(Record)]
+    for wrong, which in (("missing", set(names) - set(row)), ("unknown", set(row) - set(names))):
+        if which:
+            raise ValueError(f"{wrong} field {', '.join(sorted(which))}")
+    values = {}
+    for name in names:
+        try:
+            values[name] = _FIELDS[name](row[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    record = Record(**values)
+    count = len(record.probability)
+    for name in ("norm", "importance", "age"):
+        entries = getattr(record, name)
+        if entries is not None and len(entries) != count:
+            raise ValueError(f"{name} has {len(entries)} entries, but probability has {count}: one a layer is needed")
+    if any(layer not in range(count) for layer in record.active):
+        raise ValueError(f"active names a layer that is not from 0 to {count - 1}: {list(record.active)}")
+    return record
+
+
+def _refuse(constant: str) -> float:
+    raise ValueError(f'{constant} is not JSON; write it as the string "{constant}"')
+
+
+def _integer(value: Any) -> int:
+    # bool is an int to Python, not to whoever wrote the file
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{json.dumps(value)} is not a whole number")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, float) or (isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity")):
+        return float(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{json.dumps(value)} is not a number")
+    return float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{json.dumps(value)} is not a string")
+    return value
+
+
+def _tuple_of(entry: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def read(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list):
+            raise ValueError(f"{json.dumps(value)} is not a list")
+        return tuple(entry(v) for v in value)
+
+    return read
+
+
+def _or_none(entry: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else entry(value)
+
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "step": _integer,
+    "active": _tuple_of(_integer),
+    "norm": _tuple_of(_or_none(_number)),
+    "importance": _or_none(_tuple_of(_number)),
+    "age": _or_none(_tuple_of(_integer)),
+    "probability": _tuple_of(_number),
+    "effective_layers": _number,
+    "mode": _text,
+    "moved_bytes": _integer,
+    "exposed_copy_s": _or_none(_number),
+}
+"""How each field of `Record` is read from parsed JSON."""
