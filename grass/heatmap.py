@@ -38,7 +38,8 @@ def plot(
     Args:
         history: `opt.history`, a list of records, or the path of a file that `write_history` wrote.
         value: field of `Record` that is the colour: `importance`, `probability`, `norm` or `age`.
-        ax: matplotlib axes to draw on; by default those of a new figure, which pyplot does not know (nothing to close).
+        ax: matplotlib axes to draw on, in a figure made with `layout="constrained"`, which makes room for the legend
+            under them; by default those of a new figure, which pyplot does not know (nothing to close).
         title: above the axes.
 
     Returns:
@@ -117,13 +118,16 @@ def _draw_cells(ax: Any, values: Any, measured: Any, edges: list[int], value: Va
     x = np.append(np.asarray(edges)[first], edges[-1])
     y = np.arange(len(values) + 1) - 0.5
     norm, extend = _scale(values[measured & np.isfinite(values)], value)
-    # a zero has no place on a logarithmic scale; it is drawn as the lowest colour, not left out
-    shown = np.ma.masked_array(np.maximum(values, norm.vmin), mask=~measured)
+    # zero has no place on a logarithmic scale and infinity on none: one gets the lowest colour, one that of "over"
+    drawn = np.where(np.isinf(values), 2 * norm.vmax, np.maximum(values, norm.vmin))
+    shown = np.ma.masked_array(drawn, mask=~measured)
     colours = colormaps["cividis"].with_extremes(over=_BROKEN)
     ax.set_facecolor(_GREY)
     mesh = ax.pcolormesh(x, y, shown, norm=norm, cmap=colours, rasterized=True)
     bar = ax.get_figure(root=False).colorbar(mesh, ax=ax, pad=0.015, extend=extend)
     bar.set_label(_LABELS[value])
+    if value == "age":
+        bar.ax.yaxis.get_major_locator().set_params(integer=True)
     handles = []
     if not measured.all():
         why = "not measured (layer asleep)" if value == "norm" else "not measured yet (probing)"
@@ -183,8 +187,8 @@ def _explain(ax: Any, handles: list[Any]) -> None:
     if handles:
         inches = ax.get_figure(root=True).dpi_scale_trans
         below = ax.transAxes + ScaledTranslation(0, -34 / 72, inches)
-        # an entry is 2.4 inches wide at most; a legend wider than its axes would leave them no room
-        columns = int(ax.get_window_extent().transformed(inches.inverted()).width / 2.4)
+        # an entry is about 2.3 inches wide; a legend much wider than its axes would leave them no room
+        columns = int(ax.get_window_extent().transformed(inches.inverted()).width / 2.3)
         ax.legend(
             handles=handles,
             loc="upper center",
@@ -192,5 +196,5 @@ def _explain(ax: Any, handles: list[Any]) -> None:
             bbox_transform=below,
             ncols=min(max(columns, 1), len(handles)),
             frameon=False,
-            handlelength=3.2,
+            handlelength=2.4,
         )

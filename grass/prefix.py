@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from grass.layers import declared_module
@@ -16,15 +18,17 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
     every layer down to the first. Gradients are the same to the last bit either way.
 
     Safe to call in every step: a no-op where there is nothing to take off, where the model is none of transformers',
-    and where the model's own code does its checkpointing, which cannot be looked into. About 20 microseconds.
+    and where the model's own code does its checkpointing, which cannot be looked into. Under 20 microseconds with
+    32 layers, on one core of a CPU.
 
     Raises:
         ValueError: checkpointing is on and re-entrant.
     """
-    if not hasattr(model, "disable_input_require_grads"):
+    forget_hooks = getattr(model, "disable_input_require_grads", None)
+    if not callable(forget_hooks):
         return
     # transformers sets the same switch and function on every module that has the switch, so the first one tells
-    switched = next((module for module in model.modules() if hasattr(module, "gradient_checkpointing")), None)
+    switched: Any = next((module for module in model.modules() if hasattr(module, "gradient_checkpointing")), None)
     if switched is not None and switched.gradient_checkpointing:
         options = getattr(getattr(switched, "_gradient_checkpointing_func", None), "keywords", None)
         if options is None:
@@ -35,7 +39,7 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
                 "gradient checkpointing is re-entrant, which needs a gradient at the embedding that does not train: "
                 'call model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
-    model.disable_input_require_grads()
+    forget_hooks()
     embedding = declared_module(model, "get_input_embeddings")
     if embedding is not None:
         # enabling twice, or on a part of the model, leaves a hook behind that the model itself has forgotten

@@ -1,7 +1,8 @@
 """The probing phase: every layer's gradient norm, with no update and hardly any memory (paper, probing phase).
 
 Norms are taken in fp32 as each gradient appears, and the gradient is freed at once, so that one parameter's gradient
-is alive at a time. Embedding, final norm and head are not differentiated. The host reads the norms once, at the end.
+is alive at a time. Embedding, final norm and head are not differentiated. Decoder layers are checkpointed while the
+probe lasts (see `grass.checkpointing`). The host reads the norms once, at the end.
 
 What is measured under accumulation: outside the schedule, a probing step is one micro-batch, whose gradient is noisier,
 hence larger, than the average over a step's micro-batches; inside `step()` it is the root of the summed squares of the
@@ -13,13 +14,14 @@ micro-batches' gradients as the loop scales them, which is the accumulated norm 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from grass.checkpointing import checkpointed
 from grass.distributed import average
 from grass.importance import gradient_square
 from grass.layers import set_trainable
@@ -57,6 +59,7 @@ class Prober:
         self._hooks = NormHooks(layers, everything)
         self.in_step: list[Tensor] | None = None
         """Squared norms of the in-step probing steps so far, each of shape (layers,); None when none is under way."""
+        self._while_in_step = ExitStack()
 
     # ------------------------------------------------------------ outside the schedule
 
@@ -72,7 +75,8 @@ class Prober:
             ValueError: no batch, or gradients of an earlier backward pass.
         """
         losses = (self._loss_of(batch) for batch in batches)
-        with torch.enable_grad(), random_numbers_kept(self._everything[0].device):
+        kept = random_numbers_kept(self._everything[0].device)
+        with torch.enable_grad(), checkpointed(self._model), kept:
             if exact is None:
                 squares = list(self._each(losses))
             else:
@@ -120,6 +124,7 @@ class Prober:
     def start(self, before: Sequence[Tensor] = ()) -> None:
         """From here on backward passes are measured, after the probing steps `before` of a resumed run."""
         self._hooks.start()
+        self._while_in_step.enter_context(checkpointed(self._model))
         self.in_step = list(before)
 
     def take(self) -> Tensor:
@@ -131,6 +136,7 @@ class Prober:
     def stop(self) -> list[float] | None:
         """End in-step probing; returns m of every layer, None where no probing step was done."""
         squares, self.in_step = self.in_step, None
+        self._while_in_step.close()
         self._hooks.stop()
         return self.means(squares) if squares else None
 

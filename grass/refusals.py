@@ -15,12 +15,13 @@ _WRAPPERS = {
         "carries peft adapters, and GRASS trains whole layers, the weights that peft keeps frozen included: merge the "
         "adapters and pass the plain model, or train them with an ordinary optimizer"
     ),
-    # Seen with torch 2.13, gloo, 2 processes: built over a frozen subset, the ranks part at the first other subset,
-    # with find_unused_parameters or without, and nothing is raised.
+    # Seen with torch 2.13, gloo, 2 processes: built while some layers sleep, the ranks part at the first draw of
+    # others and nothing is raised, with find_unused_parameters or without; built while all train and without it, they
+    # part in the first step, and the second raises.
     "torch.nn.parallel.distributed.DistributedDataParallel": (
-        "is wrapped in DistributedDataParallel, which averages only the gradients that were wanted when it was built, "
-        "so that the ranks silently diverge once other layers are drawn: pass the plain module (model.module), "
-        "Grass.step() averages the gradients itself"
+        "is wrapped in DistributedDataParallel, whose reducer is built for one fixed set of parameters, so that the "
+        "ranks silently diverge as other layers are drawn: pass the plain module (model.module), Grass.step() "
+        "averages the gradients itself"
     ),
     "torch.nn.parallel.data_parallel.DataParallel": (
         "is wrapped in DataParallel, which copies all layers to every device in every step, sleeping ones included: "
@@ -44,7 +45,7 @@ def refuse_unfit_model(model: nn.Module) -> None:
     `torch.compile` keeps requires_grad of every parameter among its guards: a draw of other layers compiles the whole
     model anew, and after `torch._dynamo.config.recompile_limit` (8) such sets it runs uncompiled; the gradients stay
     right (seen with torch 2.13, a Llama of 6 layers, 2 active). Decoder layers that are compiled one by one
-    (`layer.compile()`) need 4 versions in all, whatever is drawn, and are not refused.
+    (`layer.compile()`) need 4 versions in all, whatever is drawn (seen with `use_cache=False`), and are not refused.
 
     Args:
         model: what is to be given to `Grass`.
@@ -107,7 +108,8 @@ def _refuse_unfit_parameter(name: str, parameter: nn.Parameter) -> None:
         )
     if parameter.is_meta:
         raise ValueError(
-            f"the parameter {name} is on the meta device and has no values: load the weights before creating Grass"
+            f"the parameter {name} is on the meta device, where it has no values: load the weights, without offloading "
+            "them, before creating Grass"
         )
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         raise ValueError(

@@ -144,11 +144,11 @@ class LayerStates:
         """
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         saved = {p: state_dict["state"].get(n) for p, n in zip(self._number, numbers, strict=True)}
-        for p, moments in saved.items():
+        for moments in saved.values():
             if moments is not None and "exp_avg" in moments and moments["exp_avg"].dtype != self._options.dtype:
                 raise ValueError(
                     f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {self._options.dtype}: "
-                    f"build it with the state_dtype it was saved with"
+                    "build it with the state_dtype it was saved with"
                 )
         self._optimizer.state.clear()
         self.release()

@@ -179,7 +179,7 @@ def read_history(path: str | Path) -> list[Record]:
         for number, line in enumerate(lines, start=1):
             try:
                 records.append(_decode(line.decode("utf-8")))
-            except (ValueError, OverflowError) as error:
+            except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     return records
 
@@ -224,7 +224,7 @@ def _decode(line: str) -> Record:
     for name in names:
         try:
             values[name] = _FIELDS[name](row[name])
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {error}") from error
     record = Record(**values)
     count = len(record.probability)
