@@ -79,7 +79,7 @@ class Grass(Optimizer):
         refuse_unfit_model(model)
         found = find_layers(model, layers=layers)
         self.layer_parameters = found.layer_parameters()
-        self.options.check_model(len(self.layer_parameters), model.parameters())
+        self.options.check_model(len(self.layer_parameters), dict(model.named_parameters()))
         self.model = model
         self.accumulation_steps = accumulation_steps
         """Backward passes a step; may be changed between steps."""
@@ -338,6 +338,16 @@ class Grass(Optimizer):
         self._calls += 1
 
     # ------------------------------------------------------------ resume
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only the constructor adds groups.
+
+        Raises:
+            ValueError: called later; what trains follows from the model and the `train_*` options.
+        """
+        if hasattr(self, "steps"):
+            raise ValueError("Grass takes its parameters from the model: build it when the model is complete")
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-exact resume needs: moments, active set, importance, probabilities, window, generator."""

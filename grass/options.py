@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -129,16 +129,20 @@ class Options:
         """Dtype of the moments."""
         return STATE_DTYPES[self.state_dtype]
 
-    def check_model(self, layers: int, parameters: Iterable[nn.Parameter]) -> None:
+    def check_model(self, layers: int, parameters: Mapping[str, nn.Parameter]) -> None:
         """Refuse what this model makes invalid.
 
         Raises:
-            ValueError: more active layers than layers, or nothing to round stochastically.
+            ValueError: more active layers than layers, a parameter without a flat view, or nothing to round
+                stochastically.
         """
         if self.active_layers > layers:
             raise ValueError(f"active_layers must be from 1 to {layers} (the model's layers), not {self.active_layers}")
+        for name, parameter in parameters.items():
+            if not parameter.is_contiguous():
+                raise ValueError(f"the parameter {name} is not contiguous: set its .data to .data.contiguous()")
         if self.stochastic_rounding and self.state_dtype == "fp32":
-            dtypes = {p.dtype for p in parameters}
+            dtypes = {p.dtype for p in parameters.values()}
             if torch.bfloat16 not in dtypes:
                 raise ValueError(
                     f"stochastic_rounding has nothing to round: weights are {', '.join(sorted(map(str, dtypes)))} "
