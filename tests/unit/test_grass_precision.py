@@ -44,7 +44,8 @@ def test_every_mode_and_dtype_is_adamw_on_the_active_layers_bit_for_bit(
 ) -> None:
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", piece)
     options: dict[str, Any] = {
-        "sampler": "uniform", "state_dtype": state_dtype, "stochastic_rounding": rounding, "weight_decay": 0.1, "seed": 4,
+        "sampler": "uniform", "state_dtype": state_dtype, "stochastic_rounding": rounding,
+        "weight_decay": 0.1, "seed": 4,
     }  # fmt: skip
     mine, theirs = llama(dtype=weight), llama(dtype=weight)
     opt = grass_of(mine, offload=offload, **options)
@@ -76,7 +77,7 @@ def test_with_moments_in_the_weights_dtype_it_is_torchs_adamw_bit_for_bit(dtype:
 
 
 def test_stochastic_rounding_keeps_moving_weights_that_rounding_to_nearest_would_not() -> None:
-    """At a rate far below the distance of bf16 numbers nothing moves to nearest; on average it must move all the same."""
+    """At a rate far below the distance of bf16 numbers hardly a weight moves to nearest; on average all must."""
     moved = {}
     for rounding in (False, True):
         model = llama(dtype=BF16)
