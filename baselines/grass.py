@@ -65,6 +65,8 @@ class GrassMethod(Method):
         {"active_layers": 1, "sample_every": 3, "refresh_every": 6, "probe_steps": 2, "state": "reset"},
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static"},
         {"active_layers": 2, "sample_every": 3, "sampler": "uniform", "train_embedding": False, "train_head": False},
+        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "reprobe": True, "offload": "move"},
+        {"active_layers": 1, "sample_every": 3, "sampler": "cyclic", "state": "reset", "offload": "move"},
     )
     options: GrassOptions
     optimizer: Grass

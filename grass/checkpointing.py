@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -22,9 +23,16 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     if not can or getattr(model, "is_gradient_checkpointing", False):
         yield
         return
+    config: Any = getattr(model, "config", None)
+    caches = getattr(config, "use_cache", None)
+    if caches:
+        # a cache of keys and values is of no use in training, and transformers would say so of every checkpointed layer
+        config.use_cache = False
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     stop_at_lowest_layer(model)
     try:
         yield
     finally:
         model.gradient_checkpointing_disable()  # type: ignore[operator]
+        if caches:
+            config.use_cache = caches

@@ -17,8 +17,7 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grass.adamw import AdamW, new_moments
-from grass.rounding import round_stochastically
+from grass.adamw import AdamW
 
 ENTRIES, WEIGHT_SIZE = 65_536, 0.02
 LARGE_STEPS, SMALL_STEPS, FALL = 1_000, 4_000, 0.1
@@ -35,39 +34,12 @@ LOOKS: dict[str, dict[str, Any]] = {
 ALL_FP32, FP32_MOMENTS, ALL_BF16, STOCHASTIC = LOOKS
 
 
-class StochasticAdamW(Optimizer):
-    """AdamW in fp32 arithmetic on bf16 weights and moments: weights and v are rounded stochastically, m to nearest."""
-
-    def __init__(self, params: list[nn.Parameter], *, seed: int, **recipe: Any) -> None:
-        super().__init__(params, recipe)
-        self.generator = torch.Generator().manual_seed(seed)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every parameter."""
-        for group in self.param_groups:
-            (beta1, beta2), lr = group["betas"], group["lr"]
-            for parameter in group["params"]:
-                if not self.state[parameter]:
-                    self.state[parameter] = new_moments(parameter, torch.bfloat16)
-                moments, gradient = self.state[parameter], parameter.grad.float()
-                moments["step"] += 1
-                first = moments["exp_avg"].float().lerp_(gradient, 1 - beta1)
-                second = moments["exp_avg_sq"].float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-                denominator = (second / (1 - beta2 ** moments["step"])).sqrt_().add_(group["eps"])
-                weight = parameter.float().mul_(1 - lr * group["weight_decay"])
-                weight.addcdiv_(first, denominator, value=-lr / (1 - beta1 ** moments["step"]))
-                moments["exp_avg"].copy_(first)
-                round_stochastically(second, moments["exp_avg_sq"], self.generator)
-                round_stochastically(weight, parameter, self.generator)
-
-
 def optimizer_for(name: str, parameter: nn.Parameter) -> Optimizer:
     """The AdamW that a line of the figure is about."""
     if name == FP32_MOMENTS:
         return AdamW([parameter], state_dtype=torch.float32, **RECIPE)
     if name == STOCHASTIC:
-        return StochasticAdamW([parameter], seed=0, **RECIPE)
+        return AdamW([parameter], state_dtype=torch.bfloat16, stochastic_rounding=True, **RECIPE)
     return torch.optim.AdamW([parameter], **RECIPE)  # its moments have the parameter's dtype
 
 
