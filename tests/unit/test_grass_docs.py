@@ -37,7 +37,7 @@ def test_the_table_of_options_is_complete_and_gives_the_real_defaults() -> None:
     rows = rows_of_the_table_that_begins("| option | symbol |")
     documented = {row[0].strip("`"): row[2].strip("`") for row in rows}
     fields = {field.name: field.default for field in dataclasses.fields(Options)}
-    assert list(documented) and set(documented) == set(fields)
+    assert set(documented) == set(fields)
     for name, default in fields.items():
         wanted = "" if default is dataclasses.MISSING else f'"{default}"' if isinstance(default, str) else repr(default)
         assert documented[name] == wanted, name
