@@ -1,13 +1,24 @@
 """Data parallelism for plain modules: gradients of active layers are averaged inside `step`, and so is importance.
 
 DistributedDataParallel builds its reducer for the parameters that require gradients when it wraps the model; switching
-them afterwards makes ranks diverge without an error. Here every rank holds the plain module, draws the same layers from
-the same generator, and averages what the layers' gradients are at that moment.
+them afterwards makes ranks diverge without an error. Here every rank of the default process group holds the plain
+module, draws the same layers from the same generator, and averages what the layers' gradients are at that moment. R
+ranks do what one process does that accumulates their R micro-batches. What follows for the training loop:
+
+- Each rank counts alike, as under DistributedDataParallel: losses that are means over unequal numbers of tokens must
+  be weighted by the caller.
+- Gradients are averaged once a step, however many backward passes it has; there is no `no_sync()` to call.
+- Clip with the option `max_grad_norm`. `clip_grad_norm_` before `step()` sees the rank's own gradient: each rank would
+  scale its own by another factor, and what is averaged then is not the clipped average.
+- Nothing is broadcast. Ranks that do not hold the same weights at the first step are refused.
+- State dicts are the same on every rank: save one, load it on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +26,10 @@ from torch import Tensor, nn
 
 BUCKET_BYTES = 32 * 2**20
 """Small gradients are reduced together up to this many bytes; a larger one is reduced in place."""
+COMPARED = 64
+"""Values that `check_agreement` can compare at once."""
+CHECKSUM_ENTRIES = 1 << 22
+"""Weights summed at once in a checksum, so that their widening to 64 bits takes 32 MiB at most."""
 
 
 def ranks() -> int:
@@ -22,32 +37,46 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Replace every gradient by its mean over all ranks; the parameters must be the same ones on each.
 
     A parameter without gradient on this rank, but with one on another, counts as zero here; one without gradient on
-    every rank keeps none, so that it does not decay.
+    every rank keeps none, so that it does not decay. Sums are taken in the gradients' own dtype.
     """
     count = ranks()
     if count == 1:
         return
-    found = torch.tensor([int(p.grad is not None) for p in parameters], device=parameters[0].device)
-    dist.all_reduce(found)
+    device = parameters[0].device
+    here = [p.grad is not None for p in parameters]
+    if all(here):
+        # made on the device and not read back: the host need not wait for backward
+        found = torch.ones(len(here), dtype=torch.uint8, device=device)
+    else:
+        found = torch.tensor(here, dtype=torch.uint8, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    anywhere = here if all(here) else found.tolist()
+    gradients: dict[torch.dtype, list[Tensor]] = {}
+    for parameter, graded in zip(parameters, anywhere, strict=True):
+        if graded:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for alike in gradients.values():
+        for bucket in _buckets(alike):
+            _average(bucket, count)
+
+
+def _buckets(gradients: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     size = 0
-    for parameter, somewhere in zip(parameters, found.tolist(), strict=True):
-        if not somewhere:
-            continue
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            _average(bucket, count)
+    for gradient in gradients:
+        if bucket and size + gradient.nbytes > BUCKET_BYTES:
+            yield bucket
             bucket, size = [], 0
         bucket.append(gradient)
         size += gradient.nbytes
-    if bucket:
-        _average(bucket, count)
+    yield bucket
 
 
 def _average(gradients: Sequence[Tensor], count: int) -> None:
@@ -63,32 +92,88 @@ def _average(gradients: Sequence[Tensor], count: int) -> None:
 
 
 def average(values: Tensor) -> Tensor:
-    """Mean over all ranks, equal to the last bit on each."""
+    """Mean over all ranks, equal to the last bit on each, as what is drawn from must be.
+
+    It is equal because `torch.distributed.all_reduce` leaves its result "bitwise identical in all processes" (torch's
+    documentation), whatever the order in which it sums.
+    """
     count = ranks()
     if count > 1:
         values = values.clone()
         dist.all_reduce(values)
         values.div_(count)
-        # a reduction may round differently on different ranks; what is drawn from must not
-        dist.broadcast(values, src=0)
     return values
 
 
-def check_agreement(seed: int, draw: Sequence[int], device: torch.device) -> None:
-    """All ranks must have drawn the same layers.
+def check_agreement(values: Mapping[str, object], device: torch.device, *, mend: str) -> None:
+    """Refuse to go on where ranks differ in what must be the same on all.
+
+    One collective, of the same shape whatever is compared, so that ranks that do not even compare the same values are
+    refused as well, instead of waiting for each other.
+
+    Args:
+        values: what must be the same, by the name that the message gives it; compared as text, `COMPARED` at most.
+        device: where collectives of the default group work.
+        mend: what the user can do about a difference; the end of the message.
 
     Raises:
-        RuntimeError: they did not: seeds or options differ.
+        RuntimeError: on every rank, if the values differ on any two.
     """
     if ranks() == 1:
         return
-    mine = torch.tensor([seed, *draw], dtype=torch.int64, device=device)
-    first = mine.clone()
-    dist.broadcast(first, src=0)
-    differs = torch.tensor([int(not torch.equal(mine, first))], device=device)
-    dist.all_reduce(differs)
-    if int(differs):
-        raise RuntimeError(
-            f"ranks would train different layers (here seed {seed}, layers {list(draw)}): "
-            "give Grass the same seed and options on every rank"
-        )
+    digests = [_digest(f"{name}={value}") for name, value in values.items()]
+    digests += [0] * (COMPARED - len(digests))
+    # the largest digest and minus the smallest: they cancel where all are equal
+    ends = torch.tensor([digests, [-d for d in digests]], dtype=torch.int64, device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    differing = [item for item, spread in zip(values.items(), ends.sum(0).tolist(), strict=False) if spread]
+    if differing:
+        listed = ", ".join(f"{name} (here {value})" for name, value in differing)
+        raise RuntimeError(f"ranks differ in {listed}: {mend}")
+
+
+def check_ranks(
+    facts: Mapping[str, object], model: nn.Module, groups: Sequence[Mapping[str, Any]], *, weights: bool
+) -> None:
+    """Refuse ranks that would go on with other layers, or with other numbers.
+
+    Args:
+        facts: what must be the same on all ranks, beside what follows from the other arguments.
+        model: whose parameters must be as many and as large.
+        groups: parameter groups, whose learning rates must be the same (schedulers may follow what a rank measures).
+        weights: whether the weights must be the same to the last bit, as well; reads all of them.
+
+    Raises:
+        RuntimeError: on every rank, if any two differ.
+    """
+    if ranks() == 1:
+        return
+    parameters = list(model.parameters())
+    compared = {
+        **facts,
+        "learning rates": sorted({float(group["lr"]) for group in groups}),
+        "parameters": f"{len(parameters)} with {sum(p.numel() for p in parameters):,} entries",
+    }
+    if weights:
+        compared["weights"] = f"checksum {checksum(parameters):x}"
+    mend = "give Grass the same model, weights, options, seed and state dict on every rank"
+    check_agreement(compared, parameters[0].device, mend=mend)
+
+
+def _digest(text: str) -> int:
+    """56 bits, so that the difference of two digests fits in an int64."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
+
+
+def checksum(parameters: Iterable[Tensor]) -> int:
+    """A number that follows from the bits of all entries; it blocks until the device has computed it.
+
+    Equal parameters have equal checksums on every kind of device. Integers are summed, which no order changes.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    total = sum(
+        number * int(part.sum(dtype=torch.int64))
+        for number, p in enumerate(parameters, start=1)
+        for part in p.detach().reshape(-1).view(integers[p.element_size()]).split(CHECKSUM_ENTRIES)
+    )
+    return total % (1 << 64)

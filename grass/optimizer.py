@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grass.distributed import average_gradients, check_agreement
+from grass.distributed import average_gradients, check_ranks
 from grass.importance import Importance, Norm, effective_layers, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.options import Offload, Options, Reprobe, State
@@ -115,6 +115,8 @@ class Grass(Optimizer):
         """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
         self.steps = 0
         """Updates done."""
+        self._same_weights = False
+        """Known of all ranks, since building or loading."""
         self._resample()
         if probe_steps and self.sampler.needs_probe:
             self._stop_at_lowest_layer()
@@ -215,13 +217,18 @@ class Grass(Optimizer):
         and a scheduler that is stepped beside has moved on.
 
         Raises:
-            RuntimeError: not probed yet, no gradient, or a gradient scaler at work.
+            RuntimeError: not probed yet, no gradient, a gradient scaler at work, or ranks that differ in options,
+                weights, learning rates or steps.
         """
         refuse_loss_scaling(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._same_weights:
+            # not before the first step: weights may be loaded after the optimizer is built
+            self._check_ranks(weights=True)
+            self._same_weights = True
         if self._prober.in_step is not None:
             self._probe_step()
             return loss
@@ -291,12 +298,16 @@ class Grass(Optimizer):
 
     def _resample(self) -> None:
         self.active = self._draw()
-        check_agreement(self.options.seed, self.active, self._device)
+        self._check_ranks()
         for layer, parameters in enumerate(self.layer_parameters):
             set_trainable(parameters, layer in self.active)
         self.states.change(self.active, self.accumulation_steps)
 
     # ------------------------------------------------------------ small
+
+    def _check_ranks(self, *, weights: bool = False) -> None:
+        facts = {**self.options.of_all_ranks(), "steps": self.steps, "layers": list(self.active)}
+        check_ranks(facts, self.model, self.param_groups, weights=weights)
 
     def _draw(self) -> tuple[int, ...]:
         """The next active set; with `_read`, the only place where the host decides by numbers."""
@@ -384,6 +395,7 @@ class Grass(Optimizer):
         }
         self.sampler.load_state_dict(own["sampler"])
         self.history = History()
+        self._same_weights = False
         if self._prober.in_step is not None:
             self._prober.stop()
         for layer, parameters in enumerate(self.layer_parameters):

@@ -119,6 +119,15 @@ class Options:
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be above 0, or None to switch clipping off, not {self.max_grad_norm}")
 
+    def of_all_ranks(self) -> dict[str, object]:
+        """What must be the same on all ranks of data parallelism: neither batches nor what changes no result.
+
+        The learning rate is left out, since a scheduler changes it.
+        """
+        own = {"lr", "offload", "accumulation_steps", "reprobe"}
+        shared = {name: value for name, value in vars(self).items() if name not in own}
+        return {**shared, "reprobe": self.reprobe is not False}
+
     @property
     def refresh(self) -> int:
         """T_u, resolved."""

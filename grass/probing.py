@@ -9,6 +9,9 @@ hence larger, than the average over a step's micro-batches; inside `step()` it i
 micro-batches' gradients as the loop scales them, which is the accumulated norm if micro-batches are uncorrelated.
 `exact` measures the norm of the accumulated gradient, at the cost of running the micro-batches once for every
 `together` layers.
+
+Ranks of data parallelism are treated as micro-batches are: a probe outside the schedule averages over the probing steps
+of all ranks, inside `step()` the root is over the squares of all ranks, and `exact` averages the gradients themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from grass.checkpointing import checkpointed
-from grass.distributed import average
+from grass.distributed import average, average_gradients, check_agreement, ranks
 from grass.importance import gradient_square
 from grass.layers import set_trainable
 
@@ -73,6 +76,7 @@ class Prober:
 
         Raises:
             ValueError: no batch, or gradients of an earlier backward pass.
+            RuntimeError: ranks were given different numbers of batches.
         """
         losses = (self._loss_of(batch) for batch in batches)
         kept = random_numbers_kept(self._everything[0].device)
@@ -80,10 +84,30 @@ class Prober:
             if exact is None:
                 squares = list(self._each(losses))
             else:
-                squares = [self._accumulated(step, together) for step in iter(lambda: list(islice(losses, exact)), [])]
+                squares = [self._accumulated(step, together) for step in self._steps(losses, exact)]
+        self._agree("batches of the probe", len(squares))
         if not squares:
             raise ValueError("probe() was given no batch")
-        return self.means(squares)
+        means = self.means(squares)
+        if ranks() > 1:
+            means = self._read(average(torch.tensor(means, dtype=torch.float64, device=self._device)))
+        return means
+
+    def _steps(self, losses: Iterator[Callable[[], Tensor]], size: int) -> Iterator[list[Callable[[], Tensor]]]:
+        """Micro-batches of one exact probing step after the other; as many on every rank, whose gradients are one."""
+        while True:
+            step = list(islice(losses, size))
+            self._agree("micro-batches of an exact probing step", len(step))
+            if not step:
+                return
+            yield step
+
+    def _agree(self, what: str, number: int) -> None:
+        check_agreement({what: number}, self._device, mend="give every rank as many")
+
+    @property
+    def _device(self) -> torch.device:
+        return self._everything[0].device
 
     def _loss_of(self, batch: Any) -> Callable[[], Tensor]:
         return lambda: self.loss(self._model, batch) if self.loss is not None else self._model(**batch).loss
@@ -106,13 +130,14 @@ class Prober:
             with _only(chosen, self._everything), random_numbers_kept(self._everything[0].device):
                 for loss in losses:
                     (loss() / len(losses)).backward()
+                average_gradients([p for parameters in chosen for p in parameters])
                 squares += [gradient_square(parameters) for parameters in chosen]
         return torch.stack([torch.zeros((), device=self._everything[0].device) if s is None else s for s in squares])
 
     def means(self, squares: Sequence[Tensor]) -> list[float]:
-        """Mean over probing steps of r = sqrt(||g||^2 / N), averaged over ranks; the host reads once."""
+        """Mean over probing steps of r = sqrt(||g||^2 / N); the host reads once."""
         rows, layers = torch.stack(list(squares)), len(self._layers)
-        read = self._read(average(rows.reshape(-1)))
+        read = self._read(rows.reshape(-1))
         r = [
             [(read[step * layers + layer] / count) ** 0.5 for layer, count in enumerate(self._counts)]
             for step in range(len(squares))
@@ -130,7 +155,8 @@ class Prober:
     def take(self) -> Tensor:
         """End one in-step probing step; returns r of every layer, shape (layers,), on the device."""
         assert self.in_step is not None
-        self.in_step.append(self._hooks.take())
+        # the sum over ranks of each one's squares, its gradient divided by their number as the average divides it
+        self.in_step.append(average(self._hooks.take()) / ranks())
         return (self.in_step[-1] / torch.tensor(self._counts, device=self._everything[0].device)).sqrt()
 
     def stop(self) -> list[float] | None:
