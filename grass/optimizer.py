@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grass.belief import Belief
 from grass.distributed import average_gradients, check_ranks
-from grass.importance import Importance, Norm, effective_layers, gradient_norms, root_mean_square
+from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.options import Offload, Options, Reprobe, State
 from grass.prefix import stop_at_lowest_layer
 from grass.probing import Loss, Prober
 from grass.refusals import refuse_loss_scaling, refuse_unfit_model
-from grass.sampling import LayerSampler, Sampler, warn_if_not_adaptive
+from grass.sampling import Sampler
 from grass.states import LayerStates
 from grass.trace import History, Record
 
@@ -98,12 +99,12 @@ class Grass(Optimizer):
 
         self.states = LayerStates(self, found.layers, len(below), self.options)
         """Where the moments are, and how they come and go."""
-        self.sampler = LayerSampler(sampler, layers=len(stack), active_layers=active_layers, seed=seed)
+        self.belief = Belief(self.options, len(stack))
+        """Importance of the layers, and the sampler that draws by it."""
         everything = [p for group in self.param_groups for p in group["params"]]
         self._prober = Prober(model, self.layer_parameters, everything, self._read)
         self.history = History()
         """One record a call of `step()`, probing steps included; not part of the state dict."""
-        self.importance: Importance | None = None
         self.active: tuple[int, ...] = ()
         """Decoder layers that train now."""
         self._calls = 0
@@ -111,14 +112,12 @@ class Grass(Optimizer):
         self._norms: dict[nn.Parameter, Tensor] = {}
         """Norm of every gradient of this step, in the model's order."""
         self._grad_norm: Tensor | None = None
-        self._window: dict[int, tuple[Tensor, int]] = {}
-        """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
         self.steps = 0
         """Updates done."""
         self._same_weights = False
         """Known of all ranks, since building or loading."""
         self._resample()
-        if probe_steps and self.sampler.needs_probe:
+        if probe_steps and self.needs_probe:
             self._stop_at_lowest_layer()
             self._prober.start()
 
@@ -127,17 +126,22 @@ class Grass(Optimizer):
     @property
     def needs_probe(self) -> bool:
         """The sampler draws by mean gradient norms, which only a probe can give at first."""
-        return self.sampler.needs_probe
+        return self.belief.sampler.needs_probe
+
+    @property
+    def importance(self) -> Importance | None:
+        """Mean gradient norm m of every decoder layer; None before probing."""
+        return self.belief.importance
 
     @property
     def probability(self) -> list[float]:
         """Probability p of the next single draw, one entry a decoder layer."""
-        return self.sampler.probability
+        return self.belief.sampler.probability
 
     @property
     def effective_layers(self) -> float:
         """exp(H(p)) of the probabilities now in force: from 1 to the number of layers."""
-        return effective_layers(self.probability)
+        return self.belief.effective_layers
 
     @property
     def age_steps(self) -> tuple[int, ...] | None:
@@ -193,9 +197,7 @@ class Grass(Optimizer):
         return self._prober.measure(batches, exact=accumulated, together=self.options.active_layers)
 
     def _believe(self, means: Sequence[float]) -> None:
-        self.importance = Importance.from_probe(means)
-        self._follow()
-        warn_if_not_adaptive(self.sampler, self.effective_layers)
+        self.belief.start(means)
         self._resample()
 
     def _probe_step(self) -> None:
@@ -241,7 +243,7 @@ class Grass(Optimizer):
         moved, exposed = self.states.update(self.active, self.accumulation_steps)
         self._remember(self.active, r, moved, exposed)
         self.steps += 1
-        if self.sampler.refreshes and self.steps % self.options.refresh == 0:
+        if self.belief.sampler.refreshes and self.steps % self.options.refresh == 0:
             self._refresh()
         if self.steps % self.options.sample_every == 0:
             # gradients of layers that now fall asleep are dropped here: zero_grad() comes too late for them
@@ -259,16 +261,13 @@ class Grass(Optimizer):
         if not graded:
             raise RuntimeError("step() found no gradient of an active layer: call loss.backward() first")
         self._norms = dict(zip(graded, gradient_norms(graded), strict=True))
-        measured = []
+        measured = {}
         for layer in self.active:
             norms = [self._norms[p] for p in self.layer_parameters[layer] if p in self._norms]
             square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)
-            r = root_mean_square(square, self._count(layer))
-            measured.append(r)
-            if self.sampler.refreshes and norms:
-                total, steps = self._window.get(layer, (torch.zeros_like(r), 0))
-                self._window[layer] = (total + r, steps + 1)
-        return torch.stack(measured)
+            measured[layer] = root_mean_square(square, self._count(layer))
+        self.belief.note(measured)
+        return torch.stack(list(measured.values()))
 
     def _clip(self) -> None:
         self._grad_norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
@@ -277,24 +276,13 @@ class Grass(Optimizer):
 
     def _refresh(self) -> None:
         """Blend what the window's steps showed, or a new probe of all layers, into m; then p follows (paper)."""
-        assert self.importance is not None
-        measured: dict[int, float] = {}
+        probed = None
         if self.options.reprobe is not False:
             self.zero_grad()
-            batches = self.options.reprobe() if callable(self.options.reprobe) else self.options.reprobe
-            measured = dict(enumerate(self._measure_all(batches)))
-        elif self._window:
-            means = torch.stack([total / steps for total, steps in self._window.values()])
-            measured = dict(zip(self._window, self._read(means), strict=True))
-        self.importance.refresh(measured, ema=self.options.ema, step=self.steps)
-        self._window = {}
-        self._follow()
-
-    def _follow(self) -> None:
-        """The sampler's probabilities follow importance."""
-        assert self.importance is not None
-        options = self.options
-        self.sampler.follow(self.importance.values, temperature=options.temperature, norm=options.norm)
+            probed = self._measure_all(
+                self.options.reprobe() if callable(self.options.reprobe) else self.options.reprobe
+            )
+        self.belief.refresh(steps=self.steps, read=self._read, probed=probed)
 
     def _resample(self) -> None:
         self.active = self._draw()
@@ -311,7 +299,7 @@ class Grass(Optimizer):
 
     def _draw(self) -> tuple[int, ...]:
         """The next active set; with `_read`, the only place where the host decides by numbers."""
-        return self.sampler.draw(steps=self.steps, trained=self.active if self.steps else ())
+        return self.belief.sampler.draw(steps=self.steps, trained=self.active if self.steps else ())
 
     def _read(self, values: Tensor) -> list[float]:
         """Numbers of a one-dimensional tensor, read from the device."""
@@ -364,14 +352,11 @@ class Grass(Optimizer):
         """Everything a bit-exact resume needs: moments, active set, importance, probabilities, window, generator."""
         self.states.settle()
         packed = super().state_dict()
-        values = self.importance
         packed["grass"] = {
             "steps": self.steps,
             "calls": self._calls,
-            "importance": None if values is None else (list(values.values), list(values.measured_at)),
             "active": self.active,
-            "window": {layer: (total.clone(), steps) for layer, (total, steps) in self._window.items()},
-            "sampler": self.sampler.state_dict(),
+            "belief": self.belief.state_dict(),
             "probing": None if self._prober.in_step is None else [s.clone() for s in self._prober.in_step],
         }
         return packed
@@ -388,12 +373,8 @@ class Grass(Optimizer):
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         own = state_dict["grass"]
         self.steps, self._calls = own["steps"], own["calls"]
-        self.importance = None if own["importance"] is None else Importance(*(list(part) for part in own["importance"]))
         self.active = tuple(own["active"])
-        self._window = {
-            int(layer): (total.to(self._device, copy=True), steps) for layer, (total, steps) in own["window"].items()
-        }
-        self.sampler.load_state_dict(own["sampler"])
+        self.belief.load_state_dict(own["belief"], self._device)
         self.history = History()
         self._same_weights = False
         if self._prober.in_step is not None:

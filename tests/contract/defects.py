@@ -21,7 +21,7 @@ from grass.sampling import draw_layers
 class IgnoresProbability(Grass):
     def _draw(self) -> tuple[int, ...]:
         count = len(self.layer_parameters)
-        return draw_layers([1.0] * count, self.options.active_layers, self.sampler.generator)
+        return draw_layers([1.0] * count, self.options.active_layers, self.belief.sampler.generator)
 
 
 class NeverRefreshes(Grass):
@@ -99,22 +99,20 @@ class ProbesWithUpdates(Grass):
 
 
 class IgnoresTemperature(Grass):
-    def _follow(self) -> None:
-        assert self.importance is not None
-        self.sampler.follow(self.importance.values, temperature=1e9, norm=self.options.norm)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "temperature": 1e9})
 
 
 class NeverNormalises(Grass):
-    def _follow(self) -> None:
-        assert self.importance is not None
-        self.sampler.follow(self.importance.values, temperature=self.options.temperature, norm="none")
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "norm": "none"})
 
 
 class NeverClearsTheWindow(Grass):
     def _refresh(self) -> None:
-        kept = dict(self._window)
+        kept = dict(self.belief._window)
         super()._refresh()
-        self._window = kept
+        self.belief._window = kept
 
 
 class DecaysSleepingLayers(Grass):
@@ -134,9 +132,9 @@ class DrawsOneTooFew(Grass):
 
 class ForgetsItsGenerator(Grass):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before = self.sampler.generator.get_state()
+        before = self.belief.sampler.generator.get_state()
         super().load_state_dict(state_dict)
-        self.sampler.generator.set_state(before)
+        self.belief.sampler.generator.set_state(before)
 
 
 class LisaBuiltFromFrozen(Lisa):

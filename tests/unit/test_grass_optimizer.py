@@ -203,9 +203,9 @@ def test_a_saved_state_is_not_changed_by_further_training() -> None:
     saved = copy.deepcopy(opt.state_dict()["grass"])
     state = opt.state_dict()["grass"]
     train(model, opt, 4, 7)
-    assert state["importance"] == saved["importance"]
+    assert state["belief"]["importance"] == saved["belief"]["importance"]
     assert state["active"] == saved["active"]
-    assert torch.equal(state["sampler"]["generator"], saved["sampler"]["generator"])
-    for layer, (total, steps) in saved["window"].items():
-        assert torch.equal(state["window"][layer][0], total)
-        assert state["window"][layer][1] == steps
+    assert torch.equal(state["belief"]["sampler"]["generator"], saved["belief"]["sampler"]["generator"])
+    for layer, (total, steps) in saved["belief"]["window"].items():
+        assert torch.equal(state["belief"]["window"][layer][0], total)
+        assert state["belief"]["window"][layer][1] == steps

@@ -1,0 +1,99 @@
+"""What a run believes of its layers: mean gradient norms, how training refreshes them, and the draws that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grass.importance import Importance, effective_layers
+from grass.options import Options
+from grass.sampling import LayerSampler, warn_if_not_adaptive
+
+
+class Belief:
+    """Importance of the layers and the sampler that draws by it.
+
+    Args:
+        options: of the run.
+        layers: number of decoder layers.
+    """
+
+    def __init__(self, options: Options, layers: int) -> None:
+        self._options = options
+        self.sampler = LayerSampler(
+            options.sampler, layers=layers, active_layers=options.active_layers, seed=options.seed
+        )
+        self.importance: Importance | None = None
+        """None before probing, and for ever with a sampler that measures nothing."""
+        self._window: dict[int, tuple[Tensor, int]] = {}
+        """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
+
+    @property
+    def effective_layers(self) -> float:
+        """exp(H(p)) of the probabilities now in force."""
+        return effective_layers(self.sampler.probability)
+
+    def start(self, means: Sequence[float]) -> None:
+        """Believe a probe of all layers.
+
+        Raises:
+            ValueError: a mean gradient norm that is not finite.
+        """
+        self.importance = Importance.from_probe(means)
+        self._follow()
+        warn_if_not_adaptive(self.sampler, self.effective_layers)
+
+    def note(self, measured: Mapping[int, Tensor]) -> None:
+        """Add one step's r of every active layer (scalars on the device) to the window."""
+        if self.sampler.refreshes:
+            for layer, r in measured.items():
+                total, steps = self._window.get(layer, (torch.zeros_like(r), 0))
+                self._window[layer] = (total + r, steps + 1)
+
+    def refresh(
+        self, *, steps: int, read: Callable[[Tensor], list[float]], probed: Sequence[float] | None = None
+    ) -> None:
+        """Blend what the window's steps showed into m; then p follows (paper, refresh).
+
+        Args:
+            steps: optimizer steps done so far.
+            read: how the host reads numbers.
+            probed: a new probe of all layers, to be believed instead of the window.
+        """
+        assert self.importance is not None
+        measured: dict[int, float] = {}
+        if probed is not None:
+            measured = dict(enumerate(probed))
+        elif self._window:
+            means = torch.stack([total / count for total, count in self._window.values()])
+            measured = dict(zip(self._window, read(means), strict=True))
+        self.importance.refresh(measured, ema=self._options.ema, step=steps)
+        self._window = {}
+        self._follow()
+
+    def _follow(self) -> None:
+        """The sampler's probabilities follow importance."""
+        assert self.importance is not None
+        options = self._options
+        self.sampler.follow(self.importance.values, temperature=options.temperature, norm=options.norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that later draws depend on."""
+        values = self.importance
+        return {
+            "importance": None if values is None else (list(values.values), list(values.measured_at)),
+            "window": {layer: (total.clone(), steps) for layer, (total, steps) in self._window.items()},
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Inverse of `state_dict`; the window goes to `device`."""
+        values = state["importance"]
+        self.importance = None if values is None else Importance(*(list(part) for part in values))
+        self._window = {
+            int(layer): (total.to(device, copy=True), steps) for layer, (total, steps) in state["window"].items()
+        }
+        self.sampler.load_state_dict(state["sampler"])
