@@ -264,10 +264,11 @@ class Grass(Optimizer):
         measured = {}
         for layer in self.active:
             norms = [self._norms[p] for p in self.layer_parameters[layer] if p in self._norms]
-            square = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)
-            measured[layer] = root_mean_square(square, self._count(layer))
+            if norms:
+                measured[layer] = root_mean_square(torch.stack(norms).square().sum(), self._count(layer))
         self.belief.note(measured)
-        return torch.stack(list(measured.values()))
+        nothing = torch.zeros((), device=self._device)
+        return torch.stack([measured.get(layer, nothing) for layer in self.active])
 
     def _clip(self) -> None:
         self._grad_norm = torch.linalg.vector_norm(torch.stack(list(self._norms.values())))
