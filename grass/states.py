@@ -41,6 +41,8 @@ class LayerStates:
         self._number = {p: i for i, p in enumerate(p for parameters in groups for p in parameters)}
         self.offload: StateOffload | None = None
         """None until the first step: only then the parameters are where they will train."""
+        self._shown: dict[int, tuple[Tensor, int]] = {}
+        """By block: the home whose views `state` shows, and of how many parameters."""
         self.hooks: LayerHooks | None = None
 
     @property
@@ -98,12 +100,14 @@ class LayerStates:
 
     def _update_chunk(self, block: Block, chunk: Chunk, moments: Tensor) -> None:
         group = self._optimizer.param_groups[block.index]
+        all_first, all_second = moments.unbind()
         for piece in chunk.pieces:
             p = block.parameters[piece.parameter]
             if p.grad is None:
                 continue
-            first, second = moments.narrow(1, piece.offset - chunk.start, piece.end - piece.start)
-            weight, gradient = (flat(t)[piece.start : piece.end] for t in (p, p.grad))
+            begin, count = piece.offset - chunk.start, piece.end - piece.start
+            first, second = all_first.narrow(0, begin, count), all_second.narrow(0, begin, count)
+            weight, gradient = flat(p).narrow(0, piece.start, count), flat(p.grad).narrow(0, piece.start, count)
             step, bits = self._optimizer.state[p]["step"], None
             if self._rounding is not None:
                 bits = self._rounding.generator(p.device, parameter=self._number[p], step=step, start=piece.start)
@@ -121,13 +125,21 @@ class LayerStates:
             self.hooks.change(active, accumulation_steps)
 
     def _show(self, block: Block) -> None:
-        """Let the optimizer's `state` show the moments where they are now."""
-        for number, p in enumerate(block.parameters):
-            if block.home is None:
-                self._optimizer.state.pop(p, None)
-            elif p in self._optimizer.state:
-                first, second = block.view(number)
-                self._optimizer.state[p].update(exp_avg=first, exp_avg_sq=second)
+        """Let the optimizer's `state` show the moments where they are now, if it does not yet."""
+        state, home = self._optimizer.state, block.home
+        if home is None:
+            self._shown.pop(block.index, None)
+            for p in block.parameters:
+                state.pop(p, None)
+            return
+        known = [number for number, p in enumerate(block.parameters) if p in state]
+        shown = self._shown.get(block.index)
+        if shown is not None and shown[0] is home and shown[1] == len(known):
+            return
+        for number in known:
+            first, second = block.view(number)
+            state[block.parameters[number]].update(exp_avg=first, exp_avg_sq=second)
+        self._shown[block.index] = home, len(known)
 
     # ------------------------------------------------------------ resume
 
@@ -172,6 +184,7 @@ class LayerStates:
         """Forget all moments and take the hooks off."""
         if self.hooks is not None:
             self.hooks.remove()
+        self._shown = {}
         if self.offload is not None:
             self.offload.release()
             for block in self.blocks:
