@@ -65,7 +65,7 @@ class GrassMethod(Method):
         {"active_layers": 1, "sample_every": 3, "refresh_every": 6, "probe_steps": 2, "state": "reset"},
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static"},
         {"active_layers": 2, "sample_every": 3, "sampler": "uniform", "train_embedding": False, "train_head": False},
-        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "reprobe": True, "offload": "move"},
+        {"active_layers": 1, "sample_every": 2, "probe_steps": 2, "reprobe": True, "offload": "move"},
         {"active_layers": 1, "sample_every": 3, "sampler": "cyclic", "state": "reset", "offload": "move"},
     )
     options: GrassOptions
@@ -141,6 +141,11 @@ class GrassMethod(Method):
             probability=tuple(opt.probability),
             age_steps=opt.age_steps,
         )
+
+    def pinned_bytes(self) -> int:
+        """Host blocks of moments that are registered with CUDA."""
+        offload = self.optimizer.states.offload
+        return 0 if offload is None else offload.arena.pinned_bytes
 
     def expect(self, facts: ModelFacts) -> Expectation:
         """Drawn layers move in their period; under `keep` every layer visited so far has state."""

@@ -209,6 +209,13 @@ class Method:
         """What a layer-wise method believes, asked after `begin_step`; None for methods that do not choose layers."""
         return None
 
+    def pinned_bytes(self) -> int | None:
+        """Page-locked host memory that the method itself holds now, by the sizes of its buffers; None: it cannot say.
+
+        The kernel may count such memory as shared, as the driver's, or not at all, so only its owner knows.
+        """
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """Everything beside the weights that a bit-exact resume needs."""
         return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}

@@ -112,6 +112,11 @@ class HostArena:
             # blocks may outlive nothing: memory must be unregistered before it is unmapped
             weakref.finalize(self, _unregister_all, self._registered)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Bytes of the blocks that are pinned."""
+        return sum(block.nbytes for block in self._registered.values())
+
     def take(self, elements: int, dtype: torch.dtype) -> Tensor:
         """Zeros of shape (2, elements) in host memory."""
         nbytes = 2 * elements * dtype.itemsize

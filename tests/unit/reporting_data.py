@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from harness.record import FRAMES
+from harness.columns import FRAMES
 from harness.reporting.frames import Frames, rows_to_frame
 from harness.spec import Study
 
@@ -119,8 +119,8 @@ def _run(rng: np.random.Generator, run: str, task: str, method: str, seed: int) 
         row |= {
             "trainable_parameters": int(whole * share), "train_loss": 0.4, "validation_loss": 0.45 + 0.01 * seed,
             "clipped_share": 0.12, "train_s": 120.5, "prepare_s": 3.0, "step_median_s": 0.5, "step_p95_s": 0.6,
-            "throughput_tokens_per_s": speed, "host_peak_bytes": 900_000_000 + seed,
-            "state_peak_bytes": int(whole * share * 8) + seed,
+            "throughput_tokens_per_s": speed, "throughput_total_tokens_per_s": 1.1 * speed,
+            "host_peak_bytes": 900_000_000 + seed, "state_peak_bytes": int(whole * share * 8) + seed,
         }  # fmt: skip
     else:
         row["throughput_why"] = "nothing was trained"
@@ -174,7 +174,7 @@ def _course(rng: np.random.Generator, rows: dict[str, list[dict[str, Any]]], run
     losses = 0.4 + 0.02 * m + 1.5 * np.exp(-np.arange(STEPS) / 40) + 0.05 * rng.standard_normal(STEPS)
     rows["steps"] += [
         {"run": run, "step": t, "loss": float(losses[t]), "lr_factor": 1 - t / STEPS, "grad_norm": 1.1,
-         "clipped": False, "tokens": 900, "step_s": 0.5}
+         "clipped": False, "tokens": 900, "total_tokens": 1000, "step_s": 0.5}
         for t in range(STEPS)
     ]  # fmt: skip
     truth = np.exp(0.5 * np.sin(np.arange(LAYERS)) + 0.1 * rng.standard_normal(LAYERS)) * 1e-4

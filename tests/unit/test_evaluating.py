@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from harness.columns import DOCUMENT_COLUMNS
 from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import score_suite, wrap
 from harness.evaluating.score import evaluate
@@ -19,7 +20,7 @@ from harness.inputs.generated import suite_rows
 from harness.inputs.prompts import Row, evaluation_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import collate, encode
-from harness.record import DOCUMENT_COLUMNS, EvalRecord, TrainRecord
+from harness.record import EvalRecord, TrainRecord
 from harness.spec import EvalJob, RunJob, SuiteJob
 from harness.stages import evaluate as stage
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM

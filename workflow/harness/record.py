@@ -1,4 +1,4 @@
-"""What a run was: the records that jobs write, and the flat rows that tables and figures are made from.
+"""What a run was: the records that jobs write.
 
 Every number carries its unit in its key (`_bytes`, `_s`, `_share`, `_tokens`, ...). What is not known is null, with the
 reason under the same key + `_why`; never 0, never a sentinel.
@@ -11,6 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
+
+EVALUATION = "eval"
+"""The phase of a run that is no part of training: what it takes does not count in a run's peaks."""
 
 Status = Literal["ok", "oom", "diverged", "disengaged", "skipped"]
 
@@ -72,16 +75,52 @@ class DataUse(Record):
 
 
 class Memory(Record):
-    """Peaks by phase, in bytes. Phases: load, prepare, first_step, steady, save."""
+    """Peaks by phase, in bytes. Phases: load, prepare (the probe), first_step, steady, eval, save.
 
-    host_peak_bytes: dict[str, int | None]
+    On a GPU the allocator's figures also have the parts of a step: forward, backward, update, and resample, which is
+    the update of a period's last step where the method promises a period: drawing anew happens inside it and cannot be
+    told apart from outside. A part's peak is that of `watched_steps` steps only, a step's that of all.
+    """
+
+    host_peak_bytes: dict[str, int | None] = Field(description="resident set, the kernel's high-water mark")
     host_peak_bytes_why: str | None = None
+    host_pss_bytes: dict[str, int | None] = Field(
+        default_factory=dict, description="proportional set as each phase first ended, and at the run's end: no peak"
+    )
+    host_pss_why: str | None = None
+    cgroup_peak_bytes: int | None = Field(
+        default=None, description="of the whole control group, page cache and neighbours included"
+    )
+    cgroup_peak_why: str | None = None
+    method_pinned_peak_bytes: int | None = Field(
+        default=None, description="page-locked host memory, counted by the method from its own buffers at period ends"
+    )
+    method_pinned_why: str | None = None
+    torch_pinned_peak_bytes: int | None = Field(
+        default=None, description="of torch's own pinned pool, since the process began, blocks rounded up by torch"
+    )
+    torch_pinned_why: str | None = None
     device_allocated_peak_bytes: dict[str, int | None]
     device_reserved_peak_bytes: dict[str, int | None]
     device_why: str | None = None
+    reserved_to_allocated_ratio: float | None = Field(default=None, description="of the peaks of steady steps")
+    watched_steps: int | None = Field(default=None, description="whose parts were told apart; null on the CPU")
+    alloc_conf: str | None = Field(default=None, description="PYTORCH_ALLOC_CONF; empty where it is not set")
+    alloc_retries: int | None = Field(default=None, description="times the allocator ran out and emptied its cache")
     nvml_process_peak_bytes: int | None
-    nvml_device_peak_bytes: int | None
+    nvml_device_peak_bytes: int | None = Field(description="of the whole card, neighbours included")
     nvml_why: str | None = None
+    nvml_device_delta_peak_bytes: int | None = Field(
+        default=None, description="the card's peak less what was in use before this process first touched it"
+    )
+    nvml_delta_why: str | None = None
+    nvml_source: Literal["process", "device delta"] | None = Field(
+        default=None, description="which of the two says what this process held; the process where both are known"
+    )
+    nvml_poll_s: float | None = Field(default=None, description="time between two samples")
+    foreign_why: str | None = Field(
+        default=None, description="what else was seen on the GPU: device memory and all times of the run are null"
+    )
     state_peak_bytes: int | None = Field(
         description="live tensors at step ends that belong neither to the model nor to the harness"
     )
@@ -91,14 +130,59 @@ class Timing(Record):
     """The harness's clock; the observer, checkpoints and saving are outside it."""
 
     load_s: float
-    prepare_s: float
-    train_s: float = Field(description="sum of the steps")
-    warmup_steps: int = Field(description="steps left out of the throughput")
+    prepare_s: float | None
+    train_s: float | None = Field(description="sum of the steps")
+    warmup_steps: int = Field(description="steps before the first timed one, which begins a period of the method")
+    timed_steps: int | None = Field(default=None, description="whole periods of the method only")
     step_median_s: float | None
     step_p95_s: float | None
-    throughput_tokens_per_s: float | None = Field(description="non-padding tokens, warm-up excluded")
-    throughput_why: str | None = None
+    throughput_tokens_per_s: float | None = Field(description="non-padding tokens of the timed steps")
+    throughput_total_tokens_per_s: float | None = Field(default=None, description="the same with padding")
+    throughput_why: str | None = Field(default=None, description="also why any other time here is null")
+    clock: Literal["perf_counter", "cuda events"] | None = None
     device_synchronised: bool
+
+
+class GpuState(Record):
+    """What the driver said at one moment."""
+
+    sm_clock_mhz: int | None
+    memory_clock_mhz: int | None
+    temperature_c: int | None
+    power_w: float | None
+    power_limit_w: float | None
+    throttle_reasons: list[str] | None
+    pcie_generation: int | None = Field(description="of the link now: an idle link falls back to an older one")
+    pcie_lanes: int | None
+    unread_why: dict[str, str] = Field(default_factory=dict, description="why a figure here is null, by its key")
+
+
+class GpuRecord(Record):
+    """The card of a run, by NVML."""
+
+    name: str | None
+    uuid: str | None
+    mig: bool | None = Field(description="a part of a card in MIG mode; clocks, power and link are the card's")
+    total_bytes: int | None
+    driver: str | None
+    driver_cuda: str | None = Field(description="newest CUDA that the driver serves")
+    torch_cuda: str | None = Field(description="CUDA that torch was built with")
+    pcie_max_generation: int | None
+    pcie_max_lanes: int | None
+    unread_why: dict[str, str] = Field(default_factory=dict, description="why a figure here is null, by its key")
+    before: GpuState
+    after: GpuState
+    throttle_reasons_during: list[str] | None = Field(description="all that were seen while the run was sampled")
+
+
+class TransferRates(Record):
+    """Copies between pinned host memory and the device."""
+
+    copy_bytes: int = Field(description="size of one copy in one direction")
+    host_to_device_bytes_per_s: float | None
+    device_to_host_bytes_per_s: float | None
+    both_ways_bytes_per_s: float | None = Field(description="sum of both directions, copied at the same time")
+    rates_why: str | None = None
 
 
 class Check(Record):
@@ -139,6 +223,10 @@ class TrainRecord(Record):
     data: DataUse | None = None
     timing: Timing | None = None
     memory: Memory | None = None
+    gpu: GpuRecord | None = Field(default=None, description="as the driver describes it")
+    gpu_why: str | None = None
+    transfer: TransferRates | None = Field(default=None, description="measured when the run was over")
+    transfer_why: str | None = None
     engagement: list[Check] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
     provenance: Provenance
@@ -199,69 +287,3 @@ class EvalRecord(Record):
     scores: list[SuiteScore]
     wall_s: float
     provenance: Provenance
-
-
-# ---------------------------------------------------------------- flat rows: the columns of results/<study>/*.parquet
-
-RUN_COLUMNS: dict[str, str] = {
-    "run": "string", "model": "string", "task": "string", "method": "string", "module": "string", "seed": "Int64",
-    "status": "string", "status_why": "string", "lr": "Float64", "lr_searched": "boolean", "recipe_changes": "string",
-    "steps": "Int64", "parameters": "Int64", "trainable_parameters": "Int64", "train_loss": "Float64",
-    "validation_loss": "Float64", "clipped_share": "Float64", "train_rows": "Int64", "truncated_rows": "Int64",
-    "dropped_rows": "Int64", "train_s": "Float64", "prepare_s": "Float64", "step_median_s": "Float64",
-    "step_p95_s": "Float64", "throughput_tokens_per_s": "Float64", "throughput_why": "string",
-    "host_peak_bytes": "Int64", "device_allocated_peak_bytes": "Int64", "device_why": "string",
-    "nvml_process_peak_bytes": "Int64", "nvml_why": "string", "state_peak_bytes": "Int64",
-    "failed_checks": "string", "notes": "string", "stale": "boolean", "git_commit": "string", "platform": "string",
-    "device": "string",
-}  # fmt: skip
-"""One row a run. `host_peak_bytes` and `device_allocated_peak_bytes` are maxima over the training phases."""
-
-SCORE_COLUMNS: dict[str, str] = {
-    "run": "string", "suite": "string", "scoring": "string", "protocol": "string", "rows": "Int64",
-    "limited": "boolean", "correct": "Int64", "accuracy": "Float64", "unparsed_share": "Float64", "chance": "Float64",
-    "heldout_loss": "Float64", "heldout_tokens": "Int64", "truncated_rows": "Int64", "leaked_rows": "Int64",
-}  # fmt: skip
-"""One row a run and suite; `accuracy` is a share, not a percentage."""
-
-DOCUMENT_COLUMNS: dict[str, str] = {
-    "run": "string", "suite": "string", "document": "Int64", "correct": "boolean", "parsed": "boolean",
-    "prediction": "string", "gold": "string", "loss": "Float64", "tokens": "Int64",
-}  # fmt: skip
-"""One row a run, suite and test item; `loss` is the mean over the item's answer tokens."""
-
-TRIAL_COLUMNS: dict[str, str] = {
-    "search": "string", "model": "string", "task": "string", "method": "string", "lr": "Float64", "seed": "Int64",
-    "status": "string", "validation_loss": "Float64", "extension": "boolean", "selected": "boolean",
-    "at_edge": "boolean",
-}  # fmt: skip
-"""One row a trial of a learning-rate search."""
-
-STEP_COLUMNS: dict[str, str] = {
-    "run": "string", "step": "Int64", "loss": "Float64", "lr_factor": "Float64", "grad_norm": "Float64",
-    "clipped": "boolean", "tokens": "Int64", "step_s": "Float64",
-}  # fmt: skip
-"""One row an optimizer step."""
-
-BELIEVED_COLUMNS: dict[str, str] = {
-    "run": "string", "step": "Int64", "layer": "Int64", "active": "boolean", "importance": "Float64",
-    "probability": "Float64", "age_steps": "Int64",
-}  # fmt: skip
-"""What a layer-wise method believed, one row a layer: at step 0 and wherever anything but the age changed."""
-
-OBSERVED_COLUMNS: dict[str, str] = {
-    "run": "string", "step": "Int64", "layer": "Int64", "gradient_rms": "Float64", "validation_loss": "Float64",
-}  # fmt: skip
-"""What the observer probe saw after `step` optimizer steps: root mean square of the gradient entries of each decoder
-layer's own weights on fixed validation rows, and the loss on those rows."""
-
-FRAMES: dict[str, dict[str, str]] = {
-    "runs": RUN_COLUMNS,
-    "scores": SCORE_COLUMNS,
-    "documents": DOCUMENT_COLUMNS,
-    "trials": TRIAL_COLUMNS,
-    "steps": STEP_COLUMNS,
-    "believed": BELIEVED_COLUMNS,
-    "observed": OBSERVED_COLUMNS,
-}
-"""The tables that `collect` writes as results/<study>/<name>.parquet; reports are made from these alone."""

@@ -37,8 +37,13 @@ def training(module: str) -> tuple[str, ...]:
         "harness.inputs.prompts",
         "harness.inputs.models",
         "harness.training",
-        "harness.measuring.meters",
+        "harness.measuring.card",
         "harness.measuring.census",
+        "harness.measuring.clock",
+        "harness.measuring.device",
+        "harness.measuring.host",
+        "harness.measuring.meters",
+        "harness.measuring.nvml",
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.columns import DOCUMENT_COLUMNS
 from harness.durable import whole_file, write_json
 from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
@@ -18,7 +19,7 @@ from harness.inputs.prompts import Row
 from harness.inputs.rows import read_rows
 from harness.places import resolve
 from harness.provenance import provenance
-from harness.record import DOCUMENT_COLUMNS, EvalRecord, SuiteScore, TrainRecord
+from harness.record import EvalRecord, SuiteScore, TrainRecord
 from harness.sources import EVALUATION
 from harness.spec import EvalJob, Scoring, SuiteJob
 from harness.tasks.protocol import check_gold
@@ -52,7 +53,7 @@ def evaluate(
         train_record: of the run; its checkpoint is relative to the current folder, or has `${NAME}` in it.
         suite_folders: folder with test.json, by suite label.
         rows_folder: the training rows (train.json), against which leaked test rows are counted.
-        out: path of the record; the table gets its suffix `.parquet` and `record.DOCUMENT_COLUMNS`.
+        out: path of the record; the table gets its suffix `.parquet` and `columns.DOCUMENT_COLUMNS`.
         batch_size: rows per forward pass, in generation and loss.
 
     Raises:

@@ -11,7 +11,7 @@ from harness.durable import read_jsonl
 from harness.places import Places
 from harness.plan import Plan
 from harness.provenance import source_sha256
-from harness.record import EvalRecord, SearchRecord, TrainRecord
+from harness.record import EVALUATION, EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, rows_to_frame
 from harness.sources import training
 
@@ -26,7 +26,7 @@ def collect(plan: Plan, places: Places) -> Frames:
         folder = places.run(name)
         record = TrainRecord.model_validate_json((folder / "train.json").read_bytes())
         rows["runs"].append(_run_row(record))
-        rows["steps"] += [{"run": name, **row} for row in _lines(folder / "steps.jsonl")]
+        rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
         rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
         rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]
         score_file = places.score(name, plan.eval_of[name])
@@ -49,8 +49,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _run_row(record: TrainRecord) -> dict[str, Any]:
     timing, memory, data = record.timing, record.memory, record.data
-    peaks = [] if memory is None else [v for v in memory.host_peak_bytes.values() if v is not None]
-    device = [] if memory is None else [v for v in memory.device_allocated_peak_bytes.values() if v is not None]
     return {
         "run": record.name,
         "model": record.model,
@@ -76,13 +74,23 @@ def _run_row(record: TrainRecord) -> dict[str, Any]:
         "prepare_s": timing and timing.prepare_s,
         "step_median_s": timing and timing.step_median_s,
         "step_p95_s": timing and timing.step_p95_s,
+        "timed_steps": timing and timing.timed_steps,
         "throughput_tokens_per_s": timing and timing.throughput_tokens_per_s,
+        "throughput_total_tokens_per_s": timing and timing.throughput_total_tokens_per_s,
         "throughput_why": timing and timing.throughput_why,
-        "host_peak_bytes": max(peaks, default=None),
-        "device_allocated_peak_bytes": max(device, default=None),
+        "host_peak_bytes": memory and _peak(memory.host_peak_bytes),
+        "host_pss_bytes": memory and _peak(memory.host_pss_bytes),
+        "method_pinned_peak_bytes": memory and memory.method_pinned_peak_bytes,
+        "device_allocated_peak_bytes": memory and _peak(memory.device_allocated_peak_bytes),
+        "device_reserved_peak_bytes": memory and _peak(memory.device_reserved_peak_bytes),
         "device_why": memory and memory.device_why,
+        "alloc_retries": memory and memory.alloc_retries,
         "nvml_process_peak_bytes": memory and memory.nvml_process_peak_bytes,
         "nvml_why": memory and memory.nvml_why,
+        "nvml_device_delta_peak_bytes": memory and memory.nvml_device_delta_peak_bytes,
+        "nvml_delta_why": memory and memory.nvml_delta_why,
+        "nvml_source": memory and memory.nvml_source,
+        "foreign_why": memory and memory.foreign_why,
         "state_peak_bytes": memory and memory.state_peak_bytes,
         "failed_checks": "; ".join(check.name for check in record.engagement if not check.ok),
         "notes": "; ".join(record.notes),
@@ -91,6 +99,16 @@ def _run_row(record: TrainRecord) -> dict[str, Any]:
         "platform": record.provenance.platform,
         "device": record.provenance.device,
     }
+
+
+def _step_row(run: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A run made before padding was counted has no total."""
+    return {"run": run, "total_tokens": None, **row}
+
+
+def _peak(by_phase: dict[str, int | None]) -> int | None:
+    """Highest of the phases of training; evaluating is none."""
+    return max((v for phase, v in by_phase.items() if v is not None and phase != EVALUATION), default=None)
 
 
 def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:

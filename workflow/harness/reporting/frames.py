@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from harness.columns import ADDED, FRAMES
 from harness.durable import whole_file
-from harness.record import FRAMES
 
 
 class FrameError(Exception):
@@ -19,7 +20,7 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Everything a report is made from; the columns are those of `harness.record.FRAMES`."""
+    """Everything a report is made from; the columns are those of `harness.columns.FRAMES`."""
 
     runs: DataFrame
     scores: DataFrame
@@ -73,14 +74,16 @@ def read_frames(folder: Path) -> Frames:
     Raises:
         FrameError: a file is missing, or its columns are not those of `FRAMES`.
     """
-    return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name]) for name in FRAMES})
+    return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name], ADDED.get(name, ())) for name in FRAMES})
 
 
-def _read(path: Path, columns: dict[str, str]) -> DataFrame:
+def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:
     if not path.is_file():
         raise FrameError(f"{path}: no such file; run the collect stage first")
     table = pd.read_parquet(path, engine="pyarrow")
     for column, dtype in columns.items():
+        if column not in table and column in added:
+            table[column] = pd.array([None] * len(table), dtype=dtype)  # type: ignore[call-overload]
         if column not in table:
             raise FrameError(f"{path}: column {column!r} is missing")
         found = str(table[column].dtype)

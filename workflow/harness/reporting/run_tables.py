@@ -97,6 +97,17 @@ def _fixed_rate(runs: DataFrame, notes: Footnotes) -> dict[str, str]:
 # ---------------------------------------------------------------- memory and throughput
 
 
+OPTIONAL = {
+    "step_p95_s": "step p95 (ms)",
+    "throughput_total_median_tokens_per_s": "tokens/s with padding",
+    "host_pss_bytes": "host PSS (MiB)",
+    "method_pinned_peak_bytes": "pinned by the method (MiB)",
+    "device_reserved_peak_bytes": "device reserved (MiB)",
+    "nvml_device_delta_peak_bytes": "device delta (MiB)",
+}
+"""Columns shown only where some method of the study has a figure above 0 for them; the csv always has them."""
+
+
 def efficiency_table(frames: Frames, study: Study) -> Table:
     """Memory (largest of the ok seeds) and throughput (median of the ok seeds) of training."""
     notes = Footnotes()
@@ -110,15 +121,23 @@ def efficiency_table(frames: Frames, study: Study) -> Table:
             raw.append({"model": model, "task": task, "method": method} | numbers)
             shown = {"model": model, "task": task, "method": method_name(study, frames, method, notes)}
             display.append(shown | _efficiency_text(numbers, runs, everything, notes))
+    known = [title for key, title in OPTIONAL.items() if any(numbers[key] for numbers in raw)]
+    for numbers, row in zip(raw, display, strict=True):
+        row |= {title: text for title, text in _optional_text(numbers).items() if title in known}
     notes.add(
-        "Throughput: non-padding tokens, warm-up steps left out, median over the ok runs (each run's own figure is in "
-        "runs.parquet). The ratio is to full fine-tuning of the same model and task in this study, and is "
-        "left out where the two ran on different machines."
+        "Throughput: non-padding tokens, warm-up steps left out and whole periods of the method only, median over the "
+        "ok runs (each run's own figure is in runs.parquet). The ratio is to full fine-tuning of the same model and "
+        "task in this study, and is left out where the two ran on different machines."
     )
     notes.add(
         "Optimizer state: largest sum of live tensors at step ends that belong neither to the model nor to the "
         "harness, moments that sleep in host memory included. Memory is the largest of the ok runs."
     )
+    if "device delta (MiB)" in known:
+        notes.add(
+            "Device delta: the card's peak less what was in use before the run; it stands for the process where the "
+            "driver does not list it, and is no measure beside it."
+        )
     return Table(
         name="efficiency",
         caption="Memory and throughput of training; 1 MiB is 1,048,576 bytes.",
@@ -148,7 +167,15 @@ def _efficiency(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
         "state_peak_bytes": largest("state_peak_bytes"),
         "host_peak_bytes": largest("host_peak_bytes"),
         "device_allocated_peak_bytes": largest("device_allocated_peak_bytes"),
+        "device_reserved_peak_bytes": largest("device_reserved_peak_bytes"),
         "nvml_process_peak_bytes": largest("nvml_process_peak_bytes"),
+        "nvml_device_delta_peak_bytes": largest("nvml_device_delta_peak_bytes"),
+        "host_pss_bytes": largest("host_pss_bytes"),
+        "method_pinned_peak_bytes": largest("method_pinned_peak_bytes"),
+        "alloc_retries": largest("alloc_retries"),
+        "runs_beside_a_foreign_process": int(runs["foreign_why"].notna().sum()),
+        "step_p95_s": _median(runs["step_p95_s"]),
+        "throughput_total_median_tokens_per_s": _median(runs["throughput_total_tokens_per_s"]),
         "throughput_median_tokens_per_s": speed,
         "throughput_ratio_to_full": speed / base if comparable and speed and base else None,
         "clipped_mean_share": summarise([float(v) for v in runs["clipped_share"].dropna()]).mean,
@@ -178,20 +205,45 @@ def _efficiency_text(
             return UNKNOWN + notes.mark("no ok run of full fine-tuning on the same kind of machine.")
         return number(value, 2)
 
+    def speed_text() -> str:
+        text = dash("throughput_why") if speed is None else number(speed, 0)
+        if numbers["alloc_retries"]:
+            text += notes.mark("the allocator ran out of memory and emptied its cache: the time is not comparable.")
+        return text
+
     outcomes = other_outcomes(everything, notes)
+    shared = sorted(set(runs["foreign_why"].dropna()))
+    beside = (
+        f"{numbers['runs_beside_a_foreign_process']} not alone"
+        + notes.mark(f"such runs count in no figure of device memory or speed: {'; '.join(shared)}.")
+        if shared
+        else ""
+    )
     trainable, speed = numbers["trainable_parameters"], numbers["throughput_median_tokens_per_s"]
     clipped = numbers["clipped_mean_share"]
     return {
-        "ok runs": "; ".join(filter(None, [str(len(runs)), outcomes])),
+        "ok runs": "; ".join(filter(None, [str(len(runs)), beside, outcomes])),
         "trainable parameters": dash() if trainable is None else f"{trainable:,}",
         "optimizer state (MiB)": mebibytes("state_peak_bytes"),
         "host peak (MiB)": mebibytes("host_peak_bytes"),
         "device allocated (MiB)": mebibytes("device_allocated_peak_bytes", "device_why"),
         "device process (MiB)": mebibytes("nvml_process_peak_bytes", "nvml_why"),
-        "tokens/s": dash("throughput_why") if speed is None else number(speed, 0),
+        "tokens/s": speed_text(),
         "ratio to full": ratio_text(),
         "clipped steps (%)": dash() if clipped is None else number(100 * clipped, 1),
     }
+
+
+def _optional_text(numbers: dict[str, Any]) -> dict[str, str]:
+    def shown(key: str) -> str:
+        value = numbers[key]
+        if value is None:
+            return UNKNOWN
+        if key.endswith("_bytes"):
+            return number(value / MIB, 1)
+        return number(1000 * value, 1) if key == "step_p95_s" else number(value, 0)
+
+    return {title: shown(key) for key, title in OPTIONAL.items()}
 
 
 def _median(values: pd.Series[Any]) -> float | None:

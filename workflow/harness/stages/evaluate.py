@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.record import TrainRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +24,21 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate; a run that left no checkpoint gives a skipped record and exit code 0 all the same."""
     # Read by the libraries while they are imported: no network, no bars among the log lines.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    from harness.measuring.gpu import lease_for
+    from harness.record import TrainRecord
+
+    record = TrainRecord.model_validate_json((args.run / "train.json").read_bytes())
+    # before torch is imported: the lease says which GPU it will see; a run without a checkpoint needs none
+    with lease_for(record.recipe["device"] if record.checkpoint is not None else "cpu"):
+        return _evaluate(args, record)
+
+
+def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     import torch
 
     from harness.evaluating.score import evaluate
     from harness.places import Places
     from harness.progress import announce
-    from harness.record import TrainRecord
     from harness.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)
@@ -35,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     training = RunJob.model_validate_json((args.run / "spec.json").read_bytes()).training
     record = evaluate(
         job,
-        train_record=TrainRecord.model_validate_json((args.run / "train.json").read_bytes()),
+        train_record=train_record,
         suite_folders={suite.label: places.suite(suite.name) for suite in job.suites},
         rows_folder=places.rows(training.rows.name),
         out=args.out,

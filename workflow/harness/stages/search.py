@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.spec import SearchJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +19,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
+    from harness.measuring.gpu import lease_for
+    from harness.spec import SearchJob
+
+    job = SearchJob.model_validate_json(args.spec.read_bytes())
+    # before torch is imported: the lease says which GPU it will see
+    with lease_for(job.training.recipe.device):
+        return _search(args, job)
+
+
+def _search(args: argparse.Namespace, job: SearchJob) -> int:
     import torch
 
     from harness import durable
@@ -22,12 +36,10 @@ def run(args: argparse.Namespace) -> int:
     from harness.places import Places
     from harness.progress import announce
     from harness.record import ModelRecord
-    from harness.spec import SearchJob
     from harness.training.loading import Inputs
     from harness.training.search import search
 
     torch.set_num_threads(args.threads)
-    job = SearchJob.model_validate_json(args.spec.read_bytes())
     folder: Path = args.spec.parent
     places = Places(folder.parents[1])
     manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.spec import RunJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,19 +20,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
+    from harness.measuring.gpu import lease_for
+    from harness.spec import RunJob
+
+    job = RunJob.model_validate_json(args.spec.read_bytes())
+    # before torch is imported: the lease says which GPU it will see
+    with lease_for(job.training.recipe.device):
+        return _train(args, job)
+
+
+def _train(args: argparse.Namespace, job: RunJob) -> int:
     import torch
 
     from harness import durable
     from harness.inputs.models import model_folder
+    from harness.measuring.rates import with_rates
     from harness.places import Places
     from harness.progress import announce
     from harness.record import ModelRecord, SearchRecord
-    from harness.spec import RunJob
     from harness.training.loading import Inputs
     from harness.training.loop import train
 
     torch.set_num_threads(args.threads)
-    job = RunJob.model_validate_json(args.spec.read_bytes())
     folder: Path = args.spec.parent
     places = Places(folder.parents[1])
     manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
@@ -50,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_every=args.checkpoint_every,
         observation=job.observation,
     )
-    durable.write_json(folder / "train.json", record.model_dump(mode="json"))
+    durable.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
     shutil.rmtree(state, ignore_errors=True)
     announce(f"train {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from baselines.method import LayerTrace, StepFacts
 from grass.importance import effective_layers
@@ -32,8 +33,17 @@ class Log:
     notes: list[str] = field(default_factory=list)
     prepare_s: float = 0.0
 
-    def step(self, step: int, *, loss: float, factor: float, facts: StepFacts, tokens: int, seconds: float) -> None:
-        """One optimizer step."""
+    def step(
+        self,
+        step: int,
+        *,
+        loss: float,
+        factor: float,
+        facts: StepFacts,
+        batches: Sequence[Mapping[str, Tensor]],
+        seconds: float,
+    ) -> None:
+        """One optimizer step on the micro-batches `batches`."""
         self.steps.append(
             {
                 "step": step,
@@ -41,7 +51,8 @@ class Log:
                 "lr_factor": factor,
                 "grad_norm": facts.grad_norm,
                 "clipped": facts.clipped,
-                "tokens": tokens,
+                "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
+                "total_tokens": sum(batch["attention_mask"].numel() for batch in batches),
                 "step_s": seconds,
             }
         )
@@ -87,19 +98,65 @@ class Log:
         known = [s["clipped"] for s in self.steps if s["clipped"] is not None]
         return float(np.mean(known)) if known else None
 
-    def timing(self, *, load_s: float, synchronised: bool) -> Timing:
-        """The clock's figures; throughput is null with a reason where too few steps were made."""
-        warmup = max(MIN_WARMUP, round(WARMUP_SHARE * len(self.steps))) if self.steps else 0
-        timed = self.steps[warmup:]
-        seconds = np.array([s["step_s"] for s in timed])
+    def judge_times(self, *, foreign_why: str | None, alloc_retries: int | None) -> None:
+        """Call it before `write`: times taken beside a foreign process become null, slowed ones are marked.
+
+        Args:
+            foreign_why: what else was on the GPU, if anything was.
+            alloc_retries: times that the allocator emptied its cache, which waits for the device.
+        """
+        if alloc_retries:
+            self.notes.append(
+                f"the allocator ran out of memory and emptied its cache {alloc_retries} times, on the steps' clock"
+            )
+        if foreign_why is not None:
+            self.notes.append(f"memory and speed are void: {foreign_why}")
+            for row in self.steps:
+                row["step_s"] = None
+
+    def timing(
+        self,
+        *,
+        load_s: float,
+        period_steps: int,
+        clock: Literal["perf_counter", "cuda events"],
+        foreign_why: str | None = None,
+    ) -> Timing:
+        """The clock's figures; throughput is null with a reason where too few steps were made.
+
+        Args:
+            load_s: time to load model and rows.
+            period_steps: only whole periods of that many steps are timed, so that drawing anew weighs as it should.
+            clock: what timed the steps.
+            foreign_why: what else was on the GPU: every time of the steps is null.
+        """
+        steps = len(self.steps)
+        warmup = max(MIN_WARMUP, round(WARMUP_SHARE * steps)) if steps else 0
+        first = -(-warmup // period_steps) * period_steps
+        timed = self.steps[first : steps // period_steps * period_steps]
+        why = None if foreign_why is None else f"void: {foreign_why}"
+        if why is None and not timed:
+            what = f"no whole period of {period_steps} steps" if period_steps > 1 else "no step"
+            why = f"{what} after the warm-up"
+        seconds = np.array([s["step_s"] for s in timed] if why is None else [])
+
+        def per_second(key: str) -> float | None:
+            # a run resumed from an older state did not count padding in its first steps
+            if why is not None or not all(key in s for s in timed):
+                return None
+            return float(sum(s[key] for s in timed) / seconds.sum())
+
         return Timing(
             load_s=load_s,
-            prepare_s=self.prepare_s,
-            train_s=sum(s["step_s"] for s in self.steps),
-            warmup_steps=warmup,
-            step_median_s=float(np.median(seconds)) if timed else None,
-            step_p95_s=float(np.quantile(seconds, 0.95)) if timed else None,
-            throughput_tokens_per_s=sum(s["tokens"] for s in timed) / float(seconds.sum()) if timed else None,
-            throughput_why=None if timed else "no step after the warm-up",
-            device_synchronised=synchronised,
+            prepare_s=self.prepare_s if foreign_why is None else None,
+            train_s=sum(s["step_s"] for s in self.steps) if foreign_why is None else None,
+            warmup_steps=min(first, steps),
+            timed_steps=len(timed),
+            step_median_s=float(np.median(seconds)) if why is None else None,
+            step_p95_s=float(np.quantile(seconds, 0.95)) if why is None else None,
+            throughput_tokens_per_s=per_second("tokens"),
+            throughput_total_tokens_per_s=per_second("total_tokens"),
+            throughput_why=why,
+            clock=clock,
+            device_synchronised=clock == "cuda events",
         )

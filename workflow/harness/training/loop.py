@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from harness import durable
 from harness.inputs.models import load_tokenizer
+from harness.measuring.clock import StepClock
 from harness.measuring.meters import MemoryMeters
 from harness.progress import Progress
 from harness.provenance import provenance
-from harness.record import Check, Status, TrainRecord
+from harness.record import EVALUATION, Check, Status, TrainRecord
 from harness.sources import training as sources_of
 from harness.spec import Observation, Training
 from harness.training import resume
@@ -72,9 +73,12 @@ def train(
     if status == "ok" and not all(check.ok for check in run.checks):
         status = "disengaged"
         why = "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in run.checks if not c.ok)
+    loaded, on_gpu = run.loaded, training.recipe.device == "cuda"
+    memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
+    gpu, gpu_why = run.meters.gpu_record()
+    run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
     if folder is not None:
         run.log.write(folder, run.periods)
-    loaded, on_gpu = run.loaded, training.recipe.device == "cuda"
     return TrainRecord(
         name=name,
         status=status,
@@ -98,8 +102,15 @@ def train(
         validation_loss=run.validation_loss,
         clipped_share=run.log.clipped_share,
         data=loaded.data if loaded else None,
-        timing=run.log.timing(load_s=run.load_s, synchronised=on_gpu),
-        memory=run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None)),
+        timing=run.log.timing(
+            load_s=run.load_s,
+            period_steps=(loaded and loaded.promise.period_steps) or 1,
+            clock=run.clock.kind,
+            foreign_why=memory.foreign_why,
+        ),
+        memory=memory,
+        gpu=gpu,
+        gpu_why=gpu_why,
         engagement=run.checks,
         notes=run.log.notes,
         provenance=provenance(
@@ -116,7 +127,7 @@ class _Run:
     def __init__(self, training: Training, *, name: str, inputs: Inputs, observation: Observation | None) -> None:
         self.training, self.recipe, self.name = training, training.recipe, name
         self.inputs, self.observation = inputs, observation
-        self.meters = MemoryMeters(self.recipe.device)
+        self.meters, self.clock = MemoryMeters(self.recipe.device), StepClock(self.recipe.device)
         self.log = Log()
         self.loaded: Loaded | None = None
         self.load_s = 0.0
@@ -139,7 +150,9 @@ class _Run:
             if first_step == 0:
                 self._prepare(run)
             self._train(run, first_step, state_folder, checkpoint_every)
-            self._validate(run)
+            with self._in_phase(EVALUATION):
+                self._validate(run)
+            self.meters.give_back()
             with self._in_phase("save"):
                 self._export(run, folder)
         except CannotRunError as error:
@@ -187,10 +200,11 @@ class _Run:
         with Progress(total, self.name, done=first_step) as progress:
             for step in range(first_step, total):
                 with self._in_phase("first_step" if step == 0 else "steady"):
-                    loss = self._step(run, step, starts_period=step % period == 0)
+                    loss = self._step(run, step, period)
                 done = step + 1
                 if done % period == 0 or done == total:
                     run.watch.end_period(step)
+                    self.meters.pinned(run.method.pinned_bytes())
                 if self.observation and (done % self.observation.every_steps == 0 or done == total):
                     self._observe(run, done)
                 if state_folder is not None and done % checkpoint_every == 0 and done < total:
@@ -199,33 +213,38 @@ class _Run:
         coarse = self.recipe.weight_dtype == "bf16"
         self.checks = verdict(run.promise, run.facts, self.periods, coarse_weights=coarse)
 
-    def _step(self, run: Loaded, step: int, *, starts_period: bool) -> float:
+    def _step(self, run: Loaded, step: int, period: int) -> float:
         """One optimizer step; returns the mean loss per label token."""
-        started, watching = time.perf_counter(), 0.0
+        starts_period, ends_period = step % period == 0, (step + 1) % period == 0
+        part = self.meters.parts(step, period)
+        self.clock.start()
         factor = lr_factor(step, self.recipe)
         run.method.set_lr_factor(factor)
         run.method.begin_step(step)
         trace = run.method.trace()
         self.log.belief(step, trace)
         if starts_period:
-            watching += _seconds(lambda: run.watch.start_period(step, trace))
+            with self.clock.paused(), self.meters.left_out():
+                run.watch.start_period(step, trace)
         micro_batches = run.batches.step(step)
         targets = sum(label_tokens(batch) for batch in micro_batches)
         total = torch.zeros((), device=self.recipe.device)
         for number, batch in enumerate(micro_batches):
-            loss = token_loss(run.module, batch) / targets
-            run.method.backward(loss, last=number == len(micro_batches) - 1)
+            with part("forward"):
+                loss = token_loss(run.module, batch) / targets
+            with part("backward"):
+                run.method.backward(loss, last=number == len(micro_batches) - 1)
             total += loss.detach()
         if starts_period:
-            watching += _seconds(run.watch.before_update)
-        facts = run.method.end_step(lambda: _replay(run, micro_batches, targets))
-        self._synchronise()
-        seconds = time.perf_counter() - started - watching
+            with self.clock.paused():
+                run.watch.before_update()
+        with part("resample" if ends_period and run.promise.period_steps else "update"):
+            facts = run.method.end_step(lambda: _replay(run, micro_batches, targets))
+        seconds = self.clock.stop()
         mean = float(total)
         if not math.isfinite(mean) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
             raise DivergedError(f"at step {step}: loss {mean}, gradient norm {facts.grad_norm}")
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in micro_batches)
-        self.log.step(step, loss=mean, factor=factor, facts=facts, tokens=tokens, seconds=seconds)
+        self.log.step(step, loss=mean, factor=factor, facts=facts, batches=micro_batches, seconds=seconds)
         if starts_period:
             # the harness's own tensors of this step must not be counted as the method's
             del loss, batch, micro_batches, total
@@ -235,6 +254,7 @@ class _Run:
     def _observe(self, run: Loaded, done: int) -> None:
         if self.observation is not None:
             rms, loss = run.observer.observe(run.module, run.observed)
+            self.meters.give_back()
             self.log.observed.append({"step": done, "gradient_rms": rms, "validation_loss": loss})
 
     def _save(self, run: Loaded, folder: Path, done: int) -> None:
@@ -293,9 +313,3 @@ def _out_of_memory(error: Exception) -> bool:
 
 def _replay(run: Loaded, micro_batches: Sequence[dict[str, Tensor]], targets: int) -> Iterator[Tensor]:
     return (token_loss(run.module, batch) / targets for batch in micro_batches)
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started

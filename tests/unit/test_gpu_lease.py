@@ -1,0 +1,380 @@
+"""One job per GPU: leases held by real processes, and which devices CUDA_VISIBLE_DEVICES lets through."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from fake_gpu import FakeNvml
+from harness.checking.tiny import tiny_training
+from harness.durable import write_json
+from harness.measuring import gpu
+from harness.measuring.gpu import (
+    VISIBLE,
+    Device,
+    NoGpuError,
+    devices_by_nvml,
+    devices_by_smi,
+    gpu_lease,
+    lease_for,
+    list_devices,
+    lock_folder,
+    visible_devices,
+)
+from harness.provenance import provenance
+from harness.record import TrainRecord
+from harness.spec import Observation, RunJob, Search, SearchJob
+
+A, B = Device(0, "GPU-aa", "Card A", "GPU-aa"), Device(1, "GPU-bb", "Card B", "GPU-bb")
+PARTS = [Device(2, "MIG-1", "Card C, MIG", "GPU-cc"), Device(2, "MIG-2", "Card C, MIG", "GPU-cc")]
+
+JOB = """
+import json, os, sys
+from pathlib import Path
+from harness.measuring.gpu import Device, gpu_lease
+devices = [Device(*fields) for fields in json.loads(sys.argv[1])]
+say = lambda line: print("told:", line, flush=True)
+with gpu_lease(lister=lambda: devices, folder=Path(sys.argv[2]), tell=say, poll_s=0.02) as device:
+    print("holds", device.uuid, os.environ["CUDA_VISIBLE_DEVICES"], "torch" in sys.modules, flush=True)
+    sys.stdin.readline()
+print("over", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+"""
+
+
+class Job:
+    """A process that takes a lease and holds it until it is told to end."""
+
+    def __init__(self, devices: list[Device], folder: Path) -> None:
+        fields = json.dumps([[d.index, d.uuid, d.name, d.gpu_uuid] for d in devices])
+        environment = {key: value for key, value in os.environ.items() if key != VISIBLE}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", JOB, fields, str(folder)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line.strip())
+
+    def says(self) -> str:
+        return self._lines.get(timeout=30)
+
+    def is_silent(self) -> bool:
+        try:
+            self._lines.get(timeout=0.3)
+        except queue.Empty:
+            return True
+        return False
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(timeout=30)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[list[Device]], Job]]:
+    jobs: list[Job] = []
+
+    def begin(devices: list[Device]) -> Job:
+        jobs.append(Job(devices, tmp_path))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+# ---------------------------------------------------------------- real processes
+
+
+def test_two_jobs_get_two_gpus_and_a_third_waits_and_gets_the_first_that_is_free(
+    start: Callable[[list[Device]], Job],
+) -> None:
+    first = start([A, B])
+    assert first.says() == "holds GPU-aa GPU-aa False", "CUDA_VISIBLE_DEVICES is set while torch is not imported"
+    second = start([A, B])
+    assert second.says() == "holds GPU-bb GPU-bb False"
+    third = start([A, B])
+    message = third.says()
+    assert message.startswith("told: waiting for a GPU: GPU 0 (Card A) is held by process ")
+    for job, name in ((first, "GPU 0 (Card A)"), (second, "GPU 1 (Card B)")):
+        assert f"{name} is held by process {job.process.pid} since " in message
+    assert f"({Path(sys.executable).name} -c" in message, "the holder's command"
+    assert third.is_silent(), "it says so once"
+    second.end()
+    assert second.says() == "over None"
+    assert third.says().startswith("told: GPU 1 (Card B) is free after ")
+    assert third.says() == "holds GPU-bb GPU-bb False"
+
+
+def test_a_killed_jobs_gpu_is_free_at_once(start: Callable[[list[Device]], Job]) -> None:
+    first = start([A])
+    first.says()
+    second = start([A])
+    assert "waiting" in second.says()
+    first.kill()
+    assert second.says().startswith("told: GPU 0 (Card A) is free")
+    assert second.says() == "holds GPU-aa GPU-aa False"
+
+
+def test_jobs_with_different_gpus_to_see_do_not_wait_for_one_another(start: Callable[[list[Device]], Job]) -> None:
+    assert start([A]).says() == "holds GPU-aa GPU-aa False"
+    assert start([B]).says() == "holds GPU-bb GPU-bb False"
+
+
+# ---------------------------------------------------------------- in this process
+
+
+@pytest.fixture
+def _no_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VISIBLE, raising=False)
+
+
+@pytest.mark.parametrize("given", [None, "1", "GPU-b,GPU-a"])
+def test_the_users_own_choice_is_kept_and_comes_back(
+    given: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VISIBLE, raising=False)
+    if given is not None:
+        monkeypatch.setenv(VISIBLE, given)
+    with gpu_lease(lister=lambda: [A, B], folder=tmp_path) as device:
+        assert device == (A if given is None else B)
+        assert os.environ[VISIBLE] == device.uuid
+    assert os.environ.get(VISIBLE) == given
+
+
+@pytest.mark.usefixtures("_no_variable")
+def test_a_process_that_already_computes_on_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="take the GPU lease before torch is used"), gpu_lease(lister=lambda: [A]):
+        pass
+
+
+@pytest.mark.usefixtures("_no_variable")
+def test_a_second_lease_in_one_process_is_refused_instead_of_waiting_for_itself(tmp_path: Path) -> None:
+    with (
+        gpu_lease(lister=lambda: [A, B], folder=tmp_path),
+        pytest.raises(RuntimeError, match=r"this process holds GPU 0 \(Card A\) already"),
+        gpu_lease(lister=lambda: [A, B], folder=tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("_no_variable")
+def test_once_cuda_is_in_use_the_lease_lasts_as_long_as_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Callable[[list[Device]], Job]
+) -> None:
+    with gpu_lease(lister=lambda: [A], folder=tmp_path):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert os.environ.pop(VISIBLE) == A.uuid
+    assert "waiting" in start([A]).says(), "the context is still on the card"
+
+
+def test_on_the_cpu_nothing_is_leased_and_nothing_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looked() -> list[Device]:
+        raise AssertionError("devices were listed")
+
+    monkeypatch.setattr(gpu, "list_devices", looked)
+    with lease_for("cpu") as device:
+        assert device is None
+
+
+def test_locks_lie_in_a_folder_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert lock_folder() == tmp_path / "grass-gpus"
+    assert lock_folder().stat().st_mode & 0o777 == 0o700
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "gone"))
+    monkeypatch.setattr(gpu.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert lock_folder() == tmp_path / f"grass-gpus-{os.getuid()}"
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(NoGpuError, match="is not yours"):
+        lock_folder()
+
+
+# ---------------------------------------------------------------- which devices
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [A, B, *PARTS]),
+        ("1", [B]),
+        ("1,0", [B, A]),
+        (" 0 , 1 ", [A, B]),
+        ("GPU-bb", [B]),
+        ("GPU-b", [B]),  # CUDA takes the beginning of a UUID
+        ("GPU-bb,0", [B, A]),
+        ("MIG-2", [PARTS[1]]),
+        ("2", PARTS),
+        ("GPU-cc", PARTS),
+        ("0,-1,1", [A]),  # as in CUDA: nothing after a negative number
+        ("1,1", [B]),
+    ],
+)
+def test_devices_are_those_that_cuda_would_see(visible: str | None, expected: list[Device]) -> None:
+    assert visible_devices([A, B, *PARTS], visible) == expected
+
+
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles"])
+def test_a_variable_that_hides_every_gpu_is_one_clear_error(visible: str) -> None:
+    with pytest.raises(NoGpuError, match="hides every GPU: unset it, or set device: cpu"):
+        visible_devices([A], visible)
+
+
+def test_a_gpu_that_is_not_there_is_named_beside_those_that_are() -> None:
+    with pytest.raises(NoGpuError, match=r"names 7, and there is no such GPU here; there are: 0 = GPU-aa, 1 = GPU-bb"):
+        visible_devices([A, B], "0,7")
+
+
+def test_no_gpu_is_one_clear_error() -> None:
+    with pytest.raises(NoGpuError, match="no GPU was found on this machine: set device: cpu in the recipe"):
+        visible_devices([], None)
+
+
+def test_nvml_lists_gpus_the_parts_of_divided_ones_and_not_those_of_other_jobs() -> None:
+    cards = (
+        ("GPU-x", "Card X", None),
+        ("GPU-aa", "Card A", None),
+        ("GPU-cc", "Card C", ("MIG-1", "MIG-2")),
+        ("GPU-dd", "Card D", ()),
+    )
+    nvml = FakeNvml(cards=cards)
+    nvml.closed_cards = {0}
+    parts = [Device(1, part.uuid, part.name, part.gpu_uuid) for part in PARTS]
+    assert devices_by_nvml(nvml) == [A, *parts]
+
+
+SMI = """GPU 0: Card A (UUID: GPU-aa)
+GPU 1: Card B (UUID: GPU-bb)
+GPU 2: Card C (UUID: GPU-cc)
+  MIG 1g.5gb      Device  0: (UUID: MIG-1)
+  MIG 2g.10gb     Device  1: (UUID: MIG-2)
+"""
+
+
+def test_nvidia_smi_lists_the_same() -> None:
+    assert devices_by_smi(SMI) == [A, B, *PARTS]
+    assert devices_by_smi("") == []
+
+
+def test_nvidia_smi_is_asked_where_nvml_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(NoGpuError, match="there is no nvidia-smi; install the driver"):
+        list_devices()
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n[ \"$1\" = -L ] && /bin/cat <<'EOF'\n{SMI}EOF\n")
+    program.chmod(0o700)
+    assert list_devices() == [A, B, *PARTS]
+    program.write_text("#!/bin/sh\necho no devices >&2\nexit 9\n")
+    with pytest.raises(NoGpuError, match="nvidia-smi 'no devices'; check the driver"):
+        list_devices()
+
+
+def test_nvml_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(cards=(("GPU-aa", "Card A", None),)))
+    assert list_devices() == [A]
+
+
+# ---------------------------------------------------------------- the stages
+
+STAGES = """
+import json, sys
+from harness.measuring import gpu
+def leased(device):
+    print(device, "torch" in sys.modules)
+    raise SystemExit
+gpu.lease_for = leased
+from harness.__main__ import main
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_every_stage_that_computes_takes_its_lease_before_torch_is_imported(device: str, tmp_path: Path) -> None:
+    training = tiny_training("full", {}, device=device)
+    search = Search(grid=(1e-4, 1e-3, 1e-2), seeds=(7,), max_extensions=0)
+    run = RunJob(training=training, lr=1e-3, search=None, seed=0, observation=Observation(every_steps=4, rows=8))
+    write_json(tmp_path / "spec.json", run.body())
+    write_json(tmp_path / "search.json", SearchJob(training=training, search=search).body())
+    threads = ["--threads", "1"]
+    commands = [
+        ["train", "--spec", str(tmp_path / "spec.json"), *threads, "--checkpoint-every", "9"],
+        ["search", "--spec", str(tmp_path / "search.json"), *threads],
+    ]
+    for name, checkpoint in (("scored", "model"), ("skipped", None)):
+        record = TrainRecord(
+            name="r", status="ok", model="m", task="t", method="full", module="full", options={}, seed=0,
+            recipe=training.recipe.model_dump(mode="json"), recipe_changes=[], lr=None, lr_searched=False,
+            steps_done=0, checkpoint=checkpoint, parameters=None, provenance=provenance(sources=(), inputs={}),
+        )  # fmt: skip
+        write_json(tmp_path / name / "train.json", record.model_dump(mode="json"))
+        evaluate = ["evaluate", "--spec", "x", "--run", str(tmp_path / name), "--out", "x", *threads]
+        commands.append([*evaluate, "--batch-size", "1"])
+    found = subprocess.run([sys.executable, "-c", STAGES, json.dumps(commands)], capture_output=True, text=True)
+    # a run without a checkpoint needs no GPU to be skipped
+    expected = [f"{device} False"] * 3 + ["cpu False"]
+    assert found.stdout.splitlines() == expected, found.stderr
+
+
+def test_no_gpu_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunJob(
+        training=tiny_training("full", {}, device="cuda"), lr=1e-3, search=None, seed=0,
+        observation=Observation(every_steps=4, rows=8),
+    )  # fmt: skip
+    write_json(tmp_path / "spec.json", run.body())
+    arguments = ["train", "--spec", str(tmp_path / "spec.json"), "--threads", "1", "--checkpoint-every", "9"]
+    environment = {**os.environ, VISIBLE: ""}
+    found = subprocess.run(
+        [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 2
+    assert found.stderr.count("\n") == 1
+    assert "GPU" in found.stderr
+
+
+def test_a_device_is_named_as_people_do() -> None:
+    assert str(A) == "GPU 0 (Card A)"
+    with pytest.raises(AttributeError):
+        A.index = 3  # type: ignore[misc]
+
+
+def test_a_holder_that_has_not_written_its_name_yet_is_still_a_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fcntl
+
+    monkeypatch.delenv(VISIBLE, raising=False)
+    other = (tmp_path / f"{A.uuid}.lock").open("w")
+    fcntl.flock(other, fcntl.LOCK_EX)
+    told: list[str] = []
+
+    def tell(line: str) -> None:
+        told.append(line)
+        other.close()
+
+    with gpu_lease(lister=lambda: [A], folder=tmp_path, tell=tell, poll_s=0.01) as device:
+        assert device == A
+    assert told[0] == "waiting for a GPU: GPU 0 (Card A) is held"
+    assert told[1].startswith("GPU 0 (Card A) is free after ")

@@ -1,0 +1,282 @@
+"""One job per GPU, whatever the number of jobs: a lease on a device, taken before torch is imported.
+
+A lease is an flock on a file named after the device's UUID: the kernel gives it back when the process dies, however it
+dies. It keeps apart the jobs of one user on one machine; others are seen by `harness.measuring.nvml`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness.measuring.card import cuda_is_initialised, in_mig_mode, text_of
+from harness.progress import duration, say
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+POLL_S = 2.0
+"""Time between two tries of a job that waits."""
+COMMAND_LENGTH = 200
+"""Characters of a holder's command that are told to those who wait."""
+
+
+class NoGpuError(ValueError):
+    """There is no GPU to be had; one sentence for people."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one job computes on: a GPU, or a MIG part of one."""
+
+    index: int
+    """Of the GPU, as nvidia-smi counts: by PCI bus."""
+    uuid: str
+    """What CUDA_VISIBLE_DEVICES takes: `GPU-...` or `MIG-...`."""
+    name: str
+    gpu_uuid: str
+    """Of the GPU that a MIG part belongs to; of a whole GPU its own."""
+
+    def __str__(self) -> str:
+        return f"GPU {self.index} ({self.name})"
+
+
+@contextmanager
+def lease_for(device: str) -> Iterator[Device | None]:
+    """A leased GPU where a recipe's device is "cuda"; elsewhere nothing is taken and nothing waited for."""
+    if device != "cuda":
+        yield None
+        return
+    with gpu_lease() as leased:
+        yield leased
+
+
+@contextmanager
+def gpu_lease(
+    *,
+    lister: Callable[[], Sequence[Device]] | None = None,
+    folder: Path | None = None,
+    tell: Callable[[str], None] = say,
+    poll_s: float = POLL_S,
+) -> Iterator[Device]:
+    """Hold one free GPU of those visible, and make it the only one that CUDA will see in this process.
+
+    Waits until one is free. Once this process has a CUDA context, the lease lasts until it ends: the context holds
+    memory on the card until then.
+
+    Args:
+        lister: all devices of the machine; by default `list_devices`.
+        folder: of the lock files; by default the user's own, see `lock_folder`.
+        tell: says a line when waiting begins and ends.
+        poll_s: time between two tries.
+
+    Raises:
+        NoGpuError: no GPU, or none that CUDA_VISIBLE_DEVICES lets through.
+        RuntimeError: CUDA is initialised in this process already, or it holds a lease.
+    """
+    if cuda_is_initialised():
+        raise RuntimeError("CUDA is initialised in this process already: take the GPU lease before torch is used")
+    given = os.environ.get(VISIBLE)
+    devices = visible_devices(list_devices() if lister is None else lister(), given)
+    device, lock = _wait(devices, lock_folder() if folder is None else folder, tell, poll_s)
+    os.environ[VISIBLE] = device.uuid
+    try:
+        yield device
+    finally:
+        if not cuda_is_initialised():
+            os.close(lock)
+            os.environ.pop(VISIBLE)
+            if given is not None:
+                os.environ[VISIBLE] = given
+
+
+def lock_folder() -> Path:
+    """The user's own folder for lock files, made where it is absent: in XDG_RUNTIME_DIR, else in the temp folder.
+
+    Raises:
+        NoGpuError: the folder is somebody else's.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime and os.access(runtime, os.W_OK):
+        folder = Path(runtime, "grass-gpus")
+    else:
+        folder = Path(tempfile.gettempdir(), f"grass-gpus-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise NoGpuError(f"the folder of GPU locks {folder} is not yours: set XDG_RUNTIME_DIR or TMPDIR to one that is")
+    return folder
+
+
+def _wait(devices: Sequence[Device], folder: Path, tell: Callable[[str], None], poll_s: float) -> tuple[Device, int]:
+    started, told = time.monotonic(), False
+    while True:
+        for device in devices:
+            lock = _try(_lock_file(folder, device))
+            if lock is not None:
+                if told:
+                    tell(f"{device} is free after {duration(time.monotonic() - started)}")
+                return device, lock
+        if not told:
+            told = True
+            tell(f"waiting for a GPU: {'; '.join(_held(folder, device) for device in devices)}")
+        time.sleep(poll_s)
+
+
+def _lock_file(folder: Path, device: Device) -> Path:
+    return folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device.uuid)}.lock"
+
+
+def _try(path: Path) -> int | None:
+    """An open descriptor that holds the lock, or None where somebody else does."""
+    # not truncated: the holder's own words are in it
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    holder = {"pid": os.getpid(), "command": _command(), "since": datetime.now().isoformat(" ", "minutes")}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(holder).encode())
+    return descriptor
+
+
+def _command() -> str:
+    """How this process was started, on one line."""
+    program, *rest = sys.orig_argv
+    return " ".join(" ".join([Path(program).name, *rest]).split())[:COMMAND_LENGTH]
+
+
+def _held(folder: Path, device: Device) -> str:
+    """Who holds a device.
+
+    Raises:
+        RuntimeError: this process does, and would wait for itself.
+    """
+    try:
+        holder: dict[str, Any] = json.loads(_lock_file(folder, device).read_text(encoding="utf-8"))
+    except ValueError:  # taken this moment, and not written yet
+        return f"{device} is held"
+    if holder["pid"] == os.getpid():
+        raise RuntimeError(f"this process holds {device} already: a job computes on one GPU")
+    return f"{device} is held by process {holder['pid']} since {holder['since']} ({holder['command']})"
+
+
+# ---------------------------------------------------------------- which devices there are
+
+
+def visible_devices(devices: Sequence[Device], visible: str | None) -> list[Device]:
+    """The devices that CUDA_VISIBLE_DEVICES lets through, in its order.
+
+    As CUDA reads it: numbers, UUIDs or the beginning of one, MIG ids; nothing after a negative number. The number or
+    UUID of a GPU in MIG mode means all its parts. Numbers follow the PCI bus, as with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+
+    Args:
+        devices: all of the machine.
+        visible: the variable's value; None where it is not set.
+
+    Raises:
+        NoGpuError: there is none, the value lets none through, or it names one that is not there.
+    """
+    if not devices:
+        raise NoGpuError("no GPU was found on this machine: set device: cpu in the recipe, or run where there is one")
+    if visible is None:
+        return list(devices)
+    chosen: dict[str, Device] = {}
+    for word in filter(None, map(str.strip, visible.split(","))):
+        if word.startswith("-") or word == "NoDevFiles":  # Slurm's word for none
+            break
+        named = [
+            device
+            for device in devices
+            if (device.index == int(word) if word.isdigit() else word in _beginnings(device, len(word)))
+        ]
+        if not named:
+            known = ", ".join(f"{device.index} = {device.uuid}" for device in devices)
+            raise NoGpuError(f"{VISIBLE} names {word}, and there is no such GPU here; there are: {known}")
+        chosen |= {device.uuid: device for device in named}
+    if not chosen:
+        raise NoGpuError(f"{VISIBLE} is {visible!r}, which hides every GPU: unset it, or set device: cpu in the recipe")
+    return list(chosen.values())
+
+
+def _beginnings(device: Device, length: int) -> tuple[str, str]:
+    return device.uuid[:length], device.gpu_uuid[:length]
+
+
+def list_devices() -> list[Device]:
+    """Every GPU that this process may use, by NVML, or by `nvidia-smi -L` where NVML does not answer.
+
+    Raises:
+        NoGpuError: neither answers.
+    """
+    try:
+        return devices_by_nvml(importlib.import_module("pynvml"))
+    except Exception as error:  # noqa: BLE001  NVML's errors share no base; the reason is told below
+        reason = str(error)
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise NoGpuError(f"no GPU was found: NVML says {reason!r}, and there is no nvidia-smi; install the driver")
+    listed = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=60)
+    if listed.returncode:
+        said = (listed.stderr or listed.stdout).strip()
+        raise NoGpuError(f"no GPU was found: NVML says {reason!r}, nvidia-smi {said!r}; check the driver")
+    return devices_by_smi(listed.stdout)
+
+
+def devices_by_nvml(nvml: ModuleType) -> list[Device]:
+    """GPUs, those in MIG mode replaced by their parts; one that this process may not open is left out."""
+    api: Any = nvml
+    api.nvmlInit()
+    found: list[Device] = []
+    index = 0
+    for number in range(api.nvmlDeviceGetCount()):
+        try:
+            handle = api.nvmlDeviceGetHandleByIndex(number)
+        except api.NVMLError_NoPermission:
+            continue  # another job's on this node: CUDA does not count it either
+        uuid, name = text_of(api.nvmlDeviceGetUUID(handle)), text_of(api.nvmlDeviceGetName(handle))
+        if in_mig_mode(api, handle):
+            for part in _mig_parts(api, handle):
+                found.append(Device(index, text_of(api.nvmlDeviceGetUUID(part)), f"{name}, MIG", uuid))
+        else:
+            found.append(Device(index, uuid, name, uuid))
+        index += 1
+    return found
+
+
+def _mig_parts(api: Any, handle: Any) -> Iterator[Any]:
+    for place in range(api.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        try:
+            yield api.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
+        except api.NVMLError_NotFound:
+            continue  # places may be empty
+
+
+def devices_by_smi(text: str) -> list[Device]:
+    """The same from the words of `nvidia-smi -L`."""
+    found: list[Device] = []
+    index, name, gpu = 0, "", ""
+    for line in text.splitlines():
+        whole = re.match(r"GPU (\d+): (.+) \(UUID: (GPU-[^)]+)\)", line)
+        part = re.match(r"\s+MIG .*\(UUID: (MIG-[^)]+)\)", line)
+        if whole:
+            index, name, gpu = int(whole[1]), whole[2], whole[3]
+            found.append(Device(index, gpu, name, gpu))
+        elif part:
+            found = [device for device in found if device.uuid != gpu]
+            found.append(Device(index, part[1], f"{name}, MIG", gpu))
+    return found

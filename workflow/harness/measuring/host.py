@@ -1,0 +1,86 @@
+"""Host memory of this process: the kernel's high-water mark, the proportional set, and the control group's peak.
+
+Pinned memory may count as shared or as the driver's and be missing from the resident set: who pins says how much, see
+`baselines.method.Method.pinned_bytes`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PROC = Path("/proc/self")
+CGROUPS = Path("/sys/fs/cgroup")
+
+Reading = tuple[int | None, str | None]
+"""Bytes, or None and the reason."""
+
+
+class HostMeter:
+    """Peak resident set of this process: Linux keeps a high-water mark that can be set back exactly."""
+
+    def __init__(self, proc: Path = PROC) -> None:
+        self._status, self._reset = proc / "status", proc / "clear_refs"
+        self.why: str | None = None
+        try:
+            self.restart()
+            self._read()
+        except (OSError, LookupError) as error:
+            self.why = f"the kernel's high-water mark cannot be reset here ({type(error).__name__})"
+
+    def restart(self) -> None:
+        """Set the high-water mark back to the present resident set."""
+        if self.why is None:
+            self._reset.write_text("5")
+
+    def peak_bytes(self) -> int | None:
+        """Peak resident set since the last restart."""
+        return self._read() if self.why is None else None
+
+    def _read(self) -> int:
+        return _kilobytes(self._status, "VmHWM:")
+
+
+def proportional_set(proc: Path = PROC) -> Reading:
+    """PSS now: like the resident set, but a page shared by n processes counts as an n-th.
+
+    The kernel walks all pages for it, milliseconds a GiB: not for the inside of a timed step.
+    """
+    try:
+        return _kilobytes(proc / "smaps_rollup", "Pss:"), None
+    except (OSError, LookupError) as error:
+        return None, f"the kernel gives no smaps_rollup here ({type(error).__name__})"
+
+
+def cgroup_peak(proc: Path = PROC, root: Path = CGROUPS) -> Reading:
+    """Highest memory of the process's control group since it was made, version 2 or 1 of the interface.
+
+    Other processes of the group and the page cache count: it bounds this process's use from above, where the group is
+    a job's own.
+    """
+    try:
+        lines = (proc / "cgroup").read_text().splitlines()
+    except OSError as error:
+        return None, f"no control groups here ({type(error).__name__})"
+    candidates: list[Path] = []
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        inside = path.lstrip("/")
+        # in a container the path may be the host's: then what is mounted there is the container's own group
+        if number == "0" and not controllers:
+            candidates += [root / inside / "memory.peak", root / "memory.peak"]
+        elif "memory" in controllers.split(","):
+            name = "memory.max_usage_in_bytes"
+            candidates += [root / "memory" / inside / name, root / "memory" / name]
+    for file in candidates:
+        try:
+            return int(file.read_text()), None
+        except (OSError, ValueError):
+            continue
+    return None, "the control group keeps no peak of its memory (needs Linux 5.19, or version 1 of the interface)"
+
+
+def _kilobytes(file: Path, key: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise LookupError(key)
