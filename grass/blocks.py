@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +89,12 @@ class Block:
         if pieces:
             yield Chunk(start, end, tuple(pieces))
 
-    def view(self, parameter: int) -> tuple[Tensor, Tensor]:
-        """First and second moments of a parameter, in its shape, as views of `home`."""
-        assert self.home is not None
+    def view(self, parameter: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """First and second moments of a parameter, in its shape, as views of `home` or of another copy of the block."""
+        home = self.home if of is None else of
+        assert home is not None
         offset, shape = self.offsets[parameter], self.parameters[parameter].shape
-        first, second = (row.narrow(0, offset, shape.numel()).view(shape) for row in self.home)
+        first, second = (row.narrow(0, offset, shape.numel()).view(shape) for row in home)
         return first, second
 
 
@@ -101,16 +103,20 @@ class HostArena:
 
     A block is made when its group first trains, so host memory follows what was visited. `cudaHostRegister` pins the
     very bytes asked for; `pin_memory()` would round each block up to a power of two.
+
+    Args:
+        pin: register blocks.
+        settle: waits until no block is being copied; called before one is given back, and before the arena goes.
     """
 
-    def __init__(self, *, pin: bool) -> None:
+    def __init__(self, *, pin: bool, settle: Callable[[], None]) -> None:
         self.pinned = pin
         """Whether blocks are pinned; False on devices without CUDA, and from the first refusal on."""
         self.nbytes = 0
+        self._settle = settle
         self._registered: dict[int, Tensor] = {}
-        if pin:
-            # blocks may outlive nothing: memory must be unregistered before it is unmapped
-            weakref.finalize(self, _unregister_all, self._registered)
+        # memory must be at rest and unregistered before it is unmapped
+        weakref.finalize(self, _settle_and_unregister, settle, self._registered)
 
     @property
     def pinned_bytes(self) -> int:
@@ -129,6 +135,7 @@ class HostArena:
 
     def give_back(self, block: Tensor) -> None:
         """Unpin and forget a block; its memory goes with its last view."""
+        self._settle()
         self.nbytes -= block.nbytes
         if self._registered.pop(block.data_ptr(), None) is not None:
             torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
@@ -139,6 +146,7 @@ class HostArena:
             self._registered[block.data_ptr()] = block
             return
         self.pinned = False
+        _forget_last_error()
         warnings.warn(
             f"GRASS could not pin {block.nbytes:,} bytes of host memory for optimizer states (CUDA error {code}): "
             "copies from here on use pageable memory and wait for the host; raise the limit of locked memory "
@@ -147,7 +155,18 @@ class HostArena:
         )
 
 
-def _unregister_all(registered: dict[int, Tensor]) -> None:
+def _forget_last_error() -> None:
+    """Keep a refusal from being raised at the next kernel, whose launch it has nothing to do with.
+
+    The runtime keeps its last error until somebody asks, torch asks after every launch, and its bindings give no other
+    way to ask (https://github.com/vllm-project/vllm/pull/50070): let one launch that nobody needs raise it.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+
+
+def _settle_and_unregister(settle: Callable[[], None], registered: dict[int, Tensor]) -> None:
+    settle()
     for address in list(registered):
         torch.cuda.cudart().cudaHostUnregister(address)
     registered.clear()

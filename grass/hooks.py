@@ -19,21 +19,32 @@ class LayerHooks:
         states: what is told.
         layers: decoder layers, bottom first.
         blocks: the layers' blocks, in the same order.
+        outside: blocks of what trains beside the layers.
         below: whether backward goes on below the lowest active layer (the embedding trains).
     """
 
     def __init__(
-        self, states: StateOffload, layers: Sequence[nn.Module], blocks: Sequence[Block], *, below: bool
+        self,
+        states: StateOffload,
+        layers: Sequence[nn.Module],
+        blocks: Sequence[Block],
+        *,
+        outside: Sequence[Block],
+        below: bool,
     ) -> None:
         self._states = states
         self._blocks = list(blocks)
+        self._outside = list(outside)
         self._below = below
         self._active: list[int] = []
+        self._trained: list[nn.Parameter] = []
         self._accumulation_steps = 1
         self._fired: dict[int, int] = {}
         """Gradients stored since the last step, by layer."""
         self._final: list[Block] = []
         """Active layers whose gradients are final, in the order in which they became so."""
+        self._stored_before = 0
+        """Bytes of gradients that were there as backward entered the layer it is in."""
         self._to_return = 0
         self._gradient_handles: list[torch.utils.hooks.RemovableHandle] = []
         count = len(layers)
@@ -47,7 +58,9 @@ class LayerHooks:
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
         """Other layers train from here on, over `accumulation_steps` backward passes a step."""
-        self._active, self._accumulation_steps = list(active), accumulation_steps
+        self._active = list(active)
+        awake = [*self._outside, *(self._blocks[layer] for layer in self._active)]
+        self._trained = [p for block in awake for p in block.parameters]
         for handle in self._gradient_handles:
             handle.remove()
         self._gradient_handles = []
@@ -57,25 +70,34 @@ class LayerHooks:
                 self._gradient_handles += [
                     p.register_post_accumulate_grad_hook(hook) for p in self._blocks[layer].parameters
                 ]
-        self.step_done(accumulation_steps)
+        self._count_anew(accumulation_steps)
 
     def last_micro_batch(self) -> None:
         """The next backward pass is the step's last."""
-        self._fired, self._accumulation_steps = {}, 1
+        self._count_anew(1)
 
     def step_done(self, accumulation_steps: int) -> None:
         """The update is over; count from the beginning."""
-        self._fired, self._final, self._accumulation_steps = {}, [], accumulation_steps
         self._states.room.step_done()
+        self._count_anew(accumulation_steps)
+
+    def _count_anew(self, accumulation_steps: int) -> None:
+        self._fired, self._final, self._accumulation_steps = {}, [], accumulation_steps
         self._to_return = self._states.returning
 
     def remove(self) -> None:
-        """Take every hook off."""
+        """Take every hook off; those that a living graph still holds have nothing to do any more."""
         for handle in [*self._handles, *self._gradient_handles]:
             handle.remove()
+        self._final = []
 
     def _before_layer(self, number: int, count: int) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, arguments: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # within backward: recomputation under checkpointing
+            # a forward pass before the step came: what was fetched would stand on top of its activations
+            self._final = []
+            self._states.drop_fetched()
             # activations grow layer by layer, buffers shrink in step: neither stands on top of the other
             if self._states.returning:
                 self._states.release(keep=self._to_return * (count - 1 - number) // count)
@@ -84,26 +106,32 @@ class LayerHooks:
 
     def _after_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        if torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad:
+        if self._gradient_handles and torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.register_hook(self._entering_layer)
 
     def _entering_layer(self, gradient: Tensor) -> None:
         self._states.room.entering_layer()
-        self._fetch(gradients=0)
+        self._stored_before = self._stored()
+        self._fetch()
 
     def _gradient_ready(self, layer: int) -> Callable[[Tensor], None]:
         block = self._blocks[layer]
 
         def hook(parameter: Tensor) -> None:
-            self._states.room.gradient_ready()
+            self._states.room.gradient_ready(stored=self._stored() - self._stored_before)
             self._fired[layer] = self._fired.get(layer, 0) + 1
-            if self._fired[layer] == len(block.parameters) * self._accumulation_steps:
+            # a step that never came leaves its count behind
+            if self._fired[layer] % (len(block.parameters) * self._accumulation_steps) == 0:
                 self._final.append(block)
-                self._fetch(gradients=sum(p.grad.nbytes for p in block.parameters if p.grad is not None))
+                self._fetch()
 
         return hook
 
-    def _fetch(self, *, gradients: int) -> None:
+    def _stored(self) -> int:
+        return sum(p.grad.nbytes for p in self._trained if p.grad is not None)
+
+    def _fetch(self) -> None:
         if self._final:
+            gradients = sum(p.nbytes for p in self._trained) - self._stored_before
             more_to_come = self._below or len(self._final) < len(self._active)
             self._states.prefetch(self._final, more_to_come=more_to_come, gradients=gradients)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,9 @@ RING = 4
 """Buffers that a step may use beyond those filled during backward: one arriving, one updated, two returning."""
 ROOM_TO_STAY = 1.25
 """`auto`: states stay resident if this many times their bytes are free at peak; the rest is for fragmentation."""
+TEMPORARY_BYTES = 25
+"""Of the update, an entry of the piece at work: five fp32 numbers in `grass.adamw.update_piece`, and what
+`grass.rounding.round_stochastically` needs."""
 
 UpdateChunk = Callable[[Block, Chunk, Tensor], None]
 """Updates the pieces of a chunk with the moments in the buffer given, shape (2, elements of the chunk)."""
@@ -61,7 +65,8 @@ class StateOffload:
         self.device = device
         self.streams = streams if streams is not None else streams_for(device)
         self.room = BackwardRoom(self.streams)
-        self.arena = HostArena(pin=device.type == "cuda")
+        # whoever drops the last reference may do so in mid-copy
+        self.arena = HostArena(pin=device.type == "cuda", settle=self.streams.settle)
         self.moved_bytes = 0
         """Bytes copied since this was last set to 0, both directions."""
         self.undecided = False
@@ -84,7 +89,7 @@ class StateOffload:
     @property
     def apart(self) -> bool:
         """Device and host memory are two things: moments that stay on a CPU have nowhere else to be."""
-        return self.device.type != "cpu"
+        return self.streams.apart
 
     def change(self, asleep: Iterable[Block], awake: Iterable[Block], *, keep: bool) -> None:
         """Other groups train from here on.
@@ -95,8 +100,8 @@ class StateOffload:
             keep: sleeping moments stay on the host; else they are forgotten.
         """
         self.room.new_period()
+        self.drop_fetched()
         for block in asleep:
-            self._drop_fetched(block)
             if not keep:
                 self.forget(block)
             elif self.mode == "resident" and block.home is not None and block.home is not block.host and self.apart:
@@ -124,19 +129,13 @@ class StateOffload:
 
     def forget(self, block: Block) -> None:
         """Drop a group's moments."""
+        self.drop_fetched([block])
         if block.home is not None and block.home is not block.host:
             self._returning.append((block.home, block.ready or self.streams.mark("compute")))
         if block.host is not None:
-            self.streams.settle()
             self.arena.give_back(block.host)
         block.home = block.host = block.ready = None
         self._written = {key: event for key, event in self._written.items() if key[0] != block.index}
-
-    def _drop_fetched(self, block: Block) -> None:
-        """Let go of what backward fetched for a step that never came; the host holds the same moments."""
-        for key in [key for key in self._fetched if key[0] == block.index]:
-            staged = self._fetched.pop(key)
-            self._returning.append((staged.buffer, staged.ready))
 
     def _send_home(self, block: Block) -> None:
         """`resident`: from the device buffer to the host block."""
@@ -180,8 +179,22 @@ class StateOffload:
 
     # ------------------------------------------------------------ backward
 
-    def prefetch(self, blocks: Sequence[Block], *, more_to_come: bool, gradients: int = 0) -> None:
-        """`move`: fetch moments of groups whose gradients are final, as far as the peak is not raised."""
+    @cached_property
+    def _update_bytes(self) -> int:
+        """What a staged update allocates: its ring, and one piece's temporaries."""
+        chunks = [(chunk, block.dtype.itemsize) for block in self.blocks for chunk in block.chunks]
+        ring = RING * max(2 * chunk.elements * itemsize for chunk, itemsize in chunks)
+        piece = max(piece.end - piece.start for chunk, _ in chunks for piece in chunk.pieces)
+        return ring + TEMPORARY_BYTES * piece
+
+    def prefetch(self, blocks: Sequence[Block], *, more_to_come: bool, gradients: int) -> None:
+        """`move`: fetch moments of groups whose gradients are final, as far as the peak is not raised.
+
+        Args:
+            blocks: the groups.
+            more_to_come: see `BackwardRoom.bytes`.
+            gradients: see `BackwardRoom.bytes`.
+        """
         if self.mode != "move":
             return
         for block in blocks:
@@ -191,10 +204,18 @@ class StateOffload:
                 if (block.index, number) in self._fetched:
                     continue
                 nbytes = 2 * chunk.elements * block.dtype.itemsize
-                if self.room.bytes(more_to_come=more_to_come, gradients=gradients) < nbytes:
+                room = self.room.bytes(more_to_come=more_to_come, gradients=gradients, update=self._update_bytes)
+                if room < nbytes:
                     return
                 self.room.taken(nbytes)
                 self._stage(block, number, self._new_buffer(chunk.elements, block.dtype))
+
+    def drop_fetched(self, blocks: Iterable[Block] | None = None) -> None:
+        """Let go of what backward fetched (of `blocks`; of all) for a step that never came; the host holds it too."""
+        chosen = None if blocks is None else {block.index for block in blocks}
+        for key in [key for key in self._fetched if chosen is None or key[0] in chosen]:
+            staged = self._fetched.pop(key)
+            self._returning.append((staged.buffer, staged.ready))
 
     def _new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         buffer = self.streams.allocate(elements, dtype)
@@ -235,7 +256,7 @@ class StateOffload:
         if block.home is not None:
             return
         if self.mode == "move" or not self.apart:
-            self.put_home(block)
+            self.put_home(block, self.arena.take(block.elements, block.dtype))
             return
         found = self._take_returning(block.elements, block.dtype, "compute")
         buffer = self.streams.allocate(block.elements, block.dtype) if found is None else found
@@ -248,19 +269,21 @@ class StateOffload:
         work = [(block, number) for block in blocks for number in range(len(block.chunks))]
         work.sort(key=lambda item: (item[0].index, item[1]) not in self._fetched)
         largest = {dtype: max(b.chunks[n].elements for b, n in work if b.dtype == dtype) for dtype in _dtypes(work)}
-        ring = RING
+        ring = dict.fromkeys(largest, RING)
         ahead = 0
         for block, number in work:
             while ahead < len(work):
                 next_block, next_number = work[ahead]
                 if (next_block.index, next_number) not in self._fetched:
-                    size = largest[next_block.dtype]
-                    buffer = self._take_returning(size, next_block.dtype, "fetch") if ring == 0 else None
-                    if buffer is None and ring > 0:
-                        ring -= 1
-                        buffer = self._new_buffer(size, next_block.dtype)
-                    if buffer is None:
-                        break
+                    dtype = next_block.dtype
+                    if ring[dtype] > 0:
+                        ring[dtype] -= 1
+                        buffer = self._new_buffer(largest[dtype], dtype)
+                    else:
+                        returned = self._take_returning(largest[dtype], dtype, "fetch")
+                        if returned is None:
+                            break
+                        buffer = returned
                     self._stage(next_block, next_number, buffer)
                 ahead += 1
             staged, chunk = self._fetched.pop((block.index, number)), block.chunks[number]
@@ -299,9 +322,9 @@ class StateOffload:
         while self._returning and self.streams.done(self._returning[0][1]):
             self.release(keep=len(self._returning) - 1)
 
-    def put_home(self, block: Block) -> None:
-        """Give a group host moments (zeros) to be filled by the caller: for a resume."""
-        block.home = block.host = self.arena.take(block.elements, block.dtype)
+    def put_home(self, block: Block, host: Tensor) -> None:
+        """Take a host block from `arena` for a group's moments: for its first update, or for a resume."""
+        block.home = block.host = host
 
     def settle(self) -> None:
         """Block until every moment is at home: before anybody reads or writes it from the host."""

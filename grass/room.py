@@ -2,8 +2,9 @@
 
 Memory falls as backward frees activations, but under activation checkpointing each layer's recomputation climbs again
 almost to the peak. So what may be filled is the drop of the *floor*: bytes alive as backward enters a layer, compared
-with those as it entered the top one, less what a trained layer's own recomputation needs beyond a sleeping one's. The
-first step of every period only watches.
+with the highest such floor, or with what a trained layer's own backward leaves below the peak. Off it come the
+gradients that are still to be stored, since they stay; and at the end the update itself needs memory. The first step of
+every period only watches.
 """
 
 from __future__ import annotations
@@ -19,39 +20,40 @@ class BackwardRoom:
         self._floor: int | None = None
         """Bytes alive as backward entered the layer it is in."""
         self._top: int | None = None
-        """Bytes alive as backward entered the top layer."""
+        """Highest floor of the period's first step."""
         self._climb = 0
-        """Largest rise above the floor seen at a gradient of a trained layer."""
-        self._learnt: tuple[int, int] | None = None
-        """(top, reserve) of the period's first step."""
+        """Largest rise above the floor seen at a gradient of a trained layer, the gradients themselves left out."""
+        self._limit: int | None = None
+        """How high a floor may be, known after the period's first step."""
 
     def entering_layer(self) -> None:
         """Backward reached the output of a decoder layer."""
         self._floor = self._streams.allocated()
-        if self._top is None:
-            self._top = self._floor
+        if self._floor is not None and self._limit is None:
+            self._top = self._floor if self._top is None else max(self._top, self._floor)
 
-    def gradient_ready(self) -> None:
-        """A gradient of a trained layer was stored."""
+    def gradient_ready(self, *, stored: int) -> None:
+        """A gradient of a trained layer was stored; `stored` bytes of gradients were since backward entered it."""
         now = self._streams.allocated()
         if now is not None and self._floor is not None:
-            self._climb = max(self._climb, now - self._floor)
+            self._climb = max(self._climb, now - self._floor - stored)
 
-    def bytes(self, *, more_to_come: bool, gradients: int) -> int:
+    def bytes(self, *, more_to_come: bool, gradients: int, update: int) -> int:
         """Room now; not positive where there is none.
 
         Args:
-            more_to_come: backward will visit further layers. Without it the whole distance to the peak is room.
-            gradients: bytes of the gradients stored since backward entered the layer it is in; they stay, while that
-                layer's activations go before the next one's are recomputed.
+            more_to_come: backward will visit further layers. Without it the distance to the peak is room.
+            gradients: bytes of gradients that the step will end with and that were not there as backward entered the
+                layer it is in.
+            update: bytes that the update needs beside what is fetched now.
         """
         now, peak = self._streams.allocated(), self._streams.peak()
-        if now is None or peak is None or self._learnt is None:
+        if now is None or peak is None or self._limit is None or self._floor is None:
             return 0
-        if not more_to_come or self._floor is None:
-            return peak - now
-        top, reserve = self._learnt
-        return top - (self._floor + gradients) - reserve
+        if not more_to_come:
+            return peak - now - update
+        end = self._floor + gradients
+        return min(self._limit - end, peak - update - end, peak - now)
 
     def taken(self, nbytes: int) -> None:
         """`nbytes` were fetched: the floor rises by them."""
@@ -59,12 +61,13 @@ class BackwardRoom:
             self._floor += nbytes
 
     def step_done(self) -> None:
-        """The update is over; after the first step of a period the room is known."""
+        """The update is over; after the first step of a period the limit is known."""
         peak = self._streams.peak()
-        if self._learnt is None and self._top is not None and peak is not None:
-            self._learnt = self._top, max(0, self._climb - (peak - self._top))
-        self._floor = self._top = None
+        if self._limit is None and self._top is not None and peak is not None:
+            self._limit = min(self._top, peak - self._climb)
+        self._floor = None
 
     def new_period(self) -> None:
         """Other layers train now: watch one step again."""
-        self._learnt, self._climb = None, 0
+        self._floor = self._top = self._limit = None
+        self._climb = 0

@@ -6,6 +6,7 @@ parameter's own step count: layers that were awake at different times have diffe
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class LayerStates:
         self._shown: dict[int, tuple[Tensor, int]] = {}
         """By block: the home whose views `state` shows, and of how many parameters."""
         self.hooks: LayerHooks | None = None
+        self._take_off: weakref.finalize[..., LayerStates] | None = None
+        """Takes the hooks off the model, at the latest when this object goes."""
 
     @property
     def mode(self) -> str:
@@ -81,7 +84,7 @@ class LayerStates:
             for copies.
         """
         if self.offload is None:
-            self._build(active, accumulation_steps)
+            self._start(self._new_offload(), active, accumulation_steps)
         offload = self.offload
         assert offload is not None
         trained = [b for b in self.awake(active) if any(p.grad is not None for p in b.parameters)]
@@ -113,16 +116,23 @@ class LayerStates:
                 bits = self._rounding.generator(p.device, parameter=self._number[p], step=step, start=piece.start)
             update_piece(weight, gradient, first, second, step=step, group=group, generator=bits)
 
-    def _build(self, active: Sequence[int], accumulation_steps: int) -> None:
+    def _new_offload(self) -> StateOffload:
         devices = {p.device for block in self.blocks for p in block.parameters}
         if len(devices) > 1:
             named = ", ".join(sorted(map(str, devices)))
             raise ValueError(f"the model's parameters are on several devices ({named}): put the model on one")
-        self.offload = StateOffload(self.blocks, devices.pop(), self._options.offload)
-        if self.offload.mode == "move" or self.offload.apart:
-            embedding = [block for block in self._outside if block.index < self.layer_blocks[0].index]
-            self.hooks = LayerHooks(self.offload, self._layers, self.layer_blocks, below=bool(embedding))
-            self.hooks.change(active, accumulation_steps)
+        return StateOffload(self.blocks, devices.pop(), self._options.offload)
+
+    def _start(self, offload: StateOffload, active: Sequence[int], accumulation_steps: int) -> None:
+        self.offload = offload
+        if offload.mode == "move" or offload.apart:
+            below = any(block.index < self.layer_blocks[0].index for block in self._outside)
+            hooks = LayerHooks(offload, self._layers, self.layer_blocks, outside=self._outside, below=below)
+            hooks.change(active, accumulation_steps)
+            self.hooks = hooks
+            # else the model would keep the moments of an optimizer that is gone
+            self._take_off = weakref.finalize(self, hooks.remove)
+            self._take_off.atexit = False
 
     def _show(self, block: Block) -> None:
         """Let the optimizer's `state` show the moments where they are now, if it does not yet."""
@@ -162,32 +172,41 @@ class LayerStates:
                     f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {self._options.dtype}: "
                     "build it with the state_dtype it was saved with"
                 )
+        # the moments may be views of this very optimizer's, as in opt.load_state_dict(opt.state_dict())
+        self.settle()
+        trained = [block for block in self.blocks if any(saved[p] is not None for p in block.parameters)]
+        offload = self._new_offload() if trained else None
+        loaded = [] if offload is None else [self._loaded(offload, block, saved) for block in trained]
         self._optimizer.state.clear()
         self.release()
-        if all(moments is None for moments in saved.values()):
+        if offload is None:
             return
-        self._build(active, accumulation_steps)
-        assert self.offload is not None
-        for block in self.blocks:
-            if all(saved[p] is None for p in block.parameters):
-                continue
-            self.offload.put_home(block)
-            for number, p in enumerate(block.parameters):
-                moments = saved[p]
-                if moments is not None:
-                    self._optimizer.state[p] = {"step": int(moments["step"])}
-                    for view, key in zip(block.view(number), ("exp_avg", "exp_avg_sq"), strict=True):
-                        view.copy_(moments[key])
+        for block, host in zip(trained, loaded, strict=True):
+            offload.put_home(block, host)
+        for p, moments in saved.items():
+            if moments is not None:
+                self._optimizer.state[p] = {"step": int(moments["step"])}
+        self._start(offload, active, accumulation_steps)
         self.change(active, accumulation_steps)
+
+    def _loaded(self, offload: StateOffload, block: Block, saved: dict[nn.Parameter, Any]) -> Tensor:
+        """A new host block of `offload` with the moments of `block` that are in `saved`, zeros where none are."""
+        host = offload.arena.take(block.elements, block.dtype)
+        for number, p in enumerate(block.parameters):
+            moments = saved[p]
+            if moments is not None:
+                for view, key in zip(block.view(number, host), ("exp_avg", "exp_avg_sq"), strict=True):
+                    view.copy_(moments[key])
+        return host
 
     def release(self) -> None:
         """Forget all moments and take the hooks off."""
-        if self.hooks is not None:
-            self.hooks.remove()
+        if self._take_off is not None:
+            self._take_off()
         self._shown = {}
         if self.offload is not None:
             self.offload.release()
             for block in self.blocks:
                 self.offload.forget(block)
             self.offload.release()
-        self.offload = self.hooks = None
+        self.offload = self.hooks = self._take_off = None

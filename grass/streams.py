@@ -20,6 +20,9 @@ Queue = Literal["compute", "fetch", "return"]
 class Streams(Protocol):
     """What the state offload needs of a device."""
 
+    apart: bool
+    """Device and host memory are two things; where they are one, moments have nowhere else to be."""
+
     def allocate(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A device buffer of shape (2, elements), contents undefined, in the order of `compute`."""
 
@@ -27,7 +30,7 @@ class Streams(Protocol):
         """`compute` may reuse the memory from here on: every other queue's access must come before, by an event."""
 
     def copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
-        """Enqueue a copy; both tensors must stay alive until it is done."""
+        """Enqueue a copy of both moments, shape (2, entries), rows dense; both must stay alive until it is done."""
 
     def compute(self, action: Callable[[], None], buffer: Tensor) -> None:
         """Enqueue on `compute` an action that reads and writes `buffer`."""
@@ -62,6 +65,7 @@ class NoStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.apart = device.type != "cpu"
         self._seconds = 0.0
 
     def allocate(self, elements: int, dtype: torch.dtype) -> Tensor:
@@ -115,6 +119,8 @@ class NoStreams:
 class CudaStreams:
     """One CUDA device: two streams of its own beside the stream that the model runs on."""
 
+    apart = True
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._own = {queue: torch.cuda.Stream(device) for queue in ("fetch", "return")}
@@ -134,7 +140,10 @@ class CudaStreams:
     def copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
         """An asynchronous copy, if the host side is pinned."""
         with torch.cuda.stream(self._own[queue]):
-            target.copy_(source, non_blocking=True)
+            # a chunk of a block is strided, and a strided copy between host and device goes through temporaries, which
+            # blocks the host (torch: aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries); each row is not
+            for to, of in zip(target, source, strict=True):
+                to.copy_(of, non_blocking=True)
 
     def compute(self, action: Callable[[], None], buffer: Tensor) -> None:
         """Launch on the current stream."""
