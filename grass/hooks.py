@@ -54,7 +54,8 @@ class LayerHooks:
         # without an allocator that counts there is never room, and nothing to watch
         self._watches = states.streams.allocated() is not None
         if self._watches:
-            self._handles += [layer.register_forward_hook(self._after_layer) for layer in layers]
+            after_layer = _uncompiled(self._after_layer)
+            self._handles += [layer.register_forward_hook(after_layer) for layer in layers]
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
         """Other layers train from here on, over `accumulation_steps` backward passes a step."""
@@ -102,7 +103,7 @@ class LayerHooks:
             if self._states.returning:
                 self._states.release(keep=self._to_return * (count - 1 - number) // count)
 
-        return hook
+        return _uncompiled(hook)
 
     def _after_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -135,3 +136,9 @@ class LayerHooks:
             gradients = sum(p.nbytes for p in self._trained) - self._stored_before
             more_to_come = self._below or len(self._final) < len(self._active)
             self._states.prefetch(self._final, more_to_come=more_to_come, gradients=gradients)
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """A layer that is compiled by itself would compile its hooks along, and run parts of them twice."""
+    uncompiled: Callable[..., None] = torch.compiler.disable(hook)
+    return uncompiled

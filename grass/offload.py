@@ -268,7 +268,9 @@ class StateOffload:
         self.release()
         work = [(block, number) for block in blocks for number in range(len(block.chunks))]
         work.sort(key=lambda item: (item[0].index, item[1]) not in self._fetched)
-        largest = {dtype: max(b.chunks[n].elements for b, n in work if b.dtype == dtype) for dtype in _dtypes(work)}
+        largest: dict[torch.dtype, int] = {}
+        for block, number in work:
+            largest[block.dtype] = max(largest.get(block.dtype, 0), block.chunks[number].elements)
         ring = dict.fromkeys(largest, RING)
         ahead = 0
         for block, number in work:
@@ -336,7 +338,3 @@ class StateOffload:
 
 def _clear(buffer: Tensor) -> None:
     buffer.zero_()
-
-
-def _dtypes(work: Sequence[tuple[Block, int]]) -> set[torch.dtype]:
-    return {block.dtype for block, _ in work}

@@ -20,7 +20,7 @@ class BackwardRoom:
         self._floor: int | None = None
         """Bytes alive as backward entered the layer it is in."""
         self._top: int | None = None
-        """Highest floor of the period's first step."""
+        """Highest floor of the period."""
         self._climb = 0
         """Largest rise above the floor seen at a gradient of a trained layer, the gradients themselves left out."""
         self._limit: int | None = None
@@ -29,7 +29,7 @@ class BackwardRoom:
     def entering_layer(self) -> None:
         """Backward reached the output of a decoder layer."""
         self._floor = self._streams.allocated()
-        if self._floor is not None and self._limit is None:
+        if self._floor is not None:
             self._top = self._floor if self._top is None else max(self._top, self._floor)
 
     def gradient_ready(self, *, stored: int) -> None:

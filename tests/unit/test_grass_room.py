@@ -30,6 +30,8 @@ class Step:
     chunk: int
     update: int
     """What the update needs beside what was fetched."""
+    extra: int = 0
+    """What the backward pass of a trained layer needs beyond a sleeping one's."""
     weights: int = 1000
     numbers: Scripted = field(default_factory=lambda: Scripted(0, 0))
 
@@ -49,7 +51,8 @@ class Step:
             room.entering_layer()
             before = stored
             self.fetch(room, layer, final, before)
-            self.grow(self.climb)
+            climb = self.climb + (self.extra if layer in self.trained else 0)
+            self.grow(climb)
             if layer in self.trained:
                 for _ in range(3):
                     self.grow(self.gradients // 3)
@@ -57,7 +60,7 @@ class Step:
                     room.gradient_ready(stored=stored - before)
                 final += 1
                 self.fetch(room, layer, final, before)
-            self.grow(-self.climb - self.activations)
+            self.grow(-climb - self.activations)
         self.grow(self.below)
         self.grow(self.update)
         room.step_done()
@@ -134,11 +137,11 @@ def test_what_is_fetched_never_raises_the_peak(data: st.DataObject) -> None:
         chunk=100,
         update=number(0, 400),
     )
-    a_token, climb_a_token = number(0, 30), number(0, 30)
+    a_token, climb_a_token, extra_a_token = number(0, 30), number(0, 30), number(0, 10)
     room = room_of(step)
     for _ in range(4):
         tokens = number(1, 10)
-        step.activations, step.climb = tokens * a_token, tokens * climb_a_token
+        step.activations, step.climb, step.extra = tokens * a_token, tokens * climb_a_token, tokens * extra_a_token
         alone = replace(step, numbers=Scripted(0, step.numbers.most))
         alone.run(room_of(alone))
         step.run(room)
