@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ class LoraOptions(Options):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = Field(
         default=None, description="module names; null takes every linear but the head"
+    )
+    adapter_dtype: Literal["fp32", "weights"] = Field(
+        default="fp32", description="dtype of the factors: fp32, as peft makes them, or the weights' own"
     )
 
 
@@ -47,7 +50,7 @@ class Lora(Method):
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Inject adapters (peft's own initialisation, from the run's seed); peft keeps them in fp32."""
+        """Inject adapters (peft's own initialisation, from the run's seed)."""
         import torch
         from peft import LoraConfig, get_peft_model
 
@@ -62,6 +65,7 @@ class Lora(Method):
                     target_modules=list(self.options.targets) if self.options.targets else "all-linear",
                     task_type="CAUSAL_LM",
                 ),
+                autocast_adapter_dtype=self.options.adapter_dtype == "fp32",
             )
         self.model = self.wrapped
         adapters = [p for p in self.wrapped.parameters() if p.requires_grad]

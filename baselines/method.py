@@ -194,7 +194,7 @@ class Method:
         assert self.optimizer is not None
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.recipe.max_grad_norm
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
+        norm = host_number(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return StepFacts(grad_norm=norm, clipped=limit is not None and norm > limit)
@@ -243,6 +243,19 @@ def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.O
         weight_decay=recipe.weight_decay,
         state_dtype=torch_dtype(recipe.state_dtype),
     )
+
+
+def host_number(value: Tensor) -> float:
+    """A number of the device, read by the host: the one way for a method to read one, since each read waits.
+
+    Where tensors have no values (a forecast of memory), it is 1.0; so nothing that decides memory may hang on it. Draws
+    of layers go through `grass.sampling.draw_layers`, for the same reason.
+    """
+    return read_number(value)
+
+
+read_number: Callable[[Tensor], float] = float
+"""How `host_number` reads; a forecast puts another function here."""
 
 
 def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:

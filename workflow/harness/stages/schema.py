@@ -18,9 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
     from harness import durable, record, spec
+    from harness.efficiency.spec import EfficiencyStudy
 
     models: dict[str, type[BaseModel]] = {
         "study": spec.Study,
+        "efficiency-study": EfficiencyStudy,
         "run-spec": spec.RunJob,
         "train-record": record.TrainRecord,
         "eval-record": record.EvalRecord,

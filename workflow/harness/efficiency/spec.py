@@ -1,0 +1,208 @@
+"""What an efficiency study is asked to be: models as geometries, methods, settings and shapes. No torch here.
+
+Memory and speed of a step depend on shapes alone, so a model is its configuration, and its weights are random.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from baselines.method import Method, Recipe, Strict, find_method
+from harness.config import read_yaml, validate
+from harness.spec import Label
+
+
+class Geometry(Strict):
+    """The part of a Hugging Face model's configuration that decides its memory and its arithmetic."""
+
+    architecture: Literal["llama", "mistral", "gemma", "qwen2", "qwen3"] = Field(description="transformers' model type")
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    head_dim: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    tie_word_embeddings: bool
+    parameters: int = Field(gt=0, description="what the published model has; the built one must have as many")
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Geometry:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads: must divide the attention heads, {self.num_attention_heads}, "
+                f"and {self.num_key_value_heads} does not"
+            )
+        return self
+
+    def fields(self) -> dict[str, Any]:
+        """Arguments of the configuration class of transformers."""
+        return self.model_dump(exclude={"architecture", "parameters"})
+
+
+class Entry(Strict):
+    """One row of the tables: a file in baselines/ with its options."""
+
+    module: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    note: str = ""
+
+
+class Settings(Strict):
+    """What is switched on for every method alike."""
+
+    activation_checkpointing: bool = Field(description="non-reentrant, without the hook on the embedding's output")
+    chunked_loss: bool = Field(description="the head is applied to some tokens at a time")
+
+
+class Shape(Strict):
+    """One micro-batch: one step."""
+
+    batch: int = Field(gt=0, description="rows")
+    length: int = Field(gt=1, description="tokens a row, none of them padding")
+
+
+class Numerics(Strict):
+    """What of a recipe decides memory."""
+
+    weight_dtype: Literal["fp32", "bf16"]
+    state_dtype: Literal["fp32", "bf16"] = Field(description="dtype of the optimizer's moments")
+    max_grad_norm: float | None = Field(gt=0, description="global-norm clipping; null switches it off")
+
+
+class EfficiencyStudy(Strict):
+    """One efficiency study: every method on every model under every setting and shape."""
+
+    study: Label
+    title: str
+    notes: tuple[str, ...] = ()
+    models: dict[Label, Geometry] = Field(min_length=1)
+    methods: dict[Label, Entry] = Field(min_length=1)
+    settings: dict[Label, Settings] = Field(min_length=1)
+    shapes: dict[Label, Shape] = Field(min_length=1)
+    numerics: Numerics
+
+
+class Cell(Strict):
+    """Model x method x settings x shape: what is forecast, or run."""
+
+    model: Geometry | Path = Field(description="a geometry, or a folder with a config.json")
+    module: str
+    options: dict[str, Any]
+    settings: Settings
+    shape: Shape
+    numerics: Numerics
+    lr: float = 1e-5
+    seed: int = 0
+
+    def recipe(self, *, steps: int, device: Literal["cpu", "cuda"]) -> Recipe:
+        """The contract's recipe for `steps` steps of this cell."""
+        return Recipe(
+            steps=steps,
+            batch_size=self.shape.batch,
+            micro_batch_size=self.shape.batch,
+            max_length=self.shape.length,
+            loss_on="all",
+            warmup_steps=0,
+            schedule="constant",
+            max_grad_norm=self.numerics.max_grad_norm,
+            weight_dtype=self.numerics.weight_dtype,
+            state_dtype=self.numerics.state_dtype,
+            activation_checkpointing=self.settings.activation_checkpointing,
+            device=device,
+        )
+
+    def method_class(self) -> type[Method]:
+        """The cell's method; importing it imports no torch."""
+        return find_method(self.module)
+
+    def with_options(self, **changes: Any) -> Cell:
+        """The same cell with other options of the method.
+
+        Raises:
+            ValueError: the method has no such option, or refuses the value.
+        """
+        known = self.method_class().Config.model_fields
+        for name, value in changes.items():
+            if name not in known:
+                raise ValueError(f"the method {self.module} has no option {name} (it has {', '.join(known) or 'none'})")
+            try:
+                self.method_class().Config.model_validate({**self.options, name: value}, strict=False)
+            except ValidationError as error:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: {error.errors()[0]['msg']}") from None
+        return self.model_copy(update={"options": {**self.options, **changes}})
+
+
+def load_efficiency(path: Path) -> EfficiencyStudy:
+    """Read and check an efficiency study: its own keys and every method's options.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    source = read_yaml(path)
+    study: EfficiencyStudy = validate(EfficiencyStudy, source.value, source)
+    for label, entry in study.methods.items():
+        try:
+            method = find_method(entry.module)
+        except LookupError as error:
+            raise source.error(("methods", label, "module"), str(error)) from None
+        validate(method.Config, entry.options, source, ("methods", label, "options"))
+    return study
+
+
+def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, shape: Shape) -> Cell:
+    """The cell named by labels; `model` may also be a folder with a config.json.
+
+    Raises:
+        ValueError: a label that the study does not have.
+    """
+    entry = study.methods[_known("method", method, study.methods)]
+    return Cell(
+        model=model_of(study, model),
+        module=entry.module,
+        options=entry.options,
+        settings=study.settings[_known("settings", settings, study.settings)],
+        shape=shape,
+        numerics=study.numerics,
+    )
+
+
+def shape_of(batch: int, length: int) -> Shape:
+    """The shape given on a command line.
+
+    Raises:
+        ValueError: one of the two is out of range.
+    """
+    for name, value, least in (("batch", batch, 1), ("length", length, 2)):
+        if value < least:
+            raise ValueError(f"--{name} {value}: must be at least {least}")
+    return Shape(batch=batch, length=length)
+
+
+def model_of(study: EfficiencyStudy, name: str) -> Geometry | Path:
+    """The geometry with this label, or the folder with this path.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name in study.models:
+        return study.models[name]
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if Path(name).exists():
+        raise ValueError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
+    _known("model", name, study.models, " (or the path of a folder with a config.json)")
+    raise AssertionError("unreachable")
+
+
+def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> str:
+    if label in among:
+        return label
+    near = difflib.get_close_matches(label, among, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{meant}")

@@ -1,0 +1,71 @@
+"""Which method, on this model and this card: forecasts of all of them, bounds on their speed, and code for the best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from harness.efficiency.cell import CannotRunError, configuration
+from harness.efficiency.spec import Cell, EfficiencyStudy, Shape, cell_of
+from harness.forecasting.flops import StepCost, step_cost
+from harness.forecasting.forecast import Forecast, NoForecastError, forecast
+
+CONTEXT_BYTES = round(0.6 * 2**30)
+"""What a process holds on a card beside its tensors: the context of an H100 is 0.4 to 0.6 GiB."""
+UNSEEN = 1.04
+"""Fragments and buffers inside kernels: an allocator's own peak is 1 to 4 % above the live storages."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method under one setting."""
+
+    method: str
+    settings: str
+    cell: Cell
+    forecast: Forecast | None
+    reason: str | None
+    """Why there is no forecast."""
+    cost: StepCost | None
+
+    @property
+    def needed_bytes(self) -> int | None:
+        """Memory that the card must have."""
+        return None if self.forecast is None else round(self.forecast.peak_bytes * UNSEEN) + CONTEXT_BYTES
+
+    def fits(self, vram_bytes: int) -> bool:
+        """Whether it runs on a card of this size."""
+        return self.needed_bytes is not None and self.needed_bytes <= vram_bytes
+
+
+def choices(study: EfficiencyStudy, *, model: str, shape: Shape, vram_bytes: int) -> Iterator[Choice]:
+    """Every method under every setting, in the study's order; each takes seconds."""
+    for settings in study.settings:
+        for method in study.methods:
+            cell = cell_of(study, model=model, method=method, settings=settings, shape=shape)
+            try:
+                found = forecast(cell, capacity_bytes=vram_bytes)
+            except (CannotRunError, NoForecastError) as error:
+                yield Choice(method, settings, cell, None, str(error), None)
+                continue
+            yield Choice(method, settings, cell, found, None, _cost(cell, found))
+
+
+def best(found: list[Choice], *, vram_bytes: int) -> Choice | None:
+    """The fastest that fits, by the bound on speed; of equals the one with the lowest peak."""
+    fitting = [choice for choice in found if choice.fits(vram_bytes)]
+    return max(fitting, key=_merit, default=None)
+
+
+def _merit(choice: Choice) -> tuple[float, int]:
+    assert choice.cost is not None
+    assert choice.forecast is not None
+    return round(choice.cost.tokens_per_s, 3), -choice.forecast.peak_bytes
+
+
+def _cost(cell: Cell, found: Forecast) -> StepCost:
+    config: Any = configuration(cell.model)
+    text = config.get_text_config()
+    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    return step_cost(found.facts, found.promise, cell.settings, cell.shape, attention_width=width)

@@ -1,0 +1,88 @@
+"""Arithmetic and optimizer traffic of one training step, and the speed that follows if every method runs alike.
+
+The count is the usual one: a matrix product with N weights takes 2 N FLOP a token forward, as many for the gradient of
+its input and as many for the gradient of its weights. A frozen layer pays no weight gradient; a layer below the lowest
+that trains pays neither, nor recomputation. Attention is causal, so half of its scores are counted. What is left out:
+copies between device and host, small kernels, the optimizer's launches. So speeds are bounds at equal efficiency; none
+is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baselines.method import Expectation, ModelFacts
+from harness.efficiency.spec import Settings, Shape
+
+FLOP_PER_S = 400e12
+"""Achieved by dense bf16 products on an H100: 40 % of its 989 TFLOP/s."""
+OPTIMIZER_BYTES = 14
+"""AdamW's traffic a trained parameter: weight, gradient and two moments in bf16 read, all but the gradient written."""
+BYTES_PER_S = 3.0e12
+"""Achieved by kernels that only move memory on an H100: 90 % of its 3.35 TB/s."""
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """One optimizer step of one micro-batch."""
+
+    flop: float
+    optimizer_bytes: float
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """At the nominal rates of this module."""
+        return self.flop / FLOP_PER_S + self.optimizer_bytes / BYTES_PER_S
+
+    @property
+    def tokens_per_s(self) -> float:
+        """At the nominal rates of this module."""
+        return self.tokens / self.seconds
+
+
+def step_cost(
+    facts: ModelFacts, promise: Expectation, settings: Settings, shape: Shape, *, attention_width: int
+) -> StepCost:
+    """Cost of a mean step: `sampled` layers are drawn uniformly.
+
+    Args:
+        facts: of the model.
+        promise: what the method trains.
+        settings: checkpointing recomputes the layers that backward visits; a chunked loss multiplies a trained head
+            once more.
+        shape: of the micro-batch.
+        attention_width: query heads times their width.
+    """
+    tokens = shape.batch * shape.length
+    layers, depth = 2.0 * sum(facts.layer_parameters), facts.layers
+    layers += 2.0 * shape.length * attention_width * depth
+    head = 2.0 * (facts.embedding_parameters if facts.tied_embeddings else facts.head_parameters)
+    trains_head = promise.embedding if facts.tied_embeddings else promise.head
+    visited = _reach(facts, promise)
+    flop = layers + head
+    if promise.layers != "none":
+        flop += layers * visited + head
+        flop += layers * visited * settings.activation_checkpointing
+        flop += 2.0 * _trained_in_layers(facts, promise)
+        flop += head * trains_head * (1 + settings.chunked_loss)
+    if promise.base_frozen:
+        # adapters are products of their own: forward, recomputed forward, and the gradient of their input
+        flop += 2.0 * promise.trainable_parameters * (2 + settings.activation_checkpointing)
+    return StepCost(flop * tokens, OPTIMIZER_BYTES * promise.trainable_parameters, tokens)
+
+
+def _reach(facts: ModelFacts, promise: Expectation) -> float:
+    """Mean share of the layers that backward visits: all, or those from the lowest drawn one on."""
+    if promise.layers != "sampled" or promise.embedding:
+        return 1.0
+    drawn = promise.active_layers or 1
+    return 1 - (facts.layers - drawn) / (drawn + 1) / facts.layers
+
+
+def _trained_in_layers(facts: ModelFacts, promise: Expectation) -> float:
+    if promise.base_frozen:
+        return promise.trainable_parameters
+    if promise.layers == "sampled":
+        return sum(facts.layer_parameters) * (promise.active_layers or 1) / facts.layers
+    return sum(facts.layer_parameters)

@@ -1,0 +1,295 @@
+"""Peak memory of a cell: the real code of model, loss and method, run on tensors without values."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+
+from baselines.method import Expectation, ModelFacts
+from harness.efficiency.cell import STEPS_A_DRAW, CannotRunError, CellRun, Phase
+from harness.efficiency.draws import CANDIDATES, Policy, covering
+from harness.efficiency.spec import Cell
+from harness.forecasting.seams import device_seams, fake_seams
+from harness.forecasting.tracker import Kind, Span, Tracker
+
+NO_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+"""What torch raises where code asks a fake tensor for what it does not have."""
+_SIGNS = ("tensor subclasses", "convert all Tensors to FakeTensors", "not linked with support")
+"""Words of the errors that torch raises for the same reason without a class of their own."""
+MAKES: dict[Phase, Kind] = {
+    "load": "other",
+    "probe": "activations",
+    "resample": "other",
+    "forward": "activations",
+    # backward begins with the gradient of what forward ended with
+    "backward": "loss",
+    "update": "other",
+}
+"""What a phase makes as it begins, if nothing says otherwise; the phases in the order in which they are shown."""
+
+
+class NoForecastError(ValueError):
+    """A cell that cannot be forecast; the message is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a cell will need; bytes are those of live storages on the device, if not said otherwise."""
+
+    peak_bytes: int
+    """Largest of all phases but `load`."""
+    peak_phase: Phase
+    by_phase: dict[Phase, int]
+    """Peak in each phase, over all draws."""
+    by_kind: dict[Kind, int]
+    """What was alive at the peak."""
+    worst_draw: tuple[int, ...] | None
+    """Active layers at the peak; None for methods that draw none."""
+    by_draw: dict[str, int]
+    """Peak of the steps under each draw that was tried, by its layers."""
+    largest_bytes: int
+    """The largest single storage born after `load`."""
+    device_state_bytes: int
+    """Optimizer states on the device between two steps."""
+    host_bytes: int
+    """Optimizer states on the host between two steps, once every layer has trained: computed from their number."""
+    facts: ModelFacts
+    promise: Expectation
+    assumed: tuple[str, ...]
+    wall_s: float
+
+
+def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal["fake", "real"] = "fake") -> Forecast:
+    """Run a cell step by step under every candidate for the worst draw.
+
+    Args:
+        cell: what to forecast.
+        capacity_bytes: memory of the card, by which `offload: auto` decides; None moves.
+        tensors: `real` computes on the CPU what `fake` only counts: for tests of the count.
+
+    Raises:
+        CannotRunError: the method refuses the cell.
+        NoForecastError: model, loss or method refuse each other, the code asks for a value that only a real tensor
+            has, or it draws layers where it cannot be told to.
+    """
+    started = time.perf_counter()
+    for package in cell.method_class().REQUIRES:
+        # a module that makes tensors as it is imported must not make fake ones
+        if importlib.util.find_spec(package) is not None:
+            importlib.import_module(package)
+    tracker = Tracker()
+    with ExitStack() as stack:
+        stack.enter_context(_steady_garbage())
+        stack.enter_context(device_seams(tracker, capacity_bytes=capacity_bytes))
+        if tensors == "fake":
+            stack.enter_context(fake_seams(tracker))
+            stack.enter_context(fake_tensor.FakeTensorMode())
+        stack.enter_context(tracker)
+        try:
+            run = _Watched(cell, tracker)
+            run.all_steps()
+        except CannotRunError:
+            raise
+        except ValueError as error:
+            raise NoForecastError(str(error)) from error
+        except (RuntimeError, AssertionError) as error:
+            if not isinstance(error, NO_VALUES) and not any(sign in str(error) for sign in _SIGNS):
+                raise
+            raise NoForecastError(
+                f"it asks a tensor for values or a device that a forecast does not have (numbers are read through "
+                f"baselines.method.host_number): {str(error).splitlines()[0]}"
+            ) from error
+        return run.forecast(wall_s=time.perf_counter() - started, auto=cell.options.get("offload") == "auto")
+
+
+class _Watched:
+    """A cell's run with the tracker told what is made and when."""
+
+    def __init__(self, cell: Cell, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._run: CellRun | None = None
+        self._run = run = CellRun(cell, steps=1000, device="cpu", enter=self._enter)
+        self._drawn = run.promise.layers == "sampled"
+        self._steps = 0
+        self._watch_loss(run.model)
+
+    # ------------------------------------------------------------ steps
+
+    def all_steps(self) -> None:
+        """Probe, visit every layer whose states stay on the device, then step under each candidate draw."""
+        run = self._run
+        assert run is not None
+        gc.freeze()  # the model is no garbage, and would be looked through at every border
+        self._tracker.restart()
+        run.prepare()
+        if not self._drawn:
+            self._period(run.step, CANDIDATES[0])
+            self._enter("load")
+            return
+        layers, count = run.facts.layers, run.promise.active_layers or 1
+        distinct = {policy(layers, count): policy for policy in reversed(CANDIDATES)}
+        steps = list(reversed(distinct.values()))
+        # every period trains what was drawn as the one before it ended; the first one, the first candidate
+        visits = covering(layers, count) if run.promise.state_of == "visited" else []
+        held = -1
+        for then in visits:
+            self._period(run.visit, then)
+            held, before = self._device_state_bytes(), held
+            if held == before:
+                break  # what falls asleep leaves the device: more visits would change nothing there
+        if visits:
+            self._period(run.visit, steps[0])
+        for then in [*steps[1:], steps[-1]]:
+            self._period(run.step, then)
+        self._enter("load")
+
+    def _period(self, act: Callable[..., None], then: Policy) -> None:
+        """The steps from one draw to the next; `then` is the policy of the next."""
+        run = self._run
+        assert run is not None
+        for place in range(STEPS_A_DRAW):
+            act(self._steps, then=then if place == STEPS_A_DRAW - 1 else None)
+            self._steps += 1
+        if self._drawn and not run.draws.taken:
+            raise NoForecastError(
+                "it draws layers by itself: draw through grass.sampling.draw_layers, which can be told what to draw"
+            )
+
+    # ------------------------------------------------------------ what is made
+
+    def _enter(self, phase: Phase) -> None:
+        run, tracker = self._run, self._tracker
+        label = ""
+        if run is not None:
+            parameters = list(run.module.parameters())
+            tracker.mark("weights", [*parameters, *run.module.buffers()])
+            tracker.mark("gradients", [p.grad for p in parameters if p.grad is not None])
+            tracker.mark("optimizer states", self._states())
+            label = str(list(run.draws.taken[-1])) if run.draws.taken else ""
+        tracker.enter(phase, label)
+        tracker.making = MAKES[phase]
+
+    def _states(self) -> list[Tensor]:
+        assert self._run is not None
+        optimizer = self._run.method.optimizer
+        values = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
+        return [value for value in values if isinstance(value, Tensor)]
+
+    def _device_state_bytes(self) -> int:
+        """Bytes of states that count as device memory, each storage once."""
+        storages = [tensor.untyped_storage() for tensor in self._states() if self._tracker.holds(tensor)]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+    def _host_bytes(self) -> int:
+        run = self._run
+        assert run is not None
+        if not self._tracker.host:
+            return 0
+        facts, promise = run.facts, run.promise
+        outside = (
+            facts.embedding_parameters * promise.embedding
+            + facts.head_parameters * promise.head
+            + facts.final_norm_parameters * promise.final_norm
+        )
+        states = promise.state_bytes_per_parameter * (sum(facts.layer_parameters) + outside)
+        return states - self._device_state_bytes()
+
+    def _watch_loss(self, model: Any) -> None:
+        """What is made between the head and the loss, and on the way back, is the loss's."""
+        tracker = self._tracker
+
+        def body(*_: Any) -> None:
+            tracker.making = "activations"
+
+        def head(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            tracker.making = "loss"
+            if arguments[0].requires_grad:
+                arguments[0].register_hook(body)
+
+        model.get_input_embeddings().register_forward_pre_hook(body)
+        output = model.get_output_embeddings()
+        if output is not None:
+            output.register_forward_pre_hook(head)
+
+    # ------------------------------------------------------------ result
+
+    def forecast(self, *, wall_s: float, auto: bool) -> Forecast:
+        """What the spans say."""
+        run, tracker = self._run, self._tracker
+        assert run is not None
+        spans = [span for span in tracker.spans if span.phase != "load"]
+        worst = max(spans, key=lambda span: span.peak_bytes)
+        by_phase = {name: max((s.peak_bytes for s in tracker.spans if s.phase == name), default=0) for name in MAKES}
+        return Forecast(
+            peak_bytes=worst.peak_bytes,
+            peak_phase=worst.phase,  # type: ignore[arg-type]
+            by_phase=by_phase,
+            by_kind=tracker.by_kind(worst.at),
+            worst_draw=_layers(worst) if self._drawn else None,
+            by_draw=_by_draw(spans) if self._drawn else {},
+            largest_bytes=max(span.largest_bytes for span in spans),
+            device_state_bytes=self._device_state_bytes(),
+            host_bytes=self._host_bytes(),
+            facts=run.facts,
+            promise=run.promise,
+            assumed=_assumptions(drawn=self._drawn, visited=run.promise.state_of == "visited", auto=auto),
+            wall_s=wall_s,
+        )
+
+
+def _layers(span: Span) -> tuple[int, ...]:
+    return tuple(int(part) for part in span.label.strip("[]").split(",") if part.strip())
+
+
+def _by_draw(spans: list[Span]) -> dict[str, int]:
+    """Peaks of forward, backward and update under each draw that saw a forward pass."""
+    found: dict[str, int] = {}
+    stepped = {span.label for span in spans if span.phase == "forward"}
+    for span in spans:
+        if span.label in stepped and span.phase in ("forward", "backward", "update"):
+            found[span.label] = max(found.get(span.label, 0), span.peak_bytes)
+    return found
+
+
+def _assumptions(*, drawn: bool, visited: bool, auto: bool) -> tuple[str, ...]:
+    said = [
+        "live storages, rounded up to 512 bytes each; a GPU adds its context (0.4 to 0.6 GiB), fragments and buffers "
+        "inside kernels",
+        "no padding; attention by scaled_dot_product_attention with a fused kernel",
+    ]
+    if drawn:
+        said.append("the worst of the draws tried, one of them with layer 0 and the topmost layers")
+    if visited:
+        said.append("every layer has trained before, so that all states that are ever kept are there")
+    if auto:
+        said.append("offload: auto moves states, as it does where free memory at the peak is short")
+    return tuple(said)
+
+
+@contextmanager
+def _steady_garbage() -> Iterator[None]:
+    """Collect garbage at the borders of phases only, where it is the same on fake and on real tensors."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()

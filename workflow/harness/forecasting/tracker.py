@@ -1,0 +1,186 @@
+"""Bytes of every tensor storage that is alive, by phase and by kind: what a GPU's allocator would count.
+
+Storages are seen as operators return them, on real and on fake tensors alike, and are gone when Python's weak reference
+to them dies. Sizes are rounded up to 512 bytes, as CUDA's caching allocator does. What no operator returns is not seen:
+buffers inside a kernel, an allocator's fragments, memory that was made from a Python buffer.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Kind = Literal["weights", "gradients", "optimizer states", "activations", "loss", "other"]
+KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer states", "activations", "loss", "other")
+ROUNDING = 512
+
+
+@dataclass(slots=True)
+class _Storage:
+    """One storage's life, in events (births and deaths are counted)."""
+
+    nbytes: int
+    kind: Kind
+    born: int
+    died: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """One phase from its beginning to the next phase's."""
+
+    phase: str
+    label: str
+    """What the caller named the stretch of phases that this one is in."""
+    peak_bytes: int
+    at: int
+    """Event at which the peak was reached."""
+    largest_bytes: int
+    """The largest storage born in it."""
+
+
+class Tracker(TorchDispatchMode):
+    """Counts storages of the device tier that are born inside the `with` block.
+
+    `kind` is given at birth by what is under way (`making`), and corrected by `mark` once it is known what a storage
+    was made for: a gradient is a temporary of backward until it is found in a parameter's `grad`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        """Bytes alive on the device."""
+        self.peak = 0
+        """Largest `now` since `restart`."""
+        self.making: Kind = "other"
+        """Kind of what is born from here on."""
+        self.spans: list[Span] = []
+        """Phases that are over."""
+        self._alive: dict[int, _Storage] = {}
+        self._log: list[_Storage] = []
+        self._events = 0
+        self._on_host = False
+        self._on_host_now: dict[int, int] = {}
+        self._phase = self._label = ""
+        self._span_peak = self._span_at = self._span_largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator, then look at what it returned."""
+        result = func(*args, **(kwargs or {}))
+        given = None
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key in self._alive or key in self._on_host_now:
+                continue
+            if given is None:
+                # a view of memory that nobody counts (a mapped file, say) is no new memory either
+                given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            if key not in given:
+                self._see(storage)
+        return result
+
+    # ------------------------------------------------------------ phases
+
+    def enter(self, phase: str, label: str = "") -> None:
+        """End the phase under way and begin another; garbage is collected, so that cycles do not decide a peak."""
+        gc.collect()
+        self._close()
+        self._phase, self._label = phase, label
+        self._span_peak, self._span_at, self._span_largest = self.now, self._events, 0
+
+    def restart(self) -> None:
+        """Measure `peak` from what is alive now, as a meter does once a model is loaded."""
+        self.peak = self.now
+
+    def _close(self) -> None:
+        if self._phase:
+            self.spans.append(
+                Span(
+                    phase=self._phase,
+                    label=self._label,
+                    peak_bytes=self._span_peak,
+                    at=self._span_at,
+                    largest_bytes=self._span_largest,
+                )
+            )
+
+    @property
+    def host(self) -> int:
+        """Bytes alive on the host."""
+        return sum(self._on_host_now.values())
+
+    # ------------------------------------------------------------ kinds
+
+    def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
+        """These tensors' storages are of this kind, and were since they were born."""
+        for tensor in tensors:
+            storage = self._alive.get(tensor.untyped_storage()._cdata)
+            if storage is not None:
+                storage.kind = kind
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether this tensor's storage counts as device memory."""
+        return tensor.untyped_storage()._cdata in self._alive
+
+    def by_kind(self, at: int) -> dict[Kind, int]:
+        """Bytes alive after event `at`, by kind."""
+        found: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        for storage in self._log:
+            if storage.born <= at and (storage.died is None or storage.died > at):
+                found[storage.kind] += storage.nbytes
+        return found
+
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """What is born inside is host memory."""
+        self._on_host = True
+        try:
+            yield
+        finally:
+            self._on_host = False
+
+    # ------------------------------------------------------------ births and deaths
+
+    def _see(self, storage: UntypedStorage) -> None:
+        key, exact = storage._cdata, storage.nbytes()
+        if not exact:
+            return
+        if self._on_host:
+            self._on_host_now[key] = exact
+            weakref.finalize(storage, self._on_host_now.pop, key).atexit = False
+            return
+        nbytes = -(-exact // ROUNDING) * ROUNDING
+        self._events += 1
+        self._alive[key] = life = _Storage(nbytes, self.making, self._events)
+        self._log.append(life)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+        if self.now > self._span_peak:
+            self._span_peak, self._span_at = self.now, self._events
+        self._span_largest = max(self._span_largest, exact)
+        weakref.finalize(storage, self._gone, key).atexit = False
+
+    def _gone(self, key: int) -> None:
+        self._events += 1
+        life = self._alive.pop(key)
+        life.died = self._events
+        self.now -= life.nbytes
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Every tensor in what an operator takes or gives: tensors, and lists, tuples and dictionaries of them."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
