@@ -12,6 +12,7 @@ next forward pass.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -65,8 +66,9 @@ class StateOffload:
         self.device = device
         self.streams = streams if streams is not None else streams_for(device)
         self.room = BackwardRoom(self.streams)
-        # whoever drops the last reference may do so in mid-copy
         self.arena = HostArena(pin=device.type == "cuda", settle=self.streams.settle)
+        # whoever drops the last reference may do so in mid-copy, and the buffers go with it
+        weakref.finalize(self, self.streams.settle)
         self.moved_bytes = 0
         """Bytes copied since this was last set to 0, both directions."""
         self.undecided = False

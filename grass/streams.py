@@ -140,8 +140,8 @@ class CudaStreams:
     def copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
         """An asynchronous copy, if the host side is pinned."""
         with torch.cuda.stream(self._own[queue]):
-            # a chunk of a block is strided, and a strided copy between host and device goes through temporaries, which
-            # blocks the host (torch: aten/src/ATen/native/cuda/Copy.cu, copy_requires_temporaries); each row is not
+            # row by row: as a whole a chunk is strided, and a strided copy between host and device goes through
+            # temporaries and blocks the host (torch, aten/src/ATen/native/cuda/Copy.cu: copy_requires_temporaries)
             for to, of in zip(target, source, strict=True):
                 to.copy_(of, non_blocking=True)
 

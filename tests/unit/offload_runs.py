@@ -20,7 +20,7 @@ from grass.adamw import AdamW
 from grass.layers import set_trainable
 from grass.streams import NoStreams
 
-SEEDS = tuple(range(1, 6))
+SEEDS = (0,)
 """Of the orders in which copies are done, and of how much is fetched during backward; more of them look at more."""
 STEPS = 10
 """Layers change after the third, the sixth and the ninth."""

@@ -228,9 +228,12 @@ def test_an_optimizer_that_is_dropped_takes_its_hooks_memory_and_copies_along(
     assert cudart.registered
     layers = model.model.layers
     assert all(layer._forward_pre_hooks for layer in layers)
+    assert opt.states.offload is not None
+    arena = opt.states.offload.arena
     del opt
     gc.collect()
-    assert not streams.pending
+    assert not streams.pending, "the buffers are gone"
+    del arena
     assert cudart.registered == {}
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
     assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
