@@ -221,14 +221,15 @@ def test_the_arena_counts_what_it_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     codes = [0, 2]
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: codes.pop(0), cudaHostUnregister=lambda _: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    arena = HostArena(pin=True)
+    monkeypatch.setattr("grass.blocks._forget_last_error", lambda: None)
+    arena = HostArena(pin=True, settle=lambda: None)
     first = arena.take(1000, torch.float32)
     with pytest.warns(UserWarning, match="could not pin"):
         arena.take(500, torch.float32)
     assert (arena.pinned_bytes, arena.nbytes) == (8000, 12_000)
     arena.give_back(first)
     assert (arena.pinned_bytes, arena.nbytes) == (0, 4000)
-    assert HostArena(pin=False).pinned_bytes == 0
+    assert HostArena(pin=False, settle=lambda: None).pinned_bytes == 0
 
 
 # ---------------------------------------------------------------- tables

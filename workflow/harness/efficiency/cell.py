@@ -173,6 +173,7 @@ class CellRun:
         """
         with self.draws.in_force():
             self._begin(number)
+            self._enter("update")
             states = {} if self.method.optimizer is None else self.method.optimizer.state
             for parameter in self.module.parameters():
                 if parameter.requires_grad and (parameter.dim() == 1 or parameter not in states):

@@ -61,8 +61,8 @@ class Forecast:
     """Active layers at the peak; None for methods that draw none."""
     by_draw: dict[str, int]
     """Peak of the steps under each draw that was tried, by its layers."""
-    largest_bytes: int
-    """The largest single storage born after `load`."""
+    largest_elements: int
+    """Entries of the largest single storage born after `load`."""
     device_state_bytes: int
     """Optimizer states on the device between two steps."""
     host_bytes: int
@@ -110,8 +110,8 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
             if not isinstance(error, NO_VALUES) and not any(sign in str(error) for sign in _SIGNS):
                 raise
             raise NoForecastError(
-                f"it asks a tensor for values or a device that a forecast does not have (numbers are read through "
-                f"baselines.method.host_number): {str(error).splitlines()[0]}"
+                "the code asks a tensor for values, or a device, that a forecast does not have (numbers are read "
+                f"through baselines.method.host_number): {str(error).splitlines()[0]}"
             ) from error
         return run.forecast(wall_s=time.perf_counter() - started, auto=cell.options.get("offload") == "auto")
 
@@ -136,23 +136,20 @@ class _Watched:
         gc.freeze()  # the model is no garbage, and would be looked through at every border
         self._tracker.restart()
         run.prepare()
-        if not self._drawn:
-            self._period(run.step, CANDIDATES[0])
-            self._enter("load")
-            return
-        layers, count = run.facts.layers, run.promise.active_layers or 1
-        distinct = {policy(layers, count): policy for policy in reversed(CANDIDATES)}
-        steps = list(reversed(distinct.values()))
+        steps, visits = [CANDIDATES[0]], []
+        if self._drawn:
+            layers, count = run.facts.layers, run.promise.active_layers or 1
+            distinct = {policy(layers, count): policy for policy in reversed(CANDIDATES)}
+            steps = list(reversed(distinct.values()))
+            visits = covering(layers, count) if run.promise.state_of == "visited" else []
         # every period trains what was drawn as the one before it ended; the first one, the first candidate
-        visits = covering(layers, count) if run.promise.state_of == "visited" else []
         held = -1
         for then in visits:
             self._period(run.visit, then)
             held, before = self._device_state_bytes(), held
             if held == before:
                 break  # what falls asleep leaves the device: more visits would change nothing there
-        if visits:
-            self._period(run.visit, steps[0])
+        self._period(run.visit, steps[0])
         for then in [*steps[1:], steps[-1]]:
             self._period(run.step, then)
         self._enter("load")
@@ -162,7 +159,11 @@ class _Watched:
         run = self._run
         assert run is not None
         for place in range(STEPS_A_DRAW):
-            act(self._steps, then=then if place == STEPS_A_DRAW - 1 else None)
+            last = place == STEPS_A_DRAW - 1
+            # whoever asks how much memory is taken acts upon what the first step shows; for any other method the first
+            # step only makes states, which a visit makes too
+            first = act if self._tracker.was_asked else run.visit
+            (act if last else first)(self._steps, then=then if last else None)
             self._steps += 1
         if self._drawn and not run.draws.taken:
             raise NoForecastError(
@@ -241,7 +242,7 @@ class _Watched:
             by_kind=tracker.by_kind(worst.at),
             worst_draw=_layers(worst) if self._drawn else None,
             by_draw=_by_draw(spans) if self._drawn else {},
-            largest_bytes=max(span.largest_bytes for span in spans),
+            largest_elements=max(span.largest_elements for span in spans),
             device_state_bytes=self._device_state_bytes(),
             host_bytes=self._host_bytes(),
             facts=run.facts,

@@ -42,6 +42,7 @@ class ForecastStreams(NoStreams):
 
     def allocated(self) -> int:
         """Bytes alive."""
+        self._tracker.was_asked = True
         return self._tracker.now
 
     def peak(self) -> int:

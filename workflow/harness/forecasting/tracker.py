@@ -42,8 +42,8 @@ class Span:
     peak_bytes: int
     at: int
     """Event at which the peak was reached."""
-    largest_bytes: int
-    """The largest storage born in it."""
+    largest_elements: int
+    """Entries of the largest storage born in it."""
 
 
 class Tracker(TorchDispatchMode):
@@ -59,6 +59,8 @@ class Tracker(TorchDispatchMode):
         """Bytes alive on the device."""
         self.peak = 0
         """Largest `now` since `restart`."""
+        self.was_asked = False
+        """Whether the code under watch asked how much is alive."""
         self.making: Kind = "other"
         """Kind of what is born from here on."""
         self.spans: list[Span] = []
@@ -84,7 +86,7 @@ class Tracker(TorchDispatchMode):
                 # a view of memory that nobody counts (a mapped file, say) is no new memory either
                 given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
             if key not in given:
-                self._see(storage)
+                self._see(storage, tensor.element_size())
         return result
 
     # ------------------------------------------------------------ phases
@@ -108,7 +110,7 @@ class Tracker(TorchDispatchMode):
                     label=self._label,
                     peak_bytes=self._span_peak,
                     at=self._span_at,
-                    largest_bytes=self._span_largest,
+                    largest_elements=self._span_largest,
                 )
             )
 
@@ -149,7 +151,7 @@ class Tracker(TorchDispatchMode):
 
     # ------------------------------------------------------------ births and deaths
 
-    def _see(self, storage: UntypedStorage) -> None:
+    def _see(self, storage: UntypedStorage, itemsize: int) -> None:
         key, exact = storage._cdata, storage.nbytes()
         if not exact:
             return
@@ -165,7 +167,7 @@ class Tracker(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
         if self.now > self._span_peak:
             self._span_peak, self._span_at = self.now, self._events
-        self._span_largest = max(self._span_largest, exact)
+        self._span_largest = max(self._span_largest, exact // itemsize)
         weakref.finalize(storage, self._gone, key).atexit = False
 
     def _gone(self, key: int) -> None:
