@@ -27,7 +27,6 @@ from harness.efficiency.draws import top
 from harness.forecasting.forecast import Forecast, forecast
 from harness.forecasting.seams import device_seams
 from harness.forecasting.tracker import Tracker
-from harness.training.loss import token_loss
 from torch import nn
 
 from grass.adamw import PIECE_ELEMENTS
@@ -112,9 +111,6 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
     ),
     "gradients stay after the step": (
         "lora", "plain", [("torch.optim.Optimizer.zero_grad", _forget_nothing)],
-    ),
-    "the loss is not chunked": (
-        "decoder-move", "lean", [("harness.efficiency.cell.chunked_token_loss", token_loss)],
     ),
     "the hook on the embedding stays": (
         "decoder-move", "lean",
