@@ -28,6 +28,7 @@ class Belief:
         )
         self.importance: Importance | None = None
         """None before probing, and for ever with a sampler that measures nothing."""
+        self._warned = False
         self._window: dict[int, tuple[Tensor, int]] = {}
         """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
 
@@ -44,7 +45,7 @@ class Belief:
         """
         self.importance = Importance.from_probe(means)
         self._follow()
-        warn_if_not_adaptive(self.sampler, self.effective_layers)
+        self._warn_once("after probing")
 
     def note(self, measured: Mapping[int, Tensor]) -> None:
         """Add one step's r of every active layer (scalars on the device) to the window."""
@@ -73,6 +74,11 @@ class Belief:
         self.importance.refresh(measured, ema=self._options.ema, step=steps)
         self._window = {}
         self._follow()
+        self._warn_once(f"after {steps} steps")
+
+    def _warn_once(self, when: str) -> None:
+        if not self._warned:
+            self._warned = warn_if_not_adaptive(self.sampler, self.effective_layers, when=when)
 
     def _follow(self) -> None:
         """The sampler's probabilities follow importance."""

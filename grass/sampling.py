@@ -144,14 +144,15 @@ class LayerSampler:
         self._queue = list(state["queue"])
 
 
-def warn_if_not_adaptive(sampler: LayerSampler, effective: float) -> None:
-    """Warn where drawing by importance comes to drawing uniformly, or the same layers for ever."""
+def warn_if_not_adaptive(sampler: LayerSampler, effective: float, *, when: str) -> bool:
+    """Warn where drawing by importance comes to drawing uniformly, or the same layers for ever; whether it did."""
     if sampler.kind not in ("importance", "static", "inverse"):
-        return
+        return False
     if effective > 0.95 * sampler.layers:
         found, mend = f"is near uniform: {effective:.2f} of {sampler.layers} layers effective", "lower"
     elif effective < sampler.active_layers + 1 and sampler.layers > sampler.active_layers:
         found, mend = f"has collapsed: {effective:.2f} effective layers, {sampler.active_layers} active", "raise"
     else:
-        return
-    warnings.warn(f"GRASS {found} after probing; {mend} `temperature` to change that", stacklevel=4)
+        return False
+    warnings.warn(f"GRASS {found} {when}; {mend} `temperature` to change that", stacklevel=4)
+    return True

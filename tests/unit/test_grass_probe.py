@@ -11,7 +11,8 @@ import torch
 from grass_tiny import batch, grass_of, llama, same, train, weights
 from torch import Tensor, nn
 
-from grass import Grass, find_layers
+from grass import Grass, Options, find_layers
+from grass.belief import Belief
 
 
 def test_the_probe_changes_no_weight_leaves_no_gradient_and_restores_every_flag() -> None:
@@ -149,6 +150,20 @@ def test_a_collapsed_importance_is_a_warning() -> None:
     match = r"GRASS has collapsed: 1\.\d\d effective layers.*2 active.* raise `temperature`"
     with pytest.warns(UserWarning, match=match):
         grass_of(model, temperature=0.05)
+
+
+def test_a_collapse_that_comes_with_a_refresh_is_a_warning_too_and_only_once() -> None:
+    belief = Belief(Options(lr=1e-3, active_layers=1, temperature=0.15, ema=1.0), 4)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        belief.start([1.0, 1.1, 1.2, 1.0])
+        assert not said
+        for steps in (5, 10):
+            belief.note({0: torch.tensor(9.0)})
+            belief.refresh(steps=steps, read=lambda values: [float(value) for value in values])
+    assert [str(w.message) for w in said] == [
+        "GRASS has collapsed: 1.00 effective layers, 1 active after 5 steps; raise `temperature` to change that"
+    ]
 
 
 def test_a_healthy_importance_and_a_uniform_sampler_are_silent() -> None:
