@@ -9,7 +9,7 @@ torch, so that a study can be planned in seconds: import torch inside the method
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -71,6 +71,8 @@ class ModelFacts:
     final_norm_parameters: int
     hidden_size: int
     tied_embeddings: bool
+    tensor_parameters: Mapping[str, int] = field(default_factory=dict)
+    """Size of each parameter tensor, by its name in the untouched model, in the model's own order."""
 
     @property
     def layers(self) -> int:
@@ -92,22 +94,32 @@ class Expectation:
     known afterwards: `state_bytes_per_parameter` times the parameters of `state_of`.
     """
 
-    layers: Literal["none", "all", "sampled"]
-    """Which decoder layers (base weights or the adapters in them) move."""
+    layers: Literal["none", "all", "sampled", "chosen"]
+    """Which decoder layers (base weights or the adapters in them) move. `chosen`: single parameter tensors, in layers
+    or outside, which `LayerTrace.tensors` names for each period; the three groups' flags below say nothing then."""
     active_layers: int | None = None
     """`sampled`: how many layers move in every period."""
     period_steps: int | None = None
-    """`sampled`: steps between two draws."""
+    """`sampled`, `chosen`: steps between two draws."""
+    rotates: bool = True
+    """`sampled`, `chosen`: False where the method may keep its choice for good."""
     embedding: bool = False
     head: bool = False
     final_norm: bool = False
     base_frozen: bool = False
     """Adapters: the model's own weights stay bitwise equal."""
+    gradients: Literal["kept", "consumed"] = "kept"
+    """`consumed`: backward uses every gradient up as it comes, so that none is there when a step ends."""
     trainable_parameters: int
-    """Parameters that are trained in one step (the largest count, where layers differ in size)."""
-    state_bytes_per_parameter: int
-    state_of: Literal["none", "active", "visited"]
-    """`active`: state exists only for what trains now; `visited`: also for layers that sleep after training."""
+    """Parameters that are trained in one step (the largest count, where layers differ in size; `chosen`: a bound)."""
+    state_bytes_per_parameter: int = 0
+    state_of: Literal["none", "active", "visited", "constant"]
+    """`active`: state exists only for what trains now; `visited`: also for layers that sleep after training;
+    `constant`: `state_bytes` at any time."""
+    layer_state_bytes: tuple[int, ...] | None = None
+    """`sampled`: bytes of each layer's state, where they do not follow from its own size (adapters, projections)."""
+    state_bytes: int | None = None
+    """`constant`: all bytes of state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +127,9 @@ class LayerTrace:
     """What a layer-wise method believes as a step begins; one shape for all methods, one entry per decoder layer."""
 
     active: tuple[int, ...]
-    """Layers that train in this step."""
+    """Layers that train in this step, wholly or in part."""
+    tensors: tuple[str, ...] | None = None
+    """Where single tensors are chosen: names, as in the untouched model, of those that train in this step."""
     importance: tuple[float, ...] | None = None
     probability: tuple[float, ...] | None = None
     age_steps: tuple[int, ...] | None = None

@@ -8,7 +8,8 @@ from itertools import combinations, permutations
 from typing import Any
 
 import pytest
-from harness.training.engagement import CHANCE_LIMIT, Period, chance_of_set, verdict
+from harness.training.engagement import Period
+from harness.training.verdict import CHANCE_LIMIT, chance_of_set, verdict
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -119,6 +119,7 @@ def facts_of(model: nn.Module) -> ModelFacts:
         final_norm_parameters=_size(found.outside["final_norm"]),
         hidden_size=config.hidden_size,
         tied_embeddings=head == 0,
+        tensor_parameters={name: p.numel() for name, p in model.named_parameters()},
     )
 
 

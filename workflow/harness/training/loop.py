@@ -26,11 +26,12 @@ from harness.sources import training as sources_of
 from harness.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
-from harness.training.engagement import Period, verdict
+from harness.training.engagement import Period
 from harness.training.loading import CannotRunError, Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.loss import label_tokens, token_loss
 from harness.training.schedule import lr_factor
+from harness.training.verdict import verdict
 
 FALLBACK_PERIODS = 4
 """Periods in which methods without a period of their own are watched."""
