@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import pkgutil
-import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
-from harness.checking.contract import CHECKS, Case
+from harness.checking.contract import CHECKS, FAMILY_CHECKS, Case
+from harness.checking.tiny import FAMILIES, tiny_inputs
 from harness.training.loading import Inputs
 
 import baselines
@@ -19,14 +21,44 @@ MODULES = sorted(m.name for m in pkgutil.iter_modules(baselines.__path__) if m.n
 CASES = [(module, options) for module in MODULES for options in find_method(module).EXAMPLES]
 
 
+@pytest.fixture(scope="session")
+def cases(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
+    """One case for all its checks, since they share the standard run."""
+    models = {"llama": inputs}
+    for family in FAMILIES[1:]:
+        models[family] = tiny_inputs(tmp_path_factory.mktemp(family), family)
+
+    @cache
+    def case(number: int, family: str = "llama") -> Case:
+        module, options = CASES[number]
+        return Case(module, options, models[family], tmp_path_factory.mktemp(module))
+
+    return case
+
+
+def names(numbers: Sequence[int]) -> list[str]:
+    return [f"{CASES[number][0]}-{number}" for number in numbers]
+
+
+EVERY = range(len(CASES))
+FIRST = [number for number in EVERY if number == 0 or CASES[number - 1][0] != CASES[number][0]]
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-@pytest.mark.parametrize(("module", "options"), CASES, ids=lambda value: value if isinstance(value, str) else "")
-def test_every_method_keeps_the_contract(
-    module: str, options: dict[str, Any], check: Any, inputs: Inputs, tmp_path: Path
+@pytest.mark.parametrize("number", EVERY, ids=names(EVERY))
+@pytest.mark.filterwarnings("ignore::UserWarning")  # GRASS says that a random model's layers matter alike
+def test_every_method_keeps_the_contract(number: int, check: Any, cases: Callable[..., Case]) -> None:
+    assert check(cases(number)) is None
+
+
+@pytest.mark.parametrize("check", FAMILY_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("family", FAMILIES[1:])
+@pytest.mark.parametrize("number", FIRST, ids=names(FIRST))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_method_keeps_it_on_a_tied_gemma_and_on_a_gpt2(
+    number: int, family: str, check: Any, cases: Callable[..., Case]
 ) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # GRASS says that a random model's layers matter alike
-        assert check(Case(module, options, inputs, tmp_path)) is None
+    assert check(cases(number, family)) is None
 
 
 RECIPES: list[dict[str, Any]] = [

@@ -22,6 +22,7 @@ STAGES = {
     "figures": "draw a study's figures",
     "page": "write a study's page",
     "publish": "copy a finished study to results/published/",
+    "check": "hold one method to the contract: a table of checks",
     "forecast": "predict the peak memory of a step, without a GPU",
     "advise": "compare methods on a model and a card's memory, without a GPU",
     "schema": "write the JSON schemas of configs and records",

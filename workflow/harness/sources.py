@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 from functools import cache
+from pathlib import Path
 
 from baselines.method import find_method
 from harness.plan import Output, Plan
@@ -32,7 +35,7 @@ def training(module: str) -> tuple[str, ...]:
     return (
         "grass",
         "baselines.method",
-        find_method(module).__module__,
+        *_method_files(find_method(module).__module__),
         "harness.inputs.tokens",
         "harness.inputs.prompts",
         "harness.inputs.models",
@@ -45,6 +48,21 @@ def training(module: str) -> tuple[str, ...]:
         "harness.measuring.meters",
         "harness.measuring.nvml",
     )
+
+
+def _method_files(module: str) -> list[str]:
+    """A method's file and those of other methods that it imports anywhere, however deep."""
+    found, left = set(), [module]
+    while left:
+        name = left.pop()
+        found.add(name)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.origin is not None
+        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+        left += [i for i in imported - found if i.startswith("baselines.") and i != "baselines.method"]
+    return sorted(found)
 
 
 def current_sha256(plan: Plan, output: Output) -> str:
