@@ -1,0 +1,128 @@
+"""The audit tells sound training scripts from broken ones, for methods and trainers that this project did not write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grass_tiny import batch, llama
+from harness.audit import Audit, AuditCallback, judge
+
+
+def run(model: Any, optimizer: Any, steps: int = 6) -> None:
+    for step in range(steps):
+        loss = model(**batch(step)).loss
+        if loss.requires_grad:
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def faults(audit: Audit) -> list[str]:
+    return [f"{finding.verdict}: {finding.text}" for finding in judge(audit.facts) if finding.verdict != "ok"]
+
+
+def adamw(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def test_full_fine_tuning_and_lora_have_no_fault() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for model in (llama(), adapted):
+        optimizer = adamw(p for p in model.parameters() if p.requires_grad)
+        with Audit(model, optimizer, quiet=True) as audit:
+            run(model, optimizer)
+        assert faults(audit) == []
+    moved = {name for name, tensor in audit.facts.tensors.items() if tensor.moved}
+    assert moved == {name for name in audit.facts.tensors if "lora_" in name}
+
+
+def test_the_audit_changes_nothing_and_leaves_no_hook_behind() -> None:
+    plain, watched = llama(), llama()
+    run(plain, adamw(plain.parameters()))
+    optimizer = adamw(watched.parameters())
+    with Audit(watched, optimizer, interval_steps=2, quiet=True) as audit:
+        run(watched, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters(), strict=True))
+    run(watched, optimizer)
+    assert (audit.facts.steps, audit.facts.intervals) == (6, 3)
+
+
+def test_re_entrant_checkpointing_behind_a_frozen_embedding_is_seen_to_train_the_head_only() -> None:
+    model = llama()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.disable_input_require_grads()
+    model.train()
+    model.model.embed_tokens.requires_grad_(False)
+    optimizer = adamw(model.parameters())
+    with Audit(model, optimizer, quiet=True) as audit, pytest.warns(UserWarning, match="requires_grad"):
+        run(model, optimizer)
+    assert any("layers 0-3 were switched on and never had a gradient" in fault for fault in faults(audit))
+
+
+def test_nothing_trained_is_said_so() -> None:
+    model = llama()
+    with Audit(model, adamw(model.parameters()), quiet=True) as audit:
+        pass
+    assert faults(audit) == ["BROKEN: the optimizer took no step: nothing was trained"]
+
+
+def test_a_warm_up_that_begins_at_zero_is_no_fault() -> None:
+    model = llama()
+    optimizer = adamw(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 4)
+    with Audit(model, optimizer, interval_steps=1, quiet=True) as audit:
+        for step in range(4):
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    assert faults(audit) == []
+
+
+def test_grass_has_no_fault_but_state_of_sleepers_that_it_means_to_keep() -> None:
+    from grass import Grass
+
+    model = llama()
+    opt = Grass(model, lr=1e-2, active_layers=2, sample_every=2, sampler="uniform", offload="resident")
+    with Audit(model, opt, quiet=True) as audit:
+        run(model, opt, steps=12)
+    (fault,) = faults(audit)
+    assert fault.startswith("LOOK: state")
+
+
+def test_the_trainer_callback_sees_a_switching_callback_that_the_optimizer_ignores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Switch(TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+            for number, layer in enumerate(given["model"].model.layers):
+                layer.requires_grad_(number == state.global_step % 4)
+
+    model = llama()
+    # the bug: frozen before Trainer builds its optimizer, which takes what requires gradients then
+    model.model.layers[1:].requires_grad_(False)
+    rows = [{key: value[0] for key, value in batch(seed).items()} for seed in range(16)]
+    settings = {"per_device_train_batch_size": 2, "max_steps": 8, "report_to": [], "use_cpu": True}
+    Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **settings, logging_strategy="no", save_strategy="no", disable_tqdm=True),
+        train_dataset=rows,
+        callbacks=[Switch(), AuditCallback()],
+    ).train()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "BROKEN layers 1-3 got gradients and never moved: the optimizer does not hold them" in said
+
+
+@pytest.mark.parametrize("bad", [{"interval_steps": 0}, {"optimizer": object()}])
+def test_bad_arguments_are_refused(bad: dict[str, Any]) -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"interval_steps must be|not a torch\.optim\.Optimizer"):
+        Audit(model, **{"optimizer": adamw(model.parameters()), **bad})
