@@ -96,6 +96,20 @@ def test_grass_has_no_fault_but_state_of_sleepers_that_it_means_to_keep() -> Non
     assert fault.startswith("LOOK: state")
 
 
+def test_badam_and_the_state_that_its_inner_optimizer_holds() -> None:
+    badam = pytest.importorskip("badam")
+    model = llama(dtype=torch.bfloat16)
+    inner = adamw(model.parameters())
+    named = list(model.named_parameters())
+    optimizer = badam.BlockOptimizer(inner, named, switch_block_every=3, switch_mode="ascending", verbose=0)
+    with Audit(model, optimizer, quiet=True) as audit:
+        run(model, optimizer, steps=11)
+    assert faults(audit) == []
+    layer = sum(p.numel() for p in model.model.layers[0].parameters())
+    # fp32 copy, gradient apart, and two fp32 moments of the one block
+    assert {state.total for state in audit.facts.state} == {12 * layer}
+
+
 def test_the_trainer_callback_sees_a_switching_callback_that_the_optimizer_ignores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -140,15 +140,22 @@ class Audit:
     def _state_bytes(self) -> StateBytes:
         """Tensors in the optimizer's state, and parameters of its groups that are copies of the model's."""
         own = {id(p) for p in self._parameters.values()}
-        copies = [p for group in self.optimizer.param_groups for p in group["params"] if id(p) not in own]
-        total, sleeping = dict(storage_bytes(copies)), 0
-        for parameter, state in self.optimizer.state.items():
-            held = storage_bytes(v for v in state.values() if isinstance(v, torch.Tensor) and v.dim() > 0)
-            total |= held
-            if id(parameter) in own and not parameter.requires_grad:
-                near = [v for v in state.values() if isinstance(v, torch.Tensor) and v.device == parameter.device]
-                sleeping += sum(storage_bytes(v for v in near if v.dim() > 0).values())
+        total: dict[int, int] = {}
+        sleeping = 0
+        # BAdam's optimizer, for one, leaves all state with another that it holds
+        for optimizer in (self.optimizer, *filter(_is_optimizer, vars(self.optimizer).values())):
+            groups = (p for group in optimizer.param_groups for p in group["params"])
+            total |= storage_bytes(p for p in groups if id(p) not in own)
+            for parameter, state in optimizer.state.items():
+                held = [v for v in state.values() if isinstance(v, torch.Tensor) and v.dim() > 0]
+                total |= storage_bytes(held)
+                if id(parameter) in own and not parameter.requires_grad:
+                    sleeping += sum(storage_bytes(v for v in held if v.device == parameter.device).values())
         return StateBytes(self.facts.steps, sum(total.values()), sleeping)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return isinstance(value, torch.optim.Optimizer)
 
 
 class AuditCallback(TrainerCallback):  # type: ignore[misc]
