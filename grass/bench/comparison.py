@@ -12,7 +12,6 @@ import torch
 from grass.bench.device import LEAST_SPEED, MOST_ALLOCATED_GIB, SETTINGS, VARIANTS, Cell, DeviceBench, DeviceSettings
 from grass.bench.device import cells as all_cells
 from grass.bench.figures import GIB, provenance, ratios, summary
-from grass.bench.loss import LOSS
 from grass.bench.meters import copy_rates
 
 COLUMNS = {
@@ -54,8 +53,8 @@ def measure_device(settings: DeviceSettings) -> dict[str, Any]:
     """Run every cell that the budget has room for, in order of importance, and print what they say."""
     budget = Budget(settings.budget_s)
     device = torch.device(settings.device)
-    found: dict[str, Any] = {"provenance": provenance(device), "settings": asdict(settings), "loss": LOSS}
-    print(f"  {found['provenance']['device']}, torch {torch.__version__}, loss: {LOSS}")
+    found: dict[str, Any] = {"provenance": provenance(device), "settings": asdict(settings)}
+    print(f"  {found['provenance']['device']}, torch {torch.__version__}")
     rates = found["copy_rates"] = copy_rates(device)
     if rates is not None:
         print("  pinned copies: " + ", ".join(f"{name} {rate:.3e}" for name, rate in rates.items()), flush=True)

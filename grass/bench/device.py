@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grass.bench.loss import head_loss
 from grass.bench.meters import meter_for
 from grass.bench.serial import serial_copies
+from grass.loss import chunked_cross_entropy
 from grass.optimizer import Grass
 
 Geometry = Literal["llama2-7b", "tiny"]
@@ -187,7 +187,9 @@ class DeviceBench:
     def _step(self, opt: Grass, tokens: Tensor) -> None:
         hidden = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
         # the last position has no next token
-        head_loss(hidden[:, :-1].flatten(0, 1), self.model.lm_head.weight, tokens[:, 1:].flatten()).backward()
+        targets = tokens[:, 1:].flatten()
+        loss = chunked_cross_entropy(hidden[:, :-1].flatten(0, 1), self.model.lm_head.weight, targets)
+        (loss / len(targets)).backward()
         opt.step()
         opt.zero_grad()
 

@@ -38,7 +38,7 @@ def _many_pieces() -> Iterator[None]:
     with (
         patch.dict(PIECE_ELEMENTS, other=PIECE),
         patch("grass.blocks.CHUNK_BYTES", CHUNK),
-        patch("harness.training.loss.CHUNK_ROWS", CHUNK_ROWS),
+        patch("grass.loss.CHUNK_ROWS", CHUNK_ROWS),
     ):
         small_forecast.cache_clear()
         yield

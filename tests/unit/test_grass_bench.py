@@ -13,12 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from grass import offload
 from grass.bench import device as device_part
-from grass.bench import loss
 from grass.bench.__main__ import main
 from grass.bench.comparison import Budget, compare, measure_device
 from grass.bench.device import VARIANTS, Cell, DeviceBench, DeviceSettings, cells, worst_draws
@@ -238,27 +235,6 @@ def test_copies_are_serial_only_while_asked() -> None:
     with serial_copies():
         assert offload.streams_for is not usual
     assert offload.streams_for is usual
-
-
-@pytest.mark.parametrize("implementation", [loss.chunked_cross_entropy, loss.head_loss])
-def test_the_chunked_loss_is_the_loss(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "CHUNK_TOKENS", 3)
-    torch.manual_seed(0)
-    weight, targets = torch.randn(11, 5), torch.randint(11, (7,))
-    found = []
-    for compute in (implementation, lambda h, w, t: F.cross_entropy(h @ w.T, t)):
-        hidden = nn.Parameter(torch.randn(7, 5, generator=torch.Generator().manual_seed(1)))
-        value = compute(hidden, weight, targets)
-        (2 * value).backward()
-        assert hidden.grad is not None
-        found.append((value.detach(), hidden.grad))
-    torch.testing.assert_close(found[0], found[1])
-
-
-def test_the_own_loss_refuses_a_head_that_trains() -> None:
-    head = nn.Parameter(torch.randn(11, 5))
-    with pytest.raises(ValueError, match="freeze it"):
-        loss.chunked_cross_entropy(torch.randn(7, 5), head, torch.zeros(7, dtype=torch.int64))
 
 
 def test_the_geometry_is_that_of_llama_2_7b() -> None:
