@@ -19,6 +19,7 @@ from baselines.method import (
     Options,
     StepFacts,
     moment_bytes,
+    tied_conflict,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class GrassMethod(Method):
             return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
         if self.options.refresh_every is not None and self.options.refresh_every % self.sample_every:
             return f"refresh_every {self.options.refresh_every} is no multiple of sample_every {self.sample_every}"
-        return None
+        return tied_conflict(facts, embedding=self.options.train_embedding, head=self.options.train_head)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Build the optimizer over the whole model; it freezes what sleeps."""
@@ -151,10 +152,8 @@ class GrassMethod(Method):
         """Drawn layers move in their period; under `keep` every layer visited so far has state."""
         options = self.options
         largest = sum(sorted(facts.layer_parameters)[-options.active_layers :])
-        outside = (
-            facts.embedding_parameters * options.train_embedding
-            + facts.head_parameters * options.train_head
-            + facts.final_norm_parameters * options.train_final_norm
+        outside = facts.outside_parameters(
+            embedding=options.train_embedding, head=options.train_head, final_norm=options.train_final_norm
         )
         return Expectation(
             layers="sampled",

@@ -20,6 +20,7 @@ from baselines.method import (
     Options,
     adamw,
     moment_bytes,
+    tied_conflict,
 )
 
 if TYPE_CHECKING:
@@ -34,10 +35,13 @@ class LisaOptions(Options):
     active_layers: int = Field(default=2, gt=0, description="gamma; the paper uses 2 up to 7B")
     sample_every: int = Field(default=20, gt=0, description="K, steps between two draws; LMFlow's scripts use 20")
     state: Literal["reset", "keep"] = "reset"
+    train_embedding: bool = True
+    train_head: bool = True
+    train_final_norm: bool = Field(default=True, description="LMFlow's code trains it, the paper does not name it")
 
 
 class Lisa(Method):
-    """Embedding, final norm and head always train; `active_layers` decoder layers are drawn uniformly every K steps.
+    """Embedding, final norm and head train all along; `active_layers` decoder layers are drawn uniformly every K steps.
 
     The LISA paper names embedding and head only; LMFlow's code freezes nothing but the decoder layers, so the final
     norm trains too. We follow the code.
@@ -45,7 +49,11 @@ class Lisa(Method):
 
     Config = LisaOptions
     PAPER = "arXiv 2403.17919"
-    EXAMPLES = tuple({"active_layers": 2, "sample_every": 3, "state": state} for state in ("reset", "keep"))
+    EXAMPLES = (
+        {"active_layers": 2, "sample_every": 3, "state": "reset"},
+        {"active_layers": 2, "sample_every": 3, "state": "keep", "train_final_norm": False},
+        {"active_layers": 2, "sample_every": 3, "train_embedding": False, "train_head": False},
+    )
     options: LisaOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
@@ -53,21 +61,25 @@ class Lisa(Method):
         self.active: tuple[int, ...] = ()
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """More active layers than layers make no sample."""
+        """More active layers than layers make no sample; a tied head goes with its embedding."""
         if self.options.active_layers > facts.layers:
             return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
-        return None
+        return tied_conflict(facts, embedding=self.options.train_embedding, head=self.options.train_head)
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Build the optimizer over everything *before* freezing: else layers drawn later would never move."""
         import torch
 
-        from grass.layers import find_layers
+        from grass.layers import find_layers, set_trainable
 
         self.model = model
-        self.layer_parameters = find_layers(model).layer_parameters()
+        found = find_layers(model)
+        self.layer_parameters = found.layer_parameters()
         self.generator = torch.Generator().manual_seed(self.seed)
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
+        set_trainable(found.outside["embedding"], self.options.train_embedding)
+        set_trainable(found.outside["head"], self.options.train_head)
+        set_trainable(found.outside["final_norm"], self.options.train_final_norm)
         return model
 
     def begin_step(self, step: int) -> None:
@@ -88,14 +100,17 @@ class Lisa(Method):
     def expect(self, facts: ModelFacts) -> Expectation:
         """Drawn layers move in their period; under `reset` sleeping layers hold no state."""
         largest = sorted(facts.layer_parameters)[-self.options.active_layers :]
-        outside = facts.total_parameters - sum(facts.layer_parameters)
+        options = self.options
+        outside = facts.outside_parameters(
+            embedding=options.train_embedding, head=options.train_head, final_norm=options.train_final_norm
+        )
         return Expectation(
             layers="sampled",
             active_layers=self.options.active_layers,
             period_steps=self.options.sample_every,
-            embedding=True,
-            head=True,
-            final_norm=True,
+            embedding=options.train_embedding,
+            head=options.train_head,
+            final_norm=options.train_final_norm,
             trainable_parameters=sum(largest) + outside,
             state_bytes_per_parameter=moment_bytes(self.recipe),
             state_of="active" if self.options.state == "reset" else "visited",

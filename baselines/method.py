@@ -82,8 +82,15 @@ class ModelFacts:
     @property
     def total_parameters(self) -> int:
         """All parameters, a tied head counted once."""
-        outside = self.embedding_parameters + self.head_parameters + self.final_norm_parameters
-        return sum(self.layer_parameters) + outside
+        return sum(self.layer_parameters) + self.outside_parameters(embedding=True, head=True, final_norm=True)
+
+    def outside_parameters(self, *, embedding: bool, head: bool, final_norm: bool) -> int:
+        """Parameters of these groups outside the decoder layers together."""
+        return (
+            self.embedding_parameters * embedding
+            + self.head_parameters * head
+            + self.final_norm_parameters * final_norm
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +252,14 @@ class Method:
         """Write a model folder that plain transformers loads (adapters merged first)."""
         assert self.model is not None
         self.model.save_pretrained(path)  # type: ignore[operator]
+
+
+def tied_conflict(facts: ModelFacts, *, embedding: bool, head: bool) -> str | None:
+    """Reason why embedding and head cannot be told apart on this model, where one is to train and the other is not."""
+    if not facts.tied_embeddings or embedding == head:
+        return None
+    on, off = ("embedding", "head") if embedding else ("head", "embedding")
+    return f"the model's head is tied to its embedding: it cannot train the {on} and leave the {off} out"
 
 
 def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.Optimizer:

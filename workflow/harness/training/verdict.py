@@ -169,7 +169,10 @@ class _StateLaw:
         self.promise = promise
         each = promise.state_bytes_per_parameter
         self.layers = promise.layer_state_bytes or tuple(n * each for n in facts.layer_parameters)
-        self.outside = _outside_parameters(promise, facts) * each
+        outside = facts.outside_parameters(
+            embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm
+        )
+        self.outside = outside * each
         self.sizes = facts.tensor_parameters
         self.visited: set[int] = set()
         self.visited_tensors: set[str] = set()
@@ -258,12 +261,3 @@ def _promised_groups(promise: Expectation, facts: ModelFacts) -> list[str]:
         "head": facts.head_parameters,
     }
     return [key for key in GROUPS if getattr(promise, key) and sizes[key]]
-
-
-def _outside_parameters(promise: Expectation, facts: ModelFacts) -> int:
-    sizes = {
-        "embedding": facts.embedding_parameters,
-        "final_norm": facts.final_norm_parameters,
-        "head": facts.head_parameters,
-    }
-    return sum(size for key, size in sizes.items() if getattr(promise, key))
