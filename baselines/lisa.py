@@ -51,8 +51,14 @@ class Lisa(Method):
     PAPER = "arXiv 2403.17919"
     EXAMPLES = (
         {"active_layers": 2, "sample_every": 3, "state": "reset"},
-        {"active_layers": 2, "sample_every": 3, "state": "keep", "train_final_norm": False},
-        {"active_layers": 2, "sample_every": 3, "train_embedding": False, "train_head": False},
+        {"active_layers": 2, "sample_every": 3, "state": "keep"},
+        {
+            "active_layers": 2,
+            "sample_every": 3,
+            "train_embedding": False,
+            "train_head": False,
+            "train_final_norm": False,
+        },
     )
     options: LisaOptions
 
