@@ -168,6 +168,14 @@ class Runtime(Strict):
     eval_batch_size: int = Field(default=64, gt=0)
 
 
+class Comparison(Strict):
+    """Some of the study's methods side by side: a table and figures of their own."""
+
+    title: str
+    methods: tuple[Label, ...] = Field(min_length=2, description="the first is what the others are compared with")
+    reading: str = Field(description="what the comparison isolates, and what it cannot show")
+
+
 class Study(Strict):
     """One file under config/: a list of runs."""
 
@@ -182,6 +190,9 @@ class Study(Strict):
     models: dict[Label, ModelSource] = Field(min_length=1)
     tasks: dict[Label, Task] = Field(min_length=1)
     methods: dict[Label, MethodEntry] = Field(min_length=1)
+    comparisons: dict[Label, Comparison] = Field(
+        default_factory=dict, description="groups of methods with tables and figures of their own"
+    )
     recipe: Recipe
     search: Search | None = None
     observation: Observation
@@ -196,6 +207,14 @@ class Study(Strict):
         for name, seeds in [*used, *([("search.seeds", self.search.seeds)] if self.search else [])]:
             if len(set(seeds)) != len(seeds) or min(seeds) < 0:
                 raise ValueError(f"{name}: must be distinct whole numbers from 0 on")
+        for label, comparison in self.comparisons.items():
+            unknown = [method for method in comparison.methods if method not in self.methods]
+            if unknown:
+                raise ValueError(f"comparisons.{label}.methods: the study has no method {', '.join(unknown)}")
+            if len(set(comparison.methods)) != len(comparison.methods):
+                raise ValueError(f"comparisons.{label}.methods: each method once")
+            if label in self.methods:
+                raise ValueError(f"comparisons.{label}: a method has this label; call the comparison otherwise")
         if self.search and (len(set(self.search.grid)) != len(self.search.grid) or min(self.search.grid) <= 0):
             raise ValueError("search.grid: must be distinct rates above 0")
         return self

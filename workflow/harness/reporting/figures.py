@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from harness.durable import write_json
 from harness.reporting.frames import Frames
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
+from harness.reporting.layout import part
 from harness.reporting.result_figures import efficiency_bars, result_dots
 from harness.reporting.style import Drawing, save, styled
 from harness.reporting.training_figures import loss_curves, rate_curves
@@ -15,17 +17,29 @@ from harness.spec import Study
 
 
 def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
-    """Every figure, one at a time, in the order of the page."""
+    """Every figure, one at a time, in the order of the page.
+
+    Where a study names comparisons, figures in which every method has a line are drawn once for each of them: with
+    dozens of lines nobody could tell them apart.
+    """
     for model in study.models:
-        yield result_dots(frames, study, model)
-        yield rate_curves(frames, study, model)
-        yield loss_curves(frames, study, model)
-        methods = layerwise_methods(frames, study, model)
-        for method in methods:
+        if not study.comparisons:
+            yield from _lines(frames, study, model)
+        for label, comparison in study.comparisons.items():
+            for drawing in _lines(frames, part(study, label), model):
+                caption = f"{comparison.title}. {drawing.caption}"
+                yield replace(drawing, name=f"{drawing.name}--{label}", caption=caption)
+        for method in layerwise_methods(frames, study, model):
             yield importance_map(frames, study, model, method)
-        if methods:
-            yield agreement_curves(frames, study, model)
         yield efficiency_bars(frames, study, model)
+
+
+def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
+    yield result_dots(frames, study, model)
+    yield rate_curves(frames, study, model)
+    yield loss_curves(frames, study, model)
+    if layerwise_methods(frames, study, model):
+        yield agreement_curves(frames, study, model)
 
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:

@@ -24,6 +24,12 @@ def trained(study: Study) -> list[str]:
     return [method for method, entry in study.methods.items() if entry.module != UNTRAINED]
 
 
+def part(study: Study, comparison: str) -> Study:
+    """The study with the methods of one comparison alone, in the comparison's order."""
+    chosen = {label: study.methods[label] for label in study.comparisons[comparison].methods}
+    return study.model_copy(update={"methods": chosen, "comparisons": {}})
+
+
 def cells(study: Study) -> list[tuple[str, str]]:
     """(task, suite) in the order of the config."""
     return [(task, suite) for task, entry in study.tasks.items() for suite in entry.suites]

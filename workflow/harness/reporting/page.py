@@ -56,6 +56,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         accuracy_verdicts=verdict_sentences(folder / "tables" / "difference_accuracy.csv"),
         loss_verdicts=verdict_sentences(folder / "tables" / "difference_heldout_loss.csv"),
         figures={kind: [f for f in figures if str(f["name"]).startswith(kind)] for kind in _KINDS},
+        compared={label: [f for f in figures if str(f["name"]).endswith(f"--{label}")] for label in study.comparisons},
         methods=_methods(study),
         recipe=study.recipe.model_dump(mode="json"),
         task_recipes={task: entry.recipe for task, entry in study.tasks.items() if entry.recipe},

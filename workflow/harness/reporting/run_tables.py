@@ -33,19 +33,23 @@ def learning_rate_table(frames: Frames, study: Study) -> Table:
             points = [_point(rows) | {"trials": len(rows)} for _, rows in trials.groupby("lr")]
             raw += [keys | point for point in points]
             display.append(shown | _choice_text(points, trials, notes))
-    search = study.search
-    rule = "every method was given its rate by the config"
-    if search is not None:
-        rule = (
-            f"lowest mean validation loss over the search seeds {', '.join(map(str, search.seeds))}, which are none of "
-            f"the study's; up to {search.max_extensions} points are added beyond an edge of the grid"
-        )
     return Table(
         name="learning_rates",
-        caption=f"Choice of the learning rate: {rule}. Validation loss in nats per answer token.",
+        caption=f"Choice of the learning rate: {search_rule(study)}. Validation loss in nats per answer token.",
         raw=DataFrame(raw),
         display=DataFrame(display),
         footnotes=notes.lines(),
+    )
+
+
+def search_rule(study: Study) -> str:
+    """How every method got its learning rate, in half a sentence."""
+    search = study.search
+    if search is None:
+        return "every method was given its rate by the config"
+    return (
+        f"lowest mean validation loss over the search seeds {', '.join(map(str, search.seeds))}, which are none of "
+        f"the study's; up to {search.max_extensions} points are added beyond an edge of the grid"
     )
 
 
@@ -117,7 +121,7 @@ def efficiency_table(frames: Frames, study: Study) -> Table:
         for method in trained(study):
             runs = of_method(frames.ok_runs(), model, task, method)
             everything = of_method(frames.runs, model, task, method)
-            numbers = {"ok_runs": len(runs), **_efficiency(runs, _reference_runs(frames, study, model, task))}
+            numbers = {"ok_runs": len(runs), **efficiency_numbers(runs, _reference_runs(frames, study, model, task))}
             raw.append({"model": model, "task": task, "method": method} | numbers)
             shown = {"model": model, "task": task, "method": method_name(study, frames, method, notes)}
             display.append(shown | _efficiency_text(numbers, runs, everything, notes))
@@ -153,7 +157,9 @@ def _reference_runs(frames: Frames, study: Study, model: str, task: str) -> Data
     return of_method(runs, model, task, labels[0]) if labels else runs.iloc[:0]
 
 
-def _efficiency(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
+def efficiency_numbers(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
+    """Memory and throughput of one method; ratios are to the `reference` runs."""
+
     def largest(column: str) -> int | None:
         known = runs[column].dropna()
         return int(known.max()) if len(known) else None

@@ -69,9 +69,9 @@ def score_table(frames: Frames, study: Study, measure: Measure) -> Table:
             for task, suite in cells(study):
                 runs = of_method(frames.runs, model, task, method)
                 mine = of_method(scores[scores["suite"] == suite], model, task, method)
-                numbers = _cell_numbers(mine, runs, measure)
+                numbers = cell_numbers(mine, runs, measure)
                 raw.append({"model": model, "method": method, "task": task, "suite": suite, **numbers})
-                shown[f"{task} / {suite}"] = _cell_text(numbers, runs, measure, notes)
+                shown[f"{task} / {suite}"] = cell_text(numbers, runs, measure, notes)
             display.append(shown)
         if measure is ACCURACY:
             display.append(_chance_row(scores, study, model))
@@ -85,7 +85,8 @@ def score_table(frames: Frames, study: Study, measure: Measure) -> Table:
     )
 
 
-def _cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[str, Any]:
+def cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[str, Any]:
+    """Mean and spread of one method on one suite."""
     summary = summarise([float(v) for v in scores[measure.column].dropna()])
     numbers: dict[str, Any] = {
         "ok_runs": summary.n,
@@ -100,7 +101,8 @@ def _cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[
     return numbers
 
 
-def _cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes: Footnotes) -> str:
+def cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes: Footnotes) -> str:
+    """The same for display, with what became of the runs that do not count."""
     outcomes = other_outcomes(runs, notes)
     n = int(numbers["ok_runs"])
     if n == 0:
@@ -163,6 +165,14 @@ def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnote
 # ---------------------------------------------------------------- paired differences
 
 
+VERDICT_RULE = (
+    "Verdict: a claim needs at least 3 seeds, both intervals clear of 0, and p < 0.05 after Holm's correction over "
+    "the rivals of the same suite that have a p value. p is the larger of the bootstrap's and the t test's. "
+    "Seeds and documents are resampled together; with a few seeds the bootstrap interval alone is too narrow, "
+    "the t interval (one degree of freedom less than seeds) carries the noise between seeds."
+)
+
+
 def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
     """The subject minus each rival, suite by suite, with both intervals and the verdict."""
     notes = Footnotes()
@@ -174,18 +184,13 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
         rivals = []
     for model, task in groups(study):
         for suite in study.tasks[task].suites:
-            differences = [_difference(frames, (model, task), rival, suite, measure) for rival in rivals]
+            differences = [difference(frames, (model, task), (SUBJECT, rival), suite, measure) for rival in rivals]
             for rival, result in zip(rivals, judge(differences), strict=True):
                 keys = {"model": model, "task": task, "suite": suite, "rival": rival}
                 raw.append(keys | _difference_numbers(result, measure))
                 shown = {"rival": method_name(study, frames, rival, notes)}
                 display.append(keys | shown | _difference_text(result, measure, notes))
-    notes.add(
-        "Verdict: a claim needs at least 3 seeds, both intervals clear of 0, and p < 0.05 after Holm's correction over "
-        "the rivals of the same suite that have a p value. p is the larger of the bootstrap's and the t test's. "
-        "Seeds and documents are resampled together; with a few seeds the bootstrap interval alone is too narrow, "
-        "the t interval (one degree of freedom less than seeds) carries the noise between seeds."
-    )
+    notes.add(VERDICT_RULE)
     unit = "percentage points" if measure is ACCURACY else measure.unit
     return Table(
         name=f"difference_{measure.column}",
@@ -196,8 +201,9 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
     )
 
 
-def _difference(frames: Frames, at: tuple[str, str], rival: str, suite: str, measure: Measure) -> Difference:
-    runs_of = [of_method(frames.ok_runs(), *at, method) for method in (SUBJECT, rival)]
+def difference(frames: Frames, at: tuple[str, str], pair: tuple[str, str], suite: str, measure: Measure) -> Difference:
+    """The first method of `pair` minus the second, on one suite of the model and task `at`."""
+    runs_of = [of_method(frames.ok_runs(), *at, method) for method in pair]
     by_seed = [dict(zip(map(int, runs["seed"]), map(str, runs["run"]), strict=True)) for runs in runs_of]
     scored = set(frames.scores.loc[frames.scores["suite"] == suite, "run"])
     first, second = ({seed: run for seed, run in runs.items() if run in scored} for runs in by_seed)

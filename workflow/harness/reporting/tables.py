@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.durable import write_json
+from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.frames import Frames
 from harness.reporting.published import load_published, published_table
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
@@ -23,6 +24,7 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
         efficiency_table(frames, study),
         learning_rate_table(frames, study),
         run_table(frames, study),
+        *(comparison_table(frames, study, label) for label in study.comparisons),
     ]
     if study.published is not None:
         made.append(published_table(frames, load_published(Path(study.published))))
