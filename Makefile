@@ -4,6 +4,7 @@ CORES ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OFFICIAL := $(VENV)/.official
 
 .PHONY: study test lint types schema format clean
 
@@ -14,7 +15,7 @@ study: $(READY)
 	@echo
 	@echo "report: results/embedded/report.html"
 
-test: $(READY)
+test: $(READY) $(OFFICIAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile -q
 
 lint: $(READY)
@@ -37,6 +38,11 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+# without their dependencies: two of them ask for bitsandbytes, which no test needs
+$(OFFICIAL): tests/fidelity/packages.txt $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/fidelity/packages.txt
 	@touch $@
 
 clean:
