@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 from harness import progress
 from harness.config import ConfigError
 from harness.places import Places
-from harness.plan import open_study
+from harness.plan import fit_job, open_study
 
 
 def one_study():

@@ -15,6 +15,7 @@ STAGES = {
     "prefetch": "make rows, suites and fetched models ready",
     "pretrain": "pretrain a study's own small model",
     "search": "choose a learning rate",
+    "fit": "forecast a run's memory, so that what cannot fit its GPU never starts",
     "train": "one training run",
     "evaluate": "score a trained model",
     "collect": "join a study's records into flat tables",

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-RESERVED = ("inputs", "searches", "runs", "evals", "state", "published")
+RESERVED = ("inputs", "searches", "forecasts", "runs", "evals", "state", "published")
 """Names under results/ that no study may take."""
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -37,6 +37,10 @@ class Places:
     def search(self, name: str) -> Path:
         """Folder of a learning-rate search."""
         return self.root / "searches" / name
+
+    def forecast(self, name: str) -> Path:
+        """Folder of a forecast of memory."""
+        return self.root / "forecasts" / name
 
     def run(self, name: str) -> Path:
         """Folder of a training run."""

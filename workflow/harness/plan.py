@@ -10,7 +10,19 @@ from typing import Literal
 from harness import durable
 from harness.config import dagger, load_study, method_of, recipe_of
 from harness.places import Places
-from harness.spec import EvalJob, Job, ModelJob, PretrainedHere, RowsJob, RunJob, SearchJob, Study, SuiteJob, Training
+from harness.spec import (
+    EvalJob,
+    FitJob,
+    Job,
+    ModelJob,
+    PretrainedHere,
+    RowsJob,
+    RunJob,
+    SearchJob,
+    Study,
+    SuiteJob,
+    Training,
+)
 
 State = Literal["done", "stale", "to do"]
 
@@ -24,6 +36,8 @@ class Plan:
     rows: dict[str, RowsJob]
     suites: dict[str, SuiteJob]
     searches: dict[str, SearchJob]
+    forecasts: dict[str, FitJob]
+    """Of the runs on a GPU; on a CPU there is no device memory to fit."""
     runs: dict[str, RunJob]
     evals: dict[str, EvalJob]
     eval_of: dict[str, str]
@@ -51,7 +65,7 @@ def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
 
 def resolve_study(study: Study) -> Plan:
     """The grid models x tasks x methods x seeds, and what those runs need."""
-    plan = Plan(study, {}, {}, {}, {}, {}, {}, {})
+    plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {})
     for model_label, source in study.models.items():
         model = ModelJob(label=model_label, source=source)
         plan.models[model.name] = model
@@ -81,6 +95,9 @@ def _add_runs(
         recipe=recipe,
         recipe_changes=tuple(dagger(study, label)),
     )
+    fit = fit_job(training)
+    if fit is not None:
+        plan.forecasts[fit.name] = fit
     evaluation = EvalJob(task=rows.label, suites=suites, max_length=recipe.max_length)
     plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
@@ -98,6 +115,11 @@ def _add_runs(
             plan.searches[search.name] = search
 
 
+def fit_job(training: Training) -> FitJob | None:
+    """The forecast that a run waits for; None on a CPU."""
+    return FitJob(training=training) if training.recipe.device == "cuda" else None
+
+
 def write_specs(plan: Plan, places: Places) -> None:
     """Write each job's resolved spec where it is absent; what is there is never touched."""
     wanted: list[tuple[Path, Job]] = []
@@ -105,6 +127,7 @@ def write_specs(plan: Plan, places: Places) -> None:
     wanted += [(places.rows(name) / "spec.json", job) for name, job in plan.rows.items()]
     wanted += [(places.suite(name) / "spec.json", job) for name, job in plan.suites.items()]
     wanted += [(places.search(name) / "spec.json", job) for name, job in plan.searches.items()]
+    wanted += [(places.forecast(name) / "spec.json", job) for name, job in plan.forecasts.items()]
     wanted += [(places.run(name) / "spec.json", job) for name, job in plan.runs.items()]
     wanted += [(places.eval_spec(name), job) for name, job in plan.evals.items()]
     for path, job in wanted:
@@ -135,6 +158,8 @@ def outputs(plan: Plan, places: Places) -> list[Output]:
         found.append(Output(places.model(name) / "manifest.json", "model", name, weight))
     found += [Output(places.rows(name) / "manifest.json", "rows", name, 20.0) for name in plan.rows]
     found += [Output(places.suite(name) / "manifest.json", "suite", name, 20.0) for name in plan.suites]
+    for name in plan.forecasts:
+        found.append(Output(places.forecast(name) / "forecast.json", "forecast", name, START_WEIGHT))
     for name, search in plan.searches.items():
         trials = len(search.search.grid) * len(search.search.seeds)
         weight = START_WEIGHT + trials * search.training.recipe.steps

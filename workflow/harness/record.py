@@ -53,6 +53,18 @@ class ModelRecord(Record):
     provenance: Provenance
 
 
+class FitRecord(Record):
+    """Peak memory of a run's largest step, forecast before it starts (forecast.json)."""
+
+    name: str
+    longest_row_tokens: int
+    peak_bytes: int | None = Field(description="live storages")
+    peak_phase: str | None
+    needed_bytes: int | None = Field(description="with fragments and a GPU's context")
+    peak_why: str | None
+    provenance: Provenance
+
+
 class RowsRecord(Record):
     """Rows ready to read (manifest.json)."""
 

@@ -50,6 +50,11 @@ def training(module: str) -> tuple[str, ...]:
     )
 
 
+def forecast(module: str) -> tuple[str, ...]:
+    """Code behind a forecast of the memory of a run of the method in `baselines.<module>`."""
+    return (*training(module), "harness.efficiency", "harness.forecasting")
+
+
 def _method_files(module: str) -> list[str]:
     """A method's file and those of other methods that it imports anywhere, however deep."""
     found, left = set(), [module]
@@ -73,6 +78,8 @@ def current_sha256(plan: Plan, output: Output) -> str:
         return source_sha256(ROWS)
     if output.kind == "evaluate":
         return source_sha256(EVALUATION)
+    if output.kind == "forecast":
+        return source_sha256(forecast(plan.forecasts[output.name].training.module))
     if output.kind == "search":
         return source_sha256((*training(plan.searches[output.name].training.module), "harness.training.search"))
     return source_sha256(training(plan.runs[output.name].training.module))

@@ -325,6 +325,18 @@ class RunJob(Job):
         return SearchJob(training=self.training, search=self.search)
 
 
+class FitJob(Job):
+    """Forecast of a run's peak memory, one for all seeds and learning rates."""
+
+    training: Training
+
+    @property
+    def name(self) -> str:
+        """`<model>--<task>--<method>--<hash of the spec>`."""
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
+
+
 class EvalJob(Job):
     """How a trained model is scored: every suite of its task, in one process."""
 

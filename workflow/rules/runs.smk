@@ -13,31 +13,56 @@ def search_of(run):
     return [] if search is None else [PLACES.search(search.name) / "search.json"]
 
 
+def forecast_of(training):
+    job = fit_job(training)
+    return [] if job is None else [PLACES.forecast(job.name) / "forecast.json"]
+
+
+def forecast_argument(training):
+    return "".join(f" --forecast {path}" for path in forecast_of(training))
+
+
+rule forecast:
+    input:
+        lambda wildcards: inputs_of(PLAN.forecasts[wildcards.forecast].training),
+    output:
+        "results/forecasts/{forecast}/forecast.json",
+    priority: 15
+    params:
+        spec="results/forecasts/{forecast}/spec.json",
+    shell:
+        "{PYTHON} -m harness fit --spec {params.spec}"
+
+
 rule search:
     input:
         lambda wildcards: inputs_of(PLAN.searches[wildcards.search].training),
+        lambda wildcards: forecast_of(PLAN.searches[wildcards.search].training),
     output:
         "results/searches/{search}/search.json",
     priority: 10
     threads: RUNTIME.threads
     params:
         spec="results/searches/{search}/spec.json",
+        forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
     shell:
-        "{PYTHON} -m harness search --spec {params.spec} --threads {threads}"
+        "{PYTHON} -m harness search --spec {params.spec} --threads {threads}{params.forecast}"
 
 
 rule train:
     input:
         lambda wildcards: inputs_of(PLAN.runs[wildcards.run].training),
         lambda wildcards: search_of(wildcards.run),
+        lambda wildcards: forecast_of(PLAN.runs[wildcards.run].training),
     output:
         "results/runs/{run}/train.json",
     threads: RUNTIME.threads
     params:
         spec="results/runs/{run}/spec.json",
+        forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
     shell:
         "{PYTHON} -m harness train --spec {params.spec} --threads {threads}"
-        " --checkpoint-every {RUNTIME.checkpoint_every_steps}"
+        " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast}"
 
 
 rule evaluate:

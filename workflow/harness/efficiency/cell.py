@@ -116,6 +116,8 @@ class CellRun:
         policy: Policy = bottom_and_top,
     ) -> None:
         self._enter = enter
+        # gradients of the first are alive in the second, and a third shows nothing new
+        self._micro_batches = min(2, cell.micro_batches)
         method_class = cell.method_class()
         missing = [package for package in method_class.REQUIRES if importlib.util.find_spec(package) is None]
         if missing:
@@ -158,12 +160,13 @@ class CellRun:
         """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
         with self.draws.in_force():
             self._begin(number)
-            self._enter("forward")
             batch = self.batches.batch(number)
-            loss = self.batches.loss(self.module, batch)
-            self._enter("backward")
-            self.method.backward(loss, last=True)
-            del loss
+            for left in reversed(range(self._micro_batches)):
+                self._enter("forward")
+                loss = self.batches.loss(self.module, batch)
+                self._enter("backward")
+                self.method.backward(loss, last=not left)
+                del loss
             self._end(batch, then)
 
     def visit(self, number: int, *, then: Policy | None = None) -> None:

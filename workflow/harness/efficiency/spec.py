@@ -97,6 +97,7 @@ class Cell(Strict):
     settings: Settings
     shape: Shape
     numerics: Numerics
+    micro_batches: int = Field(default=1, gt=0, description="a step; two stand for any larger number")
     lr: float = 1e-5
     seed: int = 0
 
@@ -104,7 +105,7 @@ class Cell(Strict):
         """The contract's recipe for `steps` steps of this cell."""
         return Recipe(
             steps=steps,
-            batch_size=self.shape.batch,
+            batch_size=self.shape.batch * self.micro_batches,
             micro_batch_size=self.shape.batch,
             max_length=self.shape.length,
             loss_on="all",

@@ -17,6 +17,11 @@ UNSEEN = 1.04
 """Fragments and buffers inside kernels: an allocator's own peak is 1 to 4 % above the live storages."""
 
 
+def needed_bytes(forecast: Forecast) -> int:
+    """Memory that a card must have for a step that was forecast."""
+    return round(forecast.peak_bytes * UNSEEN) + CONTEXT_BYTES
+
+
 @dataclass(frozen=True)
 class Choice:
     """One method under one setting."""
@@ -32,7 +37,7 @@ class Choice:
     @property
     def needed_bytes(self) -> int | None:
         """Memory that the card must have."""
-        return None if self.forecast is None else round(self.forecast.peak_bytes * UNSEEN) + CONTEXT_BYTES
+        return None if self.forecast is None else needed_bytes(self.forecast)
 
     def fits(self, vram_bytes: int) -> bool:
         """Whether it runs on a card of this size."""

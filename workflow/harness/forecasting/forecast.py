@@ -201,10 +201,8 @@ class _Watched:
         if not self._tracker.host:
             return 0
         facts, promise = run.facts, run.promise
-        outside = (
-            facts.embedding_parameters * promise.embedding
-            + facts.head_parameters * promise.head
-            + facts.final_norm_parameters * promise.final_norm
+        outside = facts.outside_parameters(
+            embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm
         )
         states = promise.state_bytes_per_parameter * (sum(facts.layer_parameters) + outside)
         return states - self._device_state_bytes()

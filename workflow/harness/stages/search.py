@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
     parser.add_argument("--spec", type=Path, required=True, help="results/searches/<search>/spec.json")
+    parser.add_argument("--forecast", type=Path, help="forecast.json, for a run on a GPU: what cannot fit never starts")
     parser.add_argument("--threads", type=int, required=True, help="torch threads")
 
 
@@ -32,6 +33,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     import torch
 
     from harness import durable
+    from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.places import Places
     from harness.progress import announce
@@ -44,7 +46,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     places = Places(folder.parents[1])
     manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
     inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
-    record = search(job, inputs=inputs, trials_folder=places.state(job.name))
+    record = search(job, inputs=inputs, trials_folder=places.state(job.name), refusal=refusal_of(args.forecast))
     durable.write_json(folder / "search.json", record.model_dump(mode="json"))
     shutil.rmtree(places.state(job.name), ignore_errors=True)
     announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
     parser.add_argument("--spec", type=Path, required=True, help="results/runs/<run>/spec.json")
+    parser.add_argument("--forecast", type=Path, help="forecast.json, for a run on a GPU: what cannot fit never starts")
     parser.add_argument("--threads", type=int, required=True, help="torch threads")
     parser.add_argument("--checkpoint-every", type=int, required=True, help="steps between two resume states")
 
@@ -33,6 +34,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     import torch
 
     from harness import durable
+    from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
     from harness.places import Places
@@ -62,6 +64,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
         state_folder=state,
         checkpoint_every=args.checkpoint_every,
         observation=job.observation,
+        refusal=refusal_of(args.forecast),
     )
     durable.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
     shutil.rmtree(state, ignore_errors=True)

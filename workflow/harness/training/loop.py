@@ -53,6 +53,7 @@ def train(
     state_folder: Path | None = None,
     checkpoint_every: int = 100,
     observation: Observation | None = None,
+    refusal: str | None = None,
 ) -> TrainRecord:
     """Train once and say how it went; a bad outcome is a record, a bad program raises.
 
@@ -67,9 +68,10 @@ def train(
         state_folder: where resume state lives; None cannot resume.
         checkpoint_every: steps between two writes of the resume state.
         observation: the observer probe; None switches it off.
+        refusal: why the run must not start, known beforehand; the record is `skipped` and says so.
     """
     torch.manual_seed(seed)
-    run = _Run(training, name=name, inputs=inputs, observation=observation)
+    run = _Run(training, name=name, inputs=inputs, observation=observation, refusal=refusal)
     status, why = run.attempt(lr, seed, folder, state_folder, checkpoint_every)
     if status == "ok" and not all(check.ok for check in run.checks):
         status = "disengaged"
@@ -125,7 +127,10 @@ def train(
 class _Run:
     """The parts of one run, in the order in which `attempt` calls them."""
 
-    def __init__(self, training: Training, *, name: str, inputs: Inputs, observation: Observation | None) -> None:
+    def __init__(
+        self, training: Training, *, name: str, inputs: Inputs, observation: Observation | None, refusal: str | None
+    ) -> None:
+        self.refusal = refusal
         self.training, self.recipe, self.name = training, training.recipe, name
         self.inputs, self.observation = inputs, observation
         self.meters, self.clock = MemoryMeters(self.recipe.device), StepClock(self.recipe.device)
@@ -142,6 +147,8 @@ class _Run:
     ) -> tuple[Status, str | None]:
         """Everything; bad outcomes become a status with its reason."""
         try:
+            if self.refusal is not None:
+                raise CannotRunError(self.refusal)
             with self._in_phase("load"):
                 started = time.perf_counter()
                 run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from harness import durable
 from harness.provenance import provenance
-from harness.record import SearchRecord, Trial
+from harness.record import SearchRecord, TrainRecord, Trial
 from harness.sources import training as sources_of
 from harness.spec import SearchJob
 from harness.training.loading import Inputs
 from harness.training.loop import train
 
+Attempt = Callable[..., TrainRecord]
 
-def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchRecord:
+
+def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str | None = None) -> SearchRecord:
     """Train at every rate of the grid with every search seed; extend the grid while the best lies at its edge.
 
     The rule: lowest validation loss, averaged over the search seeds; a rate at which any seed diverged or ran out of
@@ -27,12 +31,14 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchReco
         job: the resolved spec.
         inputs: folders of model and rows.
         trials_folder: finished trials are written there one by one, and taken up again after a kill.
+        refusal: why no trial must start, known beforehand.
     """
     started = time.perf_counter()
+    attempt = partial(train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal)
     given = sorted(job.search.grid)
     grid, trials = list(given), []
     for lr in given:
-        trials += _trials(job, lr, extension=False, inputs=inputs, folder=trials_folder)
+        trials += _trials(job, lr, attempt, extension=False, folder=trials_folder)
     for _ in range(job.search.max_extensions):
         best = _best(trials)
         if best is None or grid[0] < best < grid[-1]:
@@ -40,7 +46,7 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchReco
         lr = grid[0] ** 2 / grid[1] if best == grid[0] else grid[-1] ** 2 / grid[-2]
         lr = float(f"{lr:.3g}")
         grid = sorted([*grid, lr])
-        trials += _trials(job, lr, extension=True, inputs=inputs, folder=trials_folder)
+        trials += _trials(job, lr, attempt, extension=True, folder=trials_folder)
     best = _best(trials)
     return SearchRecord(
         name=job.name,
@@ -56,16 +62,16 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path) -> SearchReco
     )
 
 
-def _trials(job: SearchJob, lr: float, *, extension: bool, inputs: Inputs, folder: Path) -> list[Trial]:
-    return [_trial(job, lr, seed, extension=extension, inputs=inputs, folder=folder) for seed in job.search.seeds]
+def _trials(job: SearchJob, lr: float, attempt: Attempt, *, extension: bool, folder: Path) -> list[Trial]:
+    return [_trial(job, lr, seed, attempt, extension=extension, folder=folder) for seed in job.search.seeds]
 
 
-def _trial(job: SearchJob, lr: float, seed: int, *, extension: bool, inputs: Inputs, folder: Path) -> Trial:
+def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension: bool, folder: Path) -> Trial:
     path = folder / f"lr{lr:g}-seed{seed}.json"
     if path.exists():
         return Trial.model_validate_json(path.read_bytes())
     label = f"{job.training.rows.label} {job.training.label} lr {lr:g} seed {seed}"
-    record = train(job.training, name=label, lr=lr, lr_searched=False, seed=seed, inputs=inputs, folder=None)
+    record = attempt(name=label, lr=lr, seed=seed)
     trial = Trial(
         lr=lr,
         seed=seed,

@@ -1,0 +1,80 @@
+"""Will a run fit its GPU? A forecast of the run's own model, method and recipe, made once for all seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from harness.efficiency.cell import CannotRunError
+from harness.efficiency.spec import Cell, Numerics, Settings, Shape
+from harness.forecasting.advise import needed_bytes
+from harness.forecasting.forecast import NoForecastError, forecast
+from harness.inputs.models import load_tokenizer
+from harness.inputs.rows import read_rows
+from harness.inputs.tokens import encode_rows
+from harness.provenance import provenance
+from harness.record import FitRecord
+from harness.sources import forecast as sources_of
+from harness.spec import Training
+
+GIB = 2**30
+
+
+def foresee(training: Training, *, name: str, model: Path, rows: Path) -> FitRecord:
+    """Forecast the largest step of a run: full micro-batches whose rows are all as long as the longest.
+
+    Args:
+        training: what will be run.
+        name: of the record.
+        model: the model's folder; only its configuration and tokenizer are read.
+        rows: folder of the training rows.
+    """
+    recipe = training.recipe
+    encoded, _ = encode_rows(
+        load_tokenizer(model), read_rows(rows / "train.json"), max_length=recipe.max_length, loss_on=recipe.loss_on
+    )
+    longest = max(len(row.input_ids) for row in encoded)
+    cell = Cell(
+        model=model,
+        module=training.module,
+        options=training.options,
+        settings=Settings(activation_checkpointing=recipe.activation_checkpointing, chunked_loss=False),
+        shape=Shape(batch=recipe.micro_batch_size, length=max(2, longest)),
+        numerics=Numerics(
+            weight_dtype=recipe.weight_dtype, state_dtype=recipe.state_dtype, max_grad_norm=recipe.max_grad_norm
+        ),
+        micro_batches=recipe.accumulation_steps,
+    )
+    try:
+        found, why = forecast(cell), None
+    except (CannotRunError, NoForecastError) as error:
+        found, why = None, str(error)
+    return FitRecord(
+        name=name,
+        longest_row_tokens=longest,
+        peak_bytes=None if found is None else found.peak_bytes,
+        peak_phase=None if found is None else found.peak_phase,
+        needed_bytes=None if found is None else needed_bytes(found),
+        peak_why=why,
+        provenance=provenance(sources=sources_of(training.module), inputs={"config": model / "config.json"}),
+    )
+
+
+def refusal(record: FitRecord, total_bytes: int) -> str | None:
+    """Why a run cannot fit a GPU of `total_bytes`; None where it does, or where nothing was forecast."""
+    if record.needed_bytes is None or record.needed_bytes <= total_bytes:
+        return None
+    assert record.peak_bytes is not None
+    return (
+        f"cannot fit its GPU: the forecast of a step is {record.peak_bytes / GIB:.2f} GiB, in {record.peak_phase}, "
+        f"with context and fragments {record.needed_bytes / GIB:.2f} GiB, and the GPU has {total_bytes / GIB:.2f} GiB"
+    )
+
+
+def refusal_of(file: Path | None) -> str | None:
+    """The same for the GPU that this process was lent; `file` is the record, None for a run that has none."""
+    if file is None:
+        return None
+    record = FitRecord.model_validate_json(file.read_bytes())
+    return refusal(record, torch.cuda.get_device_properties(0).total_memory)
