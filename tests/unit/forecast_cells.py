@@ -1,4 +1,4 @@
-"""Cells for the tests of forecasts: a Llama of 4 layers in true bf16, and the study of config/efficiency.yaml."""
+"""Cells for the tests of forecasts: a Llama of 3 layers in true bf16, and the study of config/efficiency.yaml."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 from harness.efficiency.spec import Cell, EfficiencyStudy, Geometry, Numerics, Settings, Shape, cell_of, load_efficiency
 from harness.forecasting.forecast import Forecast, forecast
 
-LAYERS, VOCABULARY, WIDTH = 4, 96, 32
+LAYERS, VOCABULARY, WIDTH, PARAMETERS = 3, 96, 32, 38624
 SHAPE = Shape(batch=2, length=24)
 SMALL = Geometry(
     architecture="llama",
@@ -21,7 +21,7 @@ SMALL = Geometry(
     head_dim=8,
     vocab_size=VOCABULARY,
     tie_word_embeddings=False,
-    parameters=49440,
+    parameters=PARAMETERS,
 )
 SETTINGS = {
     "plain": Settings(activation_checkpointing=False, chunked_loss=False),
@@ -66,7 +66,8 @@ def study() -> EfficiencyStudy:
 
 
 @cache
-def true_size(model: str, method: str, settings: str, batch: int = 1, active_layers: int | None = None) -> Forecast:
+def true_size(model: str, method: str, settings: str, batch: int) -> Forecast:
     """Forecast of a cell of the study, 1024 tokens a row; once a session."""
-    cell = cell_of(study(), model=model, method=method, settings=settings, shape=Shape(batch=batch, length=1024))
-    return forecast(cell if active_layers is None else cell.with_options(active_layers=active_layers))
+    return forecast(
+        cell_of(study(), model=model, method=method, settings=settings, shape=Shape(batch=batch, length=1024))
+    )

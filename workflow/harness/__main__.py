@@ -25,6 +25,7 @@ STAGES = {
     "publish": "copy a finished study to results/published/",
     "check": "hold one method to the contract: a table of checks",
     "forecast": "predict the peak memory of a step, without a GPU",
+    "efficiency": "measure or forecast memory and speed of a step",
     "advise": "compare methods on a model and a card's memory, without a GPU",
     "schema": "write the JSON schemas of configs and records",
 }

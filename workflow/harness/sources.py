@@ -35,7 +35,7 @@ def training(module: str) -> tuple[str, ...]:
     return (
         "grass",
         "baselines.method",
-        *_method_files(find_method(module).__module__),
+        *method_files(find_method(module).__module__),
         "harness.inputs.tokens",
         "harness.inputs.prompts",
         "harness.inputs.models",
@@ -55,7 +55,8 @@ def forecast(module: str) -> tuple[str, ...]:
     return (*training(module), "harness.efficiency", "harness.forecasting")
 
 
-def _method_files(module: str) -> list[str]:
+@cache
+def method_files(module: str) -> tuple[str, ...]:
     """A method's file and those of other methods that it imports anywhere, however deep."""
     found, left = set(), [module]
     while left:
@@ -67,7 +68,7 @@ def _method_files(module: str) -> list[str]:
         tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         left += [i for i in imported - found if i.startswith("baselines.") and i != "baselines.method"]
-    return sorted(found)
+    return tuple(sorted(found))
 
 
 def current_sha256(plan: Plan, output: Output) -> str:

@@ -101,6 +101,7 @@ class CellRun:
         device: `cpu` or `cuda`.
         enter: told the phase that begins; `resample` also begins inside `update` where a method draws there.
         policy: of the draws that are made before the first step.
+        steps_a_draw: steps between two draws, whatever the method's entry says.
 
     Raises:
         CannotRunError: a package is missing, or the method refuses; the message is the reason.
@@ -114,6 +115,7 @@ class CellRun:
         device: Literal["cpu", "cuda"],
         enter: Callable[[Phase], None],
         policy: Policy = bottom_and_top,
+        steps_a_draw: int = STEPS_A_DRAW,
     ) -> None:
         self._enter = enter
         # gradients of the first are alive in the second, and a third shows nothing new
@@ -124,7 +126,7 @@ class CellRun:
             raise CannotRunError(f"needs the package {', '.join(missing)}")
         options = dict(cell.options)
         if "sample_every" in method_class.Config.model_fields:
-            options |= {"sample_every": STEPS_A_DRAW}
+            options |= {"sample_every": steps_a_draw}
             options |= {"refresh_every": None} if "refresh_every" in method_class.Config.model_fields else {}
         self.method = method_class(
             method_class.Config.model_validate(options, strict=False),
@@ -172,8 +174,12 @@ class CellRun:
     def visit(self, number: int, *, then: Policy | None = None) -> None:
         """Step `number` with zero gradients and no forward and backward pass: its states come to be all the same.
 
-        Matrices that have states already are left out, to be quick; vectors never, so that no step is empty.
+        Matrices that have states already are left out, to be quick; vectors never, so that no step is empty. A method
+        that uses gradients up in backward makes a whole step: none is left for a visit to take the place of.
         """
+        if self.promise.gradients == "consumed":
+            self.step(number, then=then)
+            return
         with self.draws.in_force():
             self._begin(number)
             self._enter("update")

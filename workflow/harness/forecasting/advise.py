@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from harness.efficiency.cell import CannotRunError, configuration
 from harness.efficiency.spec import Cell, EfficiencyStudy, Shape, cell_of
-from harness.forecasting.flops import StepCost, step_cost
+from harness.forecasting.flops import StepCost, attention_width, step_cost
 from harness.forecasting.forecast import Forecast, NoForecastError, forecast
 
 CONTEXT_BYTES = round(0.6 * 2**30)
@@ -70,7 +69,5 @@ def _merit(choice: Choice) -> tuple[float, int]:
 
 
 def _cost(cell: Cell, found: Forecast) -> StepCost:
-    config: Any = configuration(cell.model)
-    text = config.get_text_config()
-    width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    width = attention_width(configuration(cell.model))
     return step_cost(found.facts, found.promise, cell.settings, cell.shape, attention_width=width)

@@ -10,6 +10,7 @@ is measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from baselines.method import Expectation, ModelFacts
 from harness.efficiency.spec import Settings, Shape
@@ -70,6 +71,14 @@ def step_cost(
         # adapters are products of their own: forward, recomputed forward, and the gradient of their input
         flop += 2.0 * promise.trainable_parameters * (2 + settings.activation_checkpointing)
     return StepCost(flop * tokens, OPTIMIZER_BYTES * promise.trainable_parameters, tokens)
+
+
+def attention_width(config: Any) -> int:
+    """Query heads times their width, of a configuration of transformers."""
+    text = config.get_text_config()
+    return int(
+        text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    )
 
 
 def _reach(facts: ModelFacts, promise: Expectation) -> float:

@@ -44,7 +44,9 @@ def _settings(cell: Cell) -> list[str]:
 
 def _grass(cell: Cell) -> tuple[list[str], list[str]]:
     known = _known(cell)
-    options = {name: known[name] for name in ("active_layers", "sample_every", "sampler", "offload")}
+    # None is the entry's "by the library's default"
+    named = ("active_layers", "sample_every", "sampler", "offload")
+    options = {name: known[name] for name in named if known[name] is not None}
     options |= {name: False for name in ("train_embedding", "train_head", "train_final_norm") if not known[name]}
     options |= {"state_dtype": cell.numerics.state_dtype, "max_grad_norm": cell.numerics.max_grad_norm}
     attach = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +70,18 @@ class Drawing:
 def looks(study: Study) -> dict[str, Look]:
     """One look a method, in the order of the config; marker and line differ too, so that colour is never needed."""
     untrained = [method for method in study.methods if method not in trained(study)]
+    return looks_of(trained(study) + untrained)
+
+
+def looks_of(methods: Iterable[str]) -> dict[str, Look]:
+    """One look a method, by its place."""
     return {
         method: Look(
             colour=_COLOURS[i % len(_COLOURS)],
             marker=_MARKERS[(i + i // len(_COLOURS)) % len(_MARKERS)],
             line=_LINES[(i + i // len(_COLOURS)) % len(_LINES)],
         )
-        for i, method in enumerate(trained(study) + untrained)
+        for i, method in enumerate(methods)
     }
 
 

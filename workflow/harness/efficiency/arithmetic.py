@@ -1,0 +1,65 @@
+"""Arithmetic on the seconds of steps. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+
+from harness.efficiency.record import TimingBlock
+
+PERIOD = 5
+"""Steps between two draws while steps are timed: short, so that a few seconds see several draws."""
+
+
+def mean_step_s(step_s: Sequence[float], period: int | None) -> float:
+    """Mean seconds of a step in a run that draws every `period` steps.
+
+    A draw costs in the step that ends a period (or begins one) and in the first step after it, so a longer period has
+    one such pair and more of the steps between.
+
+    Args:
+        step_s: seconds of whole periods of `PERIOD` steps.
+        period: steps between two draws; None: the method draws nothing, and every step counts alike.
+    """
+    if period is None:
+        return fmean(step_s)
+    first, last = step_s[::PERIOD], step_s[PERIOD - 1 :: PERIOD]
+    between = [seconds for place, seconds in enumerate(step_s) if place % PERIOD not in (0, PERIOD - 1)]
+    return (fmean(first) + fmean(last) + (period - 2) * fmean(between)) / period
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pooled:
+    """The steps of all repeats together."""
+
+    count: int
+    median_s: float
+    p95_s: float
+    mean_reach: float
+    """Share of the decoder layers."""
+    moved_bytes: float | None
+    """A step."""
+    exposed_s: float | None
+    """A step."""
+
+
+def pool(blocks: Sequence[TimingBlock]) -> Pooled:
+    """The repeats of one cell in one; there must be at least one."""
+    seconds = [second for block in blocks for second in block.step_s]
+    moved = [b.moved_bytes_per_step for b in blocks if b.moved_bytes_per_step is not None]
+    exposed = [b.exposed_copy_s_per_step for b in blocks if b.exposed_copy_s_per_step is not None]
+    return Pooled(
+        count=len(seconds),
+        median_s=median(seconds),
+        p95_s=percentile(seconds, 0.95),
+        mean_reach=fmean(block.mean_reach for block in blocks),
+        moved_bytes=fmean(moved) if moved else None,
+        exposed_s=fmean(exposed) if exposed else None,
+    )

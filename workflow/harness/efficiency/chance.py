@@ -1,0 +1,54 @@
+"""Draws by chance for timing: uniform over all sets of layers, and spread so that a few of them stand for many.
+
+How far backward reaches hangs on the lowest active layer, and a step's time on how far backward reaches. A handful of
+independent draws would leave several per cent of noise in a throughput, so all draws of a cell are stratified: sets are
+numbered in lexicographic order, which is the order of their lowest layer, and each draw is uniform in its own stretch
+of the numbers. Every method on a model meets the same draws in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.efficiency.draws import Policy
+
+
+def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:
+    """The set of `count` of `layers` layers that has this number in lexicographic order, counted from 0."""
+    chosen: list[int] = []
+    first = 0
+    while len(chosen) < count:
+        beginning_here = math.comb(layers - first - 1, count - len(chosen) - 1)
+        if number < beginning_here:
+            chosen.append(first)
+        else:
+            number -= beginning_here
+        first += 1
+    return tuple(chosen)
+
+
+def drawn_sets(layers: int, count: int, *, draws: int, repeat: int, repeats: int, seed: int) -> list[tuple[int, ...]]:
+    """The active sets of one repeat: every `repeats`-th of `draws * repeats` stretches, in random order."""
+    sets, stretches = math.comb(layers, count), draws * repeats
+    chance = random.Random(seed)
+    numbers = [int((stretch + chance.random()) / stretches * sets) for stretch in range(stretches)]
+    mine = [nth_set(layers, count, min(number, sets - 1)) for number in numbers[repeat::repeats]]
+    random.Random(seed * 1_000 + repeat).shuffle(mine)
+    return mine
+
+
+def by_chance(place: int, *, draws: int, repeat: int, repeats: int, seed: int) -> Policy:
+    """A policy that answers with the set of period `place` of one repeat."""
+
+    def policy(layers: int, count: int) -> tuple[int, ...]:
+        return drawn_sets(layers, count, draws=draws, repeat=repeat, repeats=repeats, seed=seed)[place % draws]
+
+    return policy
+
+
+def expected_reach(layers: int, count: int) -> float:
+    """Mean share of the layers that backward visits under uniform draws, if nothing below the lowest one trains."""
+    return 1 - (layers - count) / (count + 1) / layers

@@ -1,0 +1,116 @@
+"""Forecasts of many cells: several processes side by side, each result kept on disk until its cell or code changes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from harness.efficiency.budget import Budget
+from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by
+from harness.efficiency.jobs import Job, Reply
+from harness.efficiency.plan import Entry
+from harness.efficiency.process import TimeIsUpError, Worker
+from harness.efficiency.record import ForecastRecord
+from harness.efficiency.store import Store
+from harness.progress import duration, say
+
+PACKAGES = ("torch", "transformers", "peft")
+
+
+def make_forecast(job: Job) -> Reply:
+    """One forecast, in this process; a cell that cannot be forecast is an answer."""
+    from harness.efficiency.cell import CannotRunError, configuration
+    from harness.forecasting.flops import attention_width, step_cost
+    from harness.forecasting.forecast import NoForecastError, forecast
+
+    started = time.perf_counter()
+    facts: dict[str, Any] = {
+        "cell": job.named,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "asked_sha256": cell_sha256(job.cell),
+        "code_sha256": code_sha256(forecast_by(job.cell)),
+    }
+    try:
+        found = forecast(job.cell)
+    except CannotRunError as error:
+        record = ForecastRecord(status="skipped", status_why=str(error), wall_s=_since(started), **facts)
+    except NoForecastError as error:
+        record = ForecastRecord(status="impossible", status_why=str(error), wall_s=_since(started), **facts)
+    else:
+        width = attention_width(configuration(job.cell.model))
+        cost = step_cost(found.facts, found.promise, job.cell.settings, job.cell.shape, attention_width=width)
+        record = ForecastRecord(
+            status="ok",
+            peak_bytes=found.peak_bytes,
+            peak_phase=found.peak_phase,
+            by_phase_bytes={str(phase): peak for phase, peak in found.by_phase.items()},
+            by_kind_bytes={str(kind): nbytes for kind, nbytes in found.by_kind.items()},
+            worst_draw=found.worst_draw,
+            device_state_bytes=found.device_state_bytes,
+            host_bytes=found.host_bytes,
+            bound_tokens_per_s=cost.tokens_per_s,
+            assumed=found.assumed,
+            wall_s=_since(started),
+            **facts,
+        )
+    return Reply(status="ok", forecast=record)
+
+
+def fill_forecasts(
+    entries: Sequence[Entry], store: Store, budget: Budget, *, cores: int, worker: Callable[[], Worker] | None = None
+) -> list[str]:
+    """Make every forecast that is not on disk; returns one line for each that failed by a fault of the program.
+
+    Args:
+        entries: the cells, most wanted first.
+        store: where forecasts are kept.
+        budget: no forecast begins when it is used up.
+        cores: processes side by side.
+        worker: makes their handles.
+    """
+    waiting = deque(entry for entry in entries if store.forecast(entry) is None)
+    total = len(waiting)
+    failed: list[str] = []
+    lock = threading.Lock()
+
+    def serve() -> None:
+        with (worker or (lambda: Worker(None)))() as process:
+            while True:
+                with lock:
+                    if not waiting or budget.left() <= 0:
+                        return
+                    entry = waiting.popleft()
+                    number = total - len(waiting)
+                try:
+                    job = Job(do="forecast", named=entry.named, cell=entry.cell, device="cpu")
+                    reply = process.run(job, min(budget.left(), 3600.0))
+                except TimeIsUpError:
+                    return
+                with lock:
+                    if reply.forecast is None:
+                        failed.append(f"{entry.words}: {reply.why}")
+                        say(f"[forecast {number}/{total}] {entry.words}: error: {reply.why}")
+                        continue
+                    store.add_forecast(entry, reply.forecast)
+                say(f"[forecast {number}/{total}] {entry.words}: {_summary(reply.forecast)}")
+
+    threads = [threading.Thread(target=serve) for _ in range(min(cores, total))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failed
+
+
+def _summary(record: ForecastRecord) -> str:
+    if record.peak_bytes is None:
+        return f"{record.status} ({record.status_why})"
+    return f"{record.peak_bytes / 2**30:.2f} GiB in {record.peak_phase}, {duration(record.wall_s)}"
+
+
+def _since(started: float) -> float:
+    return time.perf_counter() - started

@@ -1,0 +1,115 @@
+"""Peak memory by what it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from harness.efficiency.plan import CORNERS
+from harness.efficiency.rows import Row, Rows
+from harness.efficiency.sheets import GIB, gib
+from harness.efficiency.tables import NOT_MEASURED
+from harness.reporting.style import Drawing, grid, legend_below
+
+FORECAST_ONLY = f"forecast, {NOT_MEASURED}"
+# light to dark, so that grey print keeps the order; the hatches tell neighbours apart without any colour
+KINDS: dict[str, tuple[str, str]] = {
+    "weights": ("#D9D9D9", ""),
+    "gradients": ("#E69F00", "////"),
+    "optimizer states": ("#0072B2", ""),
+    "activations": ("#66C2A5", "...."),
+    "loss": ("#CC79A7", "\\\\\\\\"),
+    "other": ("#555555", ""),
+}
+
+
+def memory_stack(rows: Rows, model: str) -> Drawing:
+    """One panel a corner: a bar a method, stacked by kind from the forecast; a diamond where it was measured."""
+    corners = [corner for corner in CORNERS if rows.known(model, *corner)]
+    shown = [rows.known(model, *corner) for corner in corners]
+    figure, axes = grid(len(corners), 1, height=sum(0.27 * len(part) + 0.5 for part in shown) + 0.75, sharex=True)
+    right = max((_largest(row) for part in shown for row in part), default=1.0)
+    measured = any(row.peak("measured") for part in shown for row in part)
+    for panel, (settings, shape), part in zip(axes[:, 0], corners, shown, strict=True):
+        for place, row in enumerate(part):
+            _bar(panel, place, row)
+        panel.set_yticks(range(len(part)), [row.named.label for row in part])
+        panel.set_ylim(len(part) - 0.4, -0.6)
+        panel.set_xlim(0, right * 1.16)
+        panel.grid(visible=False, axis="y")
+        panel.set_title(f"{settings}, {shape.replace('x', ' x ')} tokens", loc="left")
+    axes[-1, 0].set_xlabel("peak device memory (GiB)")
+    figure.suptitle(
+        f"{model}: {title_of(measured, 'bars forecast, diamonds measured')}", x=0.01, ha="left", fontsize=9.5
+    )
+    handles: list[Any] = [
+        Patch(facecolor=c, hatch=h, edgecolor="#333333", linewidth=0.4, label=k) for k, (c, h) in KINDS.items()
+    ]
+    if measured:
+        handles.append(_diamond())
+    legend_below(figure, handles, [handle.get_label() for handle in handles])
+    return Drawing(
+        name=f"memory--{model}",
+        caption=f"Peak device memory of a training step on {model} under the worst draw of layers, by what it is made "
+        "of at the peak. Bars and the numbers beside them are forecasts, computed without a GPU from the real code on "
+        "tensors without values; diamonds are measured. "
+        f"{measured_words(rows, model, measured)} Panels differ in settings, and are not to "
+        "be compared with one another.",
+        alt=f"Stacked horizontal bars of peak memory by method on {model}.",
+        figure=figure,
+    )
+
+
+def _bar(panel: Any, place: int, row: Row) -> None:
+    forecast = row.forecast
+    end = 0.0
+    if forecast is not None and forecast.by_kind_bytes is not None:
+        for kind, (colour, hatch) in KINDS.items():
+            width = forecast.by_kind_bytes.get(kind, 0) / GIB
+            if width > 0:
+                panel.barh(
+                    place, width, left=end, height=0.66, color=colour, hatch=hatch, edgecolor="#333333", linewidth=0.4,
+                    label=kind,
+                )  # fmt: skip
+            end += width
+    peak = row.peak("measured")
+    text = gib(end * GIB) if end else (row.forecast.status if row.forecast is not None else "no forecast")
+    if peak is not None:
+        at = peak.value / GIB
+        panel.plot([at], [place], marker="D", color="white", markeredgecolor="black", markersize=5, zorder=5)
+        text += f"  (measured {gib(peak.value)})"
+    elif row.measured is not None and row.measured.status != "ok":
+        text += f"  ({row.measured.status})"
+    panel.annotate(
+        text, (max(end, 0 if peak is None else peak.value / GIB), place), xytext=(7, 0), textcoords="offset points",
+        va="center", fontsize=7.5,
+    )  # fmt: skip
+
+
+def _largest(row: Row) -> float:
+    figures = [row.peak("forecast"), row.peak("measured")]
+    return max((figure.value / GIB for figure in figures if figure is not None), default=0.0)
+
+
+def _diamond() -> Line2D:
+    return hollow(marker="D", markersize=5, label="measured")
+
+
+def hollow(**look: Any) -> Line2D:
+    """A marker without a line, for a legend."""
+    return Line2D([], [], color="none", markerfacecolor="white", markeredgecolor="black", **look)
+
+
+def title_of(measured: bool, legend: str) -> str:
+    """What the figure shows, and whether any of it was measured."""
+    return f"peak memory of a training step ({legend if measured else FORECAST_ONLY})"
+
+
+def measured_words(rows: Rows, model: str, measured: bool) -> str:
+    """A sentence on what was measured, for a caption."""
+    names = {row.measured.device.name for row in rows if row.named.model == model and row.measured is not None}
+    if not measured:
+        return f"Memory: {NOT_MEASURED}."
+    return f"Measured is what torch's allocator counted on {', '.join(sorted(names))}."

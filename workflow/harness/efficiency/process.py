@@ -1,0 +1,146 @@
+"""The parent's hold on a worker process: started when needed, given time, replaced after a crash."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import IO
+
+from harness.efficiency.jobs import Hello, Job, Reply
+from harness.efficiency.record import DeviceKind, DeviceRecord
+
+START_S = 300.0
+"""Time for imports and the device's context, on a slow disk."""
+
+LONGEST_WAIT_S = 3600.0
+"""Of one call of the system's: it knows no infinity."""
+
+
+class TimeIsUpError(Exception):
+    """The job was not done in the time it was given; its process was ended."""
+
+
+class Worker:
+    """One worker process at a time.
+
+    Args:
+        device: of the jobs; None for forecasts, which touch none.
+        command: instead of the worker's own module.
+    """
+
+    def __init__(self, device: DeviceKind | None, command: Sequence[str] | None = None) -> None:
+        own = [sys.executable, "-m", "harness.efficiency.worker"]
+        self._command = [*(own if command is None else command), device or "forecasts"]
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._unread = b""
+        self.device: DeviceRecord | None = None
+        """What the process said it runs on."""
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, timeout_s: float = START_S) -> None:
+        """Start the process if there is none.
+
+        Raises:
+            TimeIsUpError: it did not come up in time.
+            RuntimeError: it ended instead; the message has its last words.
+        """
+        if self._process is not None:
+            return
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed by `stop`
+        self._unread = b""
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+        )
+        line = self._read_line(timeout_s)
+        if line is None:
+            raise RuntimeError(f"the worker did not start: {self._obituary()}")
+        self.device = Hello.model_validate_json(line).device
+
+    def run(self, job: Job, timeout_s: float) -> Reply:
+        """Have a job done; a crash of the process is an answer too, and the next job gets a new process.
+
+        Raises:
+            TimeIsUpError: it took longer than it was given.
+        """
+        until = time.monotonic() + timeout_s
+        self.start(timeout_s)
+        assert self._process is not None
+        assert self._process.stdin is not None
+        line = None
+        try:
+            self._process.stdin.write(job.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._read_line(until - time.monotonic())
+        except BrokenPipeError:
+            pass
+        if line is None:
+            return Reply(status="error", why=self._obituary(), clean=False)
+        reply = Reply.model_validate_json(line)
+        if reply.status == "error":
+            print(self._last_words(40), file=sys.stderr, flush=True)
+        if not reply.clean:
+            self.stop()
+        return reply
+
+    def stop(self) -> None:
+        """End the process, if there is one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+        if self._errors is not None:
+            self._errors.close()
+            self._errors = None
+
+    def _read_line(self, timeout_s: float) -> bytes | None:
+        """The next line of the process; None where it ended."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        until = time.monotonic() + timeout_s
+        descriptor = self._process.stdout.fileno()
+        while b"\n" not in self._unread:
+            left = until - time.monotonic()
+            ready, _, _ = select.select([descriptor], [], [], max(0.0, min(left, LONGEST_WAIT_S)))
+            if not ready and left > LONGEST_WAIT_S:
+                continue
+            if not ready:
+                self.stop()
+                raise TimeIsUpError(f"not done after {timeout_s:.0f} s")
+            piece = os.read(descriptor, 1 << 16)
+            if not piece:
+                return None
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _obituary(self) -> str:
+        """How the process ended, in one line; its last words go to stderr."""
+        assert self._process is not None
+        code = self._process.wait(timeout=60)
+        words = self._last_words(40)
+        self.stop()
+        if words:
+            print(words, file=sys.stderr, flush=True)
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        last = words.splitlines()[-1].strip() if words else "without a word"
+        return f"the worker process ended by {how} ({last})"
+
+    def _last_words(self, lines: int) -> str:
+        assert self._errors is not None
+        self._errors.seek(0)
+        return "\n".join(self._errors.read().decode(errors="replace").splitlines()[-lines:])

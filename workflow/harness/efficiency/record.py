@@ -1,0 +1,216 @@
+"""What a cell was: strict records of what was measured and of what was forecast.
+
+Keys carry their units; bytes are integers. What is not known is null, with its reason under the same key + `_why`, or
+under the block's `_why` where one reason holds for several keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from harness.efficiency.spec import Numerics, Settings, Shape
+from harness.record import GpuRecord, GpuState, Provenance, Record, TransferRates
+
+DeviceKind = Literal["cuda", "cpu"]
+Block = Literal["memory", "timing"]
+Status = Literal["ok", "oom", "skipped", "error"]
+"""`ok`, `oom` and `skipped` are outcomes; `error` is a bad program, and is tried again by the next run."""
+
+
+MFU_FORMULA = (
+    "FLOP of a mean step / (seconds of a mean step x the card's dense bf16 peak): 2 N FLOP a token for each product "
+    "with N weights, causal attention by half; forward, the gradients of the inputs of visited layers and of the "
+    "weights that train; recomputation left out (harness.forecasting.flops)"
+)
+
+
+class StrictRecord(Record):
+    """A record without conversions."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Named(StrictRecord):
+    """A cell by its labels."""
+
+    model: str
+    settings: str
+    shape: str
+    method: str
+    variant: str = Field(default="", description="options that differ from the method's entry, as `key=value`")
+
+    @property
+    def label(self) -> str:
+        """The method with its variant."""
+        return f"{self.method}+{self.variant}" if self.variant else self.method
+
+    @property
+    def name(self) -> str:
+        """File name of its records."""
+        return f"{self.model}--{self.settings}--{self.shape}--{self.label.replace('=', '-')}"
+
+
+class DeviceRecord(StrictRecord):
+    """What a cell ran on."""
+
+    kind: DeviceKind
+    name: str
+    total_bytes: int | None
+    total_bytes_why: str | None = None
+    compute_capability: str | None = Field(default=None, description="of CUDA; null on a CPU")
+    torch_cuda: str | None = Field(default=None, description="CUDA that torch was built with; null on a CPU")
+    alloc_conf: str = Field(description="PYTORCH_ALLOC_CONF; empty where it is not set")
+    threads: int
+    card: GpuRecord | None
+    card_why: str | None = None
+    transfer: TransferRates | None
+    transfer_why: str | None = None
+
+
+class MemoryBlock(StrictRecord):
+    """Peaks of steps under the worst draw, by torch's allocator and by the driver."""
+
+    allocated_peak_bytes: int | None = Field(description="of all phases but `load`: what methods are compared by")
+    reserved_peak_bytes: int | None = Field(description="what the process held of the pool; depends on its history")
+    peak_phase: str | None
+    worst_draw: tuple[int, ...] | None = Field(description="active layers at the peak; null for methods that draw none")
+    allocated_by_phase_bytes: dict[str, int] | None
+    reserved_by_phase_bytes: dict[str, int] | None
+    allocated_before_bytes: int | None = Field(description="alive as the cell began; within all figures above")
+    device_state_bytes: int | None = Field(description="optimizer states on the device between two steps")
+    alloc_retries: int | None = Field(description="times the allocator ran out and emptied its cache")
+    device_why: str | None = Field(default=None, description="why the figures above are null")
+    nvml_process_peak_bytes: int | None
+    nvml_process_why: str | None = None
+    nvml_device_peak_bytes: int | None = Field(description="of the whole card, neighbours included")
+    nvml_device_why: str | None = None
+    nvml_poll_s: float | None
+    host_peak_bytes: int | None = Field(description="resident set of the process, the kernel's high-water mark")
+    host_peak_bytes_why: str | None = None
+    host_pss_peak_bytes: int | None = Field(description="proportional set, the highest of samples between the steps")
+    host_pss_why: str | None = None
+    cgroup_peak_bytes: int | None = Field(
+        description="of the whole control group since it was made, page cache and neighbours included"
+    )
+    cgroup_peak_why: str | None = None
+    method_pinned_peak_bytes: int | None = Field(
+        description="page-locked host memory, counted by the method from its own buffers between the steps"
+    )
+    method_pinned_why: str | None = None
+    torch_pinned_peak_bytes: int | None = Field(
+        description="torch's pool of page-locked memory, since the worker began"
+    )
+    torch_pinned_why: str | None = None
+    load_s: float
+    wall_s: float
+
+
+class TimingBlock(StrictRecord):
+    """One repeat: timed steps under draws by chance, in whole periods."""
+
+    repeat: int
+    clock: Literal["cuda events", "perf_counter"]
+    warmup_steps: int
+    timed_steps: int
+    period_steps: int = Field(description="steps between two draws here; a short period lets a repeat see more draws")
+    own_period_steps: int | None = Field(
+        description="steps between two draws in the method's entry; null: it draws none"
+    )
+    step_s: tuple[float, ...]
+    step_median_s: float
+    step_p95_s: float
+    window_s: float
+    tokens: int = Field(description="of the timed steps; none is padding")
+    window_tokens_per_s: float = Field(description="of the timed steps as they were, with a draw every `period_steps`")
+    tokens_per_s: float = Field(
+        description="with a draw every `own_period_steps`: mean first step, mean last step, and the mean of those "
+        "between for the rest; the figure of the tables"
+    )
+    mfu_share: float | None = Field(description="model FLOP utilisation by `mfu_formula`")
+    mfu_formula: str = MFU_FORMULA
+    mfu_why: str | None = None
+    draws: tuple[tuple[int, ...], ...] = Field(description="active layers of each timed period; empty: it draws none")
+    mean_reach: float = Field(description="share of the decoder layers that backward visited, watched untimed")
+    moved_bytes_per_step: float | None
+    exposed_copy_s_per_step: float | None = Field(description="that computing waited for copies, as the method tells")
+    copy_why: str | None = None
+    offload_mode: str | None = Field(default=None, description="how the method kept its states in the last step")
+    probe_batches: int
+    probe_s: float | None
+    probe_s_why: str | None = None
+    card_after: GpuState | None
+    card_after_why: str | None = None
+    started_utc: str
+    wall_s: float
+
+
+class OutOfMemory(StrictRecord):
+    """Where memory ran out."""
+
+    block: Block
+    phase: str
+    requested_bytes: int | None = Field(description="rounded as the message rounds it")
+    requested_bytes_why: str | None = None
+
+
+class Predicted(StrictRecord):
+    """A forecast beside the measured peak."""
+
+    allocated_peak_bytes: int
+    source: Literal["fake_tensor"] = "fake_tensor"
+    relative_error: float | None = Field(description="(forecast - measured) / measured")
+    relative_error_why: str | None = None
+
+
+class CellRecord(StrictRecord):
+    """One cell on one device; written anew whenever a block of it is measured."""
+
+    cell: Named
+    status: Status
+    status_why: str | None = None
+    module: str
+    options: dict[str, Any]
+    settings: Settings
+    shape: Shape
+    numerics: Numerics
+    seed: int
+    parameters: int | None
+    trainable_parameters: int | None = Field(description="in one step")
+    facts_why: str | None = None
+    device: DeviceRecord
+    memory: MemoryBlock | None = None
+    memory_why: str | None = "not measured yet"
+    timing: tuple[TimingBlock, ...] = ()
+    timing_why: str | None = "not measured yet"
+    oom: OutOfMemory | None = None
+    predicted: Predicted | None = None
+    predicted_why: str | None = "no forecast was made"
+    asked_sha256: str = Field(description="of the cell, its device, warm-up, steps and repeats")
+    code_sha256: str = Field(description="of the code that decides what is measured; see harness.efficiency.identity")
+    provenance: Provenance
+
+
+class ForecastRecord(StrictRecord):
+    """What `harness.forecasting` says of a cell; device bytes are those of live storages."""
+
+    cell: Named
+    status: Literal["ok", "skipped", "impossible"]
+    status_why: str | None = None
+    peak_bytes: int | None = None
+    peak_phase: str | None = None
+    by_phase_bytes: dict[str, int] | None = None
+    by_kind_bytes: dict[str, int] | None = Field(default=None, description="what was alive at the peak")
+    worst_draw: tuple[int, ...] | None = None
+    device_state_bytes: int | None = Field(default=None, description="between two steps")
+    host_bytes: int | None = Field(default=None, description="optimizer states on the host between two steps")
+    bound_tokens_per_s: float | None = Field(
+        default=None,
+        description="arithmetic's bound, all methods equally efficient (harness.forecasting.flops): not a time",
+    )
+    assumed: tuple[str, ...] = ()
+    wall_s: float
+    packages: dict[str, str]
+    asked_sha256: str
+    code_sha256: str

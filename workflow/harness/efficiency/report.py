@@ -1,0 +1,78 @@
+"""Everything that is made from records and forecasts: tables, figures, and what is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness import durable
+from harness.efficiency.length_figure import memory_by_length
+from harness.efficiency.memory_figures import memory_stack
+from harness.efficiency.plan import ANCHOR, Group, plan
+from harness.efficiency.published_table import published_table
+from harness.efficiency.rows import Rows, read_rows
+from harness.efficiency.spec import EfficiencyStudy
+from harness.efficiency.speed_figures import is_timed, speed_and_memory, throughput_bars
+from harness.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
+from harness.efficiency.store import Store
+from harness.efficiency.tables import memory_table
+from harness.efficiency.targets import target_table
+from harness.reporting.published import Published
+from harness.reporting.style import Drawing, save, styled
+
+
+def write_report(study: EfficiencyStudy, store: Store, published: Published) -> list[str]:
+    """Write tables and figures from whatever is on disk; returns the names of the figures."""
+    rows = read_rows(every_group(study), store)
+    tables = [
+        memory_table(rows),
+        throughput_table(rows),
+        offload_table(rows),
+        target_table(rows),
+        published_table(rows, published),
+    ]
+    if any(row.rehearsed is not None for row in rows):
+        tables.append(rehearsal_table(rows))
+    for table in tables:
+        table.write(store.folder / "tables")
+    captions = {}
+    with styled():
+        for drawing in draw(rows, published):
+            save(drawing, store.folder / "figures")
+            captions[drawing.name] = {"caption": drawing.caption, "alt": drawing.alt}
+    durable.write_json(store.folder / "figures.json", captions)
+    _remove_others(store.folder / "figures", {f"{name}.{suffix}" for name in captions for suffix in ("svg", "png")})
+    return list(captions)
+
+
+def draw(rows: Rows, published: Published) -> Iterator[Drawing]:
+    """Every figure that there is something to show in, one at a time."""
+    known = [row for row in rows if row.peak("forecast") is not None or row.peak("measured") is not None]
+    for model in dict.fromkeys(row.named.model for row in known):
+        yield memory_stack(rows, model)
+        lengths = {row.entry.cell.shape.length for row in known if row.named.model == model}
+        if len(lengths) > 1:
+            yield memory_by_length(rows, model, published)
+        if is_timed(rows, model):
+            yield throughput_bars(rows, model)
+        if is_timed(rows, model) or any(row.bound() for row in known if row.named.model == model):
+            yield speed_and_memory(rows, model)
+
+
+def every_group(study: EfficiencyStudy) -> list[Group]:
+    """The cells of a GPU's plan, then those that only a rehearsal has."""
+    groups = plan(study, "cuda")
+    known = {entry.named.name for group in groups for entry in group.entries}
+    if ANCHOR["cpu"] in study.models:
+        for group in plan(study, "cpu"):
+            more = tuple(entry for entry in group.entries if entry.named.name not in known)
+            if more:
+                groups.append(Group(more, group.timed))
+    return groups
+
+
+def _remove_others(folder: Path, keep: Sequence[str] | set[str]) -> None:
+    """Figures of an earlier report that there is nothing to show in any more."""
+    for path in folder.glob("*.*"):
+        if path.name not in keep and path.suffix in (".svg", ".png"):
+            path.unlink()

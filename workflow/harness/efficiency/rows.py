@@ -1,0 +1,217 @@
+"""What is known of each cell, forecast and measured, and the only way to divide one figure by another.
+
+A ratio says something only between cells that differ in their method alone. So figures carry what they are of, and
+`ratio` refuses two that are unlike: other settings, another model or shape, another card, a forecast and a measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+from harness.efficiency.identity import code_sha256, measured_by
+from harness.efficiency.plan import Entry, Group
+from harness.efficiency.record import CellRecord, DeviceKind, ForecastRecord, Named, TimingBlock
+from harness.efficiency.store import Store, read_record
+
+Source = Literal["measured", "forecast"]
+Quantity = Literal["peak memory", "tokens per second", "bound on tokens per second"]
+
+
+class UnlikeError(ValueError):
+    """Two figures that must not be compared."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What two figures must have in common for their ratio to be about the methods."""
+
+    model: str
+    settings: str
+    batch: int
+    length: int
+    quantity: Quantity
+    source: Source
+    device: str
+    """Name of the card; empty for a forecast."""
+    repeat: int | None = None
+    """Of a figure of one repeat: repeats are interleaved, so each is compared within itself."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and the conditions that it holds under."""
+
+    value: float
+    under: Conditions
+
+
+def ratio(part: Figure | None, whole: Figure | None) -> float | None:
+    """`part` divided by `whole`; None where one is unknown.
+
+    Raises:
+        UnlikeError: they differ in anything but the method.
+    """
+    if part is None or whole is None:
+        return None
+    if part.under != whole.under:
+        raise UnlikeError(f"figures under unlike conditions have no ratio: {part.under} and {whole.under}")
+    return part.value / whole.value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell with all that is known of it."""
+
+    entry: Entry
+    timed: bool
+    forecast: ForecastRecord | None
+    measured: CellRecord | None
+    """On a GPU."""
+    rehearsed: CellRecord | None
+    """On a CPU: proves that the program works, and says nothing about a GPU."""
+
+    @property
+    def named(self) -> Named:
+        """The cell's labels."""
+        return self.entry.named
+
+    @property
+    def stale(self) -> bool:
+        """Measured by other code than today's."""
+        made_by = None if self.measured is None else self.measured.code_sha256
+        return made_by is not None and made_by != code_sha256(measured_by(self.entry.cell))
+
+    @property
+    def group(self) -> tuple[str, str, str]:
+        """What is compared with one another: model, settings, shape."""
+        return self.named.model, self.named.settings, self.named.shape
+
+    def peak(self, source: Source) -> Figure | None:
+        """Peak of allocated device memory, in bytes."""
+        if source == "forecast":
+            value = None if self.forecast is None else self.forecast.peak_bytes
+        else:
+            memory = None if self.measured is None else self.measured.memory
+            value = None if memory is None else memory.allocated_peak_bytes
+        return None if value is None else Figure(value, self._conditions("peak memory", source))
+
+    def bound(self) -> Figure | None:
+        """Arithmetic's bound on tokens per second, every method equally efficient: no time was measured."""
+        value = None if self.forecast is None else self.forecast.bound_tokens_per_s
+        return None if value is None else Figure(value, self._conditions("bound on tokens per second", "forecast"))
+
+    def speeds(self) -> list[Figure]:
+        """Tokens per second on a GPU, one figure a repeat."""
+        return [
+            Figure(block.tokens_per_s, self._conditions("tokens per second", "measured", block.repeat))
+            for block in self.blocks
+        ]
+
+    @property
+    def blocks(self) -> tuple[TimingBlock, ...]:
+        """Timing blocks on a GPU."""
+        return () if self.measured is None else self.measured.timing
+
+    @property
+    def speed(self) -> float | None:
+        """Median of the repeats' tokens per second, on a GPU."""
+        return median(figure.value for figure in self.speeds()) if self.blocks else None
+
+    def speed_ratios(self, whole: Row | None) -> list[float]:
+        """Own speed by the other's, repeat by repeat; empty where no repeat has both.
+
+        Raises:
+            UnlikeError: rows of unlike conditions.
+        """
+        if whole is None:
+            return []
+        others = {figure.under.repeat: figure for figure in whole.speeds()}
+        pairs = [(mine, others[mine.under.repeat]) for mine in self.speeds() if mine.under.repeat in others]
+        return [found for mine, other in pairs if (found := ratio(mine, other)) is not None]
+
+    def _conditions(self, quantity: Quantity, source: Source, repeat: int | None = None) -> Conditions:
+        device = "" if source == "forecast" or self.measured is None else self.measured.device.name
+        shape = self.entry.cell.shape
+        return Conditions(
+            model=self.named.model,
+            settings=self.named.settings,
+            batch=shape.batch,
+            length=shape.length,
+            quantity=quantity,
+            source=source,
+            device=device,
+            repeat=repeat,
+        )
+
+
+class Rows:
+    """All rows of a study, in the order of the plan."""
+
+    def __init__(self, rows: Iterable[Row]) -> None:
+        self.all: Sequence[Row] = list(rows)
+        self._by_name = {row.named.name: row for row in self.all}
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.all)
+
+    def get(self, model: str, settings: str, shape: str, method: str, variant: str = "") -> Row | None:
+        """The row with these labels."""
+        named = Named(model=model, settings=settings, shape=shape, method=method, variant=variant)
+        return self._by_name.get(named.name)
+
+    @property
+    def methods(self) -> list[str]:
+        """All methods, in the order of the plan."""
+        return list(dict.fromkeys(row.named.method for row in self.all))
+
+    def known(self, model: str, settings: str, shape: str) -> list[Row]:
+        """One row a method, those alone that were forecast or measured."""
+        found = [self.get(model, settings, shape, method) for method in self.methods]
+        return [row for row in found if row is not None and (row.forecast or row.measured)]
+
+    def beside(self, row: Row, method: str, variant: str = "") -> Row | None:
+        """Another method's row of the same group."""
+        return self.get(*row.group, method, variant)
+
+    def in_groups(self) -> list[Row]:
+        """Rows by model and settings in the order of the plan, then by batch and length, methods in its order again."""
+        models, settings = ([getattr(row.named, key) for row in self.all] for key in ("model", "settings"))
+
+        def place(row: Row) -> tuple[int, int, int, int]:
+            shape = row.entry.cell.shape
+            return models.index(row.named.model), settings.index(row.named.settings), shape.batch, shape.length
+
+        return sorted(self.all, key=place)
+
+
+def read_rows(groups: Sequence[Group], store: Store) -> Rows:
+    """Join the plan with the records and forecasts on disk.
+
+    Records are taken as they are: those that another version of the code made, too. A table is about what was
+    measured, and names who made it; whether to measure again is the session's business.
+    """
+    return Rows(
+        Row(
+            entry=entry,
+            timed=group.timed,
+            forecast=store.forecast(entry),
+            measured=_of_cell(store, entry, "cuda"),
+            rehearsed=_of_cell(store, entry, "cpu"),
+        )
+        for group in groups
+        for entry in group.entries
+    )
+
+
+def _of_cell(store: Store, entry: Entry, device: DeviceKind) -> CellRecord | None:
+    record = read_record(store.path(entry, device))
+    same = record is not None and (record.options, record.settings, record.shape, record.numerics) == (
+        entry.cell.options,
+        entry.cell.settings,
+        entry.cell.shape,
+        entry.cell.numerics,
+    )
+    return record if same else None

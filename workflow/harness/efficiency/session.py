@@ -1,0 +1,129 @@
+"""A measuring session: block after block, each kept before the next begins, until the plan or the budget ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from harness.efficiency.budget import Budget, Estimates
+from harness.efficiency.jobs import Job
+from harness.efficiency.plan import Group, Unit, units
+from harness.efficiency.process import TimeIsUpError, Worker
+from harness.efficiency.record import CellRecord
+from harness.efficiency.store import Asked, Store, is_done
+from harness.progress import say
+
+NO_TIME = "the budget was used up"
+
+
+@dataclass
+class Outcome:
+    """What a session did."""
+
+    measured: int = 0
+    """Blocks measured now."""
+    kept: int = 0
+    """Blocks that were there already, or cannot be measured."""
+    missing: list[tuple[Unit, str]] = field(default_factory=list)
+    """Blocks that were not measured, with the reason."""
+    errors: list[str] = field(default_factory=list)
+    """One line for each cell that failed by a fault of the program."""
+    device: str | None = None
+
+
+def measure_all(
+    groups: Sequence[Group],
+    asked: Asked,
+    store: Store,
+    budget: Budget,
+    worker: Worker,
+    *,
+    estimates: Estimates | None = None,
+    now: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Measure whatever of the plan is not on disk yet and fits into the budget.
+
+    Args:
+        groups: the plan.
+        asked: what is measured of each cell.
+        store: where records are kept.
+        budget: a block that may not fit is passed over for later ones that do; one that runs over it is ended.
+        worker: carries out the blocks.
+        estimates: of blocks done before.
+        now: a monotonic clock.
+    """
+    outcome, estimates = Outcome(), estimates or Estimates()
+    failed: set[str] = set()
+    planned = list(units(groups, asked.repeats))
+    if budget.allows(0.0) and not all(is_done(unit, store.current(unit.entry, asked)) for unit in planned):
+        with suppress(TimeIsUpError):  # then every block is missing for want of time
+            worker.start(budget.left())  # only it knows the card, and a record of another card does not count
+    for unit in planned:
+        entry = unit.entry
+        record = store.current(entry, asked, worker.device)
+        if entry.named.name in failed:
+            outcome.missing.append((unit, "an error in an earlier block of this cell"))
+            continue
+        if is_done(unit, record):
+            outcome.kept += 1
+            continue
+        if not budget.allows(estimates.of(unit)):
+            outcome.missing.append((unit, NO_TIME))
+            continue
+        began = now()
+        try:
+            reply = worker.run(_job(unit, asked), budget.left())
+        except TimeIsUpError:
+            outcome.missing.append((unit, f"{NO_TIME} while it ran"))
+            continue
+        assert worker.device is not None
+        outcome.device = worker.device.name
+        record = store.add(unit, reply, asked, worker.device)
+        estimates.add(unit, now() - began)
+        outcome.measured += 1
+        if reply.status == "error":
+            failed.add(entry.named.name)
+            outcome.errors.append(f"{entry.words}, {unit.do}: {reply.why}")
+        say(f"[{budget.spent():.0f} s{_of(budget)}] {entry.words}, {_what(unit, asked)}: {_said(unit, record)}")
+    return outcome
+
+
+def _job(unit: Unit, asked: Asked) -> Job:
+    return Job(
+        do=unit.do,
+        named=unit.entry.named,
+        cell=unit.entry.cell,
+        device=asked.device,
+        warmup_steps=asked.warmup_steps,
+        timed_steps=asked.timed_steps,
+        repeat=unit.repeat,
+        repeats=asked.repeats,
+    )
+
+
+def _of(budget: Budget) -> str:
+    return "" if budget.seconds is None else f" of {budget.seconds:.0f} s"
+
+
+def _what(unit: Unit, asked: Asked) -> str:
+    return "memory" if unit.do == "memory" else f"timing {unit.repeat + 1} of {asked.repeats}"
+
+
+def _said(unit: Unit, record: CellRecord) -> str:
+    if record.status != "ok":
+        return f"{record.status} ({record.status_why})"
+    if unit.do == "timing":
+        if not record.timing:
+            return f"nothing ({record.timing_why})"
+        block = record.timing[-1]
+        on_cpu = ", of a CPU" if record.device.kind == "cpu" else ""
+        return f"{block.tokens_per_s:,.0f} tokens/s{on_cpu}, reach {block.mean_reach:.2f}"
+    if record.memory is None or record.memory.allocated_peak_bytes is None:
+        why = record.memory_why if record.memory is None else record.memory.device_why
+        return f"no device memory ({why})"
+    said = f"{record.memory.allocated_peak_bytes / 2**30:.2f} GiB in {record.memory.peak_phase}"
+    if record.predicted is not None:
+        said += f" (forecast {record.predicted.allocated_peak_bytes / 2**30:.2f})"
+    return said

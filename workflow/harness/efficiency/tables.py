@@ -1,0 +1,133 @@
+"""The table of peak memory, and the columns that all tables share.
+
+A ratio is always to another method under the same settings.
+"""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from harness.efficiency.rows import Row, Rows, Source, ratio
+from harness.efficiency.sheets import gib, sheet
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
+
+REFERENCE = "lora"
+NOT_MEASURED = "not measured on a GPU"
+HOST = (
+    "host_peak_bytes", "host_pss_peak_bytes", "cgroup_peak_bytes", "method_pinned_peak_bytes",
+    "torch_pinned_peak_bytes",
+)  # fmt: skip
+"""Fields of a memory block about the host; each has its reason beside it in the record where it is null."""
+
+
+def memory_table(rows: Rows) -> Table:
+    """Peak memory of every cell, forecast beside measured."""
+    notes = Footnotes()
+    raw, display = [], []
+    for row in rows.in_groups():
+        if row.forecast is None and row.measured is None:
+            continue
+        base = rows.beside(row, REFERENCE)
+        ratios = {
+            source: ratio(row.peak(source), None if base is None else base.peak(source)) for source in get_args(Source)
+        }
+        memory = None if row.measured is None else row.measured.memory
+        peak = None if memory is None else memory.allocated_peak_bytes
+        said = None if row.forecast is None else row.forecast.peak_bytes
+        error = None if peak is None or said is None else (said - peak) / peak
+        raw.append(
+            labels(row)
+            | {
+                "forecast_peak_bytes": said,
+                "forecast_ratio_to_lora": ratios["forecast"],
+                "forecast_peak_phase": None if row.forecast is None else row.forecast.peak_phase,
+                "forecast_host_bytes": None if row.forecast is None else row.forecast.host_bytes,
+                "measured_allocated_peak_bytes": peak,
+                "measured_ratio_to_lora": ratios["measured"],
+                "measured_reserved_peak_bytes": None if memory is None else memory.reserved_peak_bytes,
+                "measured_nvml_process_peak_bytes": None if memory is None else memory.nvml_process_peak_bytes,
+                **{f"measured_{key}": getattr(memory, key, None) for key in HOST},
+                "measured_peak_phase": None if memory is None else memory.peak_phase,
+                "forecast_relative_error": error,
+            }
+            | outcome(row)
+        )
+        display.append(
+            shown_labels(row)
+            | {
+                "forecast, GiB": gib(said) + _why_no_forecast(row, notes),
+                "forecast to LoRA": number(ratios["forecast"], 3),
+                "measured, GiB": gib(peak) + beware(row, notes, peak is None),
+                "measured to LoRA": number(ratios["measured"], 3),
+                "reserved, GiB": gib(None if memory is None else memory.reserved_peak_bytes),
+                "NVML process, GiB": gib(None if memory is None else memory.nvml_process_peak_bytes)
+                + (notes.mark(f"{memory.nvml_process_why}.") if memory is not None and memory.nvml_process_why else ""),
+                "forecast off by": UNKNOWN if error is None else f"{signed(100 * error, 1)} %",
+                "peak in": str((memory and memory.peak_phase) or (row.forecast and row.forecast.peak_phase) or UNKNOWN),
+            }
+        )
+    notes.add(
+        "Ratios are to LoRA on the same model under the same settings and shape: forecast to forecast, measured to "
+        "measured."
+    )
+    if not any(row["device"] for row in raw):
+        notes.add(f"What torch's allocator and NVML count: {NOT_MEASURED}.")
+    notes.add(
+        "Bytes that live tensors hold (torch's allocator) under the worst draw of layers; loading the model left out."
+    )
+    return sheet(
+        "memory",
+        "Peak device memory of a training step. Forecasts are computed without a GPU; measured is on a GPU.",
+        raw,
+        display,
+        notes,
+    )
+
+
+# ---------------------------------------------------------------- columns
+
+
+def labels(row: Row) -> dict[str, Any]:
+    """Raw columns that say which cell it is."""
+    named, shape = row.named, row.entry.cell.shape
+    return {
+        "model": named.model, "settings": named.settings, "shape": named.shape, "batch": shape.batch,
+        "length": shape.length, "method": named.method, "variant": named.variant or None,
+    }  # fmt: skip
+
+
+def shown_labels(row: Row) -> dict[str, str]:
+    """The same for people."""
+    named = row.named
+    variant = f", {named.variant.replace('=', ' ').replace('_', ' ')}" if named.variant else ""
+    return {"model": named.model, "settings": named.settings, "shape": named.shape, "method": named.method + variant}
+
+
+def outcome(row: Row) -> dict[str, Any]:
+    """Raw columns that say what came of it on a GPU."""
+    record = row.measured
+    if record is None:
+        return {"status": None, "status_why": NOT_MEASURED, "device": None, "stale": None}
+    return {
+        "status": record.status,
+        "status_why": record.status_why,
+        "device": record.device.name,
+        "stale": row.stale,
+    }
+
+
+def beware(row: Row, notes: Footnotes, missing: bool) -> str:
+    """Why a figure is missing, or of what one must beware."""
+    record = row.measured
+    if record is None:
+        return notes.mark(f"{NOT_MEASURED}.")
+    mark = notes.mark(f"{record.status}: {record.status_why}.") if record.status != "ok" else ""
+    if missing and record.status == "ok" and record.memory_why:
+        mark += notes.mark(f"{record.memory_why}.")
+    return mark + (notes.mark("measured by other code than today's.") if row.stale else "")
+
+
+def _why_no_forecast(row: Row, notes: Footnotes) -> str:
+    if row.forecast is None or row.forecast.status == "ok":
+        return ""
+    return notes.mark(f"{row.forecast.status}: {row.forecast.status_why}.")

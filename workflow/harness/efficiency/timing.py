@@ -1,0 +1,195 @@
+"""Timed steps of one cell: whole periods under draws by chance, after steps that nobody times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from statistics import fmean, median
+from typing import Any
+
+from torch import Tensor, nn
+
+from grass.layers import find_layers
+from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
+from harness.efficiency.cell import CellRun
+from harness.efficiency.chance import by_chance
+from harness.efficiency.draws import Policy
+from harness.efficiency.instruments import Instruments, StepMarks
+from harness.efficiency.jobs import Job
+from harness.efficiency.phases import PhasePeaks
+from harness.efficiency.record import TimingBlock
+from harness.efficiency.utilisation import utilisation
+
+DEFAULT_PERIOD = 50
+"""Of methods whose entry leaves it open."""
+
+
+def time_steps(job: Job, instruments: Instruments, phases: PhasePeaks, taken: list[CellRun]) -> TimingBlock:
+    """Time one repeat.
+
+    Before the clock starts, every set of layers that will be timed trains once: the first allocation of a layer's
+    states belongs to the first minutes of a training run, and is not in the figures. Then come the warm-up steps.
+
+    Args:
+        job: what to time; its steps are whole periods.
+        instruments: of this process.
+        phases: told the phases, for the case that memory runs out.
+        taken: takes the run, so that the caller can let go of it whatever happens.
+    """
+    started, at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    steps = _Steps(job, phases, taken)
+    run = steps.run
+    instruments.synchronise()
+    before_probe = time.perf_counter()
+    run.prepare()
+    instruments.synchronise()
+    probe_s, probe_batches = time.perf_counter() - before_probe, int(_own_option(job, "probe_steps") or 0)
+
+    layers = list(find_layers(run.model).layers)
+    reached = steps.cover(layers)
+    for _ in range(job.warmup_steps // PERIOD):
+        steps.period()
+    history = getattr(run.method.optimizer, "history", None)
+    remembered = 0 if history is None else len(history)
+    marks = StepMarks(job.device)
+    instruments.synchronise()
+    marks.mark()
+    draws = [steps.period(marks) for _ in range(steps.draws)]
+    step_s = tuple(marks.seconds())
+    card, card_why = instruments.card_now()
+    own_period = int(_own_option(job, "sample_every") or DEFAULT_PERIOD) if steps.drawn else None
+    tokens = job.cell.shape.batch * job.cell.shape.length
+    tokens_per_s = tokens / mean_step_s(step_s, own_period)
+    return TimingBlock(
+        repeat=job.repeat,
+        clock=marks.clock,
+        warmup_steps=job.warmup_steps,
+        timed_steps=len(step_s),
+        period_steps=PERIOD,
+        own_period_steps=own_period,
+        step_s=step_s,
+        step_median_s=median(step_s),
+        step_p95_s=percentile(step_s, 0.95),
+        window_s=sum(step_s),
+        tokens=tokens * len(step_s),
+        window_tokens_per_s=tokens * len(step_s) / sum(step_s),
+        tokens_per_s=tokens_per_s,
+        **utilisation(run, job.cell, tokens_per_s=tokens_per_s, card=instruments.name),
+        draws=tuple(draws) if steps.drawn else (),
+        mean_reach=fmean(reached) / len(layers),
+        **_copies(history, remembered),
+        probe_batches=probe_batches,
+        probe_s=probe_s if probe_batches else None,
+        probe_s_why=None if probe_batches else "the method measures nothing before its first step",
+        card_after=card,
+        card_after_why=card_why,
+        started_utc=at,
+        wall_s=time.perf_counter() - started,
+    )
+
+
+def _own_option(job: Job, name: str) -> Any:
+    """An option as the method's entry has it, or its default; None where the method has no such option."""
+    return getattr(job.cell.method_class().Config.model_validate(job.cell.options, strict=False), name, None)
+
+
+class _Steps:
+    """The steps of one repeat, in periods: those that cover every draw, the warm-up, and the timed ones."""
+
+    def __init__(self, job: Job, phases: PhasePeaks, taken: list[CellRun]) -> None:
+        self.draws = job.timed_steps // PERIOD
+        warmup = job.warmup_steps // PERIOD
+        covering = list(range(self.draws))
+        self._job = job
+        self._schedule = [*covering, *(place % self.draws for place in range(warmup)), *covering, 0]
+        """Which draw is in force in each period."""
+        self._done = 0
+        self.run = CellRun(
+            job.cell,
+            steps=len(self._schedule) * PERIOD,
+            device=job.device,
+            enter=phases.name,
+            policy=self._policy(0),
+            steps_a_draw=PERIOD,
+        )
+        taken.append(self.run)
+        self.drawn = self.run.promise.layers == "sampled"
+        if not self.drawn:
+            self._schedule = self._schedule[self.draws - 1 :]
+
+    def cover(self, layers: Sequence[nn.Module]) -> list[int]:
+        """Let every draw train once; returns how many layers backward visited under each."""
+        reached = []
+        for _ in range(self.draws if self.drawn else 1):
+            with watched_reach(layers) as visited:
+                self._step()
+            reached.append(len(visited))
+            for _ in range(PERIOD - 1):
+                if self.drawn:
+                    self.run.visit(self._done, then=self._then())
+                    self._done += 1
+                else:
+                    self._step()
+        return reached
+
+    def period(self, marks: StepMarks | None = None) -> tuple[int, ...]:
+        """One period of steps, marked where they are timed; returns the layers that trained."""
+        active: tuple[int, ...] = ()
+        for place in range(PERIOD):
+            self._step()
+            if marks is not None:
+                marks.mark()
+            if place == 0 and self.drawn:
+                active = self.run.draws.taken[-1]
+        return active
+
+    def _step(self) -> None:
+        self.run.step(self._done, then=self._then())
+        self._done += 1
+
+    def _then(self) -> Policy | None:
+        """The policy of the next period, in a period's last step."""
+        period, place = divmod(self._done, PERIOD)
+        return self._policy(self._schedule[period + 1]) if place == PERIOD - 1 else None
+
+    def _policy(self, place: int) -> Policy:
+        job = self._job
+        return by_chance(place, draws=self.draws, repeat=job.repeat, repeats=job.repeats, seed=job.cell.seed)
+
+
+@contextmanager
+def watched_reach(layers: Sequence[nn.Module]) -> Iterator[set[int]]:
+    """Yields the numbers of the layers whose output a gradient reaches inside the block."""
+    visited: set[int] = set()
+
+    def watch(number: int) -> Any:
+        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: visited.add(number))
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(number)) for number, layer in enumerate(layers)]
+    try:
+        yield visited
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copies(history: Any, since: int) -> dict[str, Any]:
+    """What the method remembers of copies between device and host in the timed steps."""
+    if history is None:
+        nothing = {"moved_bytes_per_step": None, "exposed_copy_s_per_step": None}
+        return {**nothing, "copy_why": "the method keeps no history of copies"}
+    records = history[since:]
+    exposed = [record.exposed_copy_s for record in records if record.exposed_copy_s is not None]
+    return {
+        "moved_bytes_per_step": fmean(record.moved_bytes for record in records),
+        "exposed_copy_s_per_step": fmean(exposed) if exposed else None,
+        "copy_why": None if exposed else "the method could not tell how long it waited for copies",
+        "offload_mode": records[-1].mode,
+    }

@@ -1,0 +1,91 @@
+"""The process that measures: `python -m harness.efficiency.worker cuda`. It takes jobs on stdin, answers on stdout.
+
+It is a process of its own so that nothing of it outlives a crash, and it ends with the process that began it. What
+libraries print goes to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import IO
+
+from harness.efficiency.jobs import Hello, Job, Reply
+from harness.efficiency.record import DeviceKind
+
+Execute = Callable[[Job], Reply]
+_PR_SET_PDEATHSIG = 1
+
+
+def main(start: Callable[[DeviceKind | None], tuple[Hello, Execute]] | None = None) -> int:
+    """Serve until stdin ends; 1 after a job that raised.
+
+    Args:
+        start: makes the greeting and what carries out jobs, for a device or (None) for forecasts.
+    """
+    answers = _own_stdout()
+    _end_with_parent()
+    asked = sys.argv[1]
+    device: DeviceKind | None = "cuda" if asked == "cuda" else "cpu" if asked == "cpu" else None
+    hello, execute = (start or _start)(device)
+    _say(answers, hello.model_dump_json())
+    for line in _lines():
+        try:
+            reply = execute(Job.model_validate_json(line))
+        except Exception as error:  # noqa: BLE001  told to whoever asked, who makes a record of it; this process ends
+            traceback.print_exc()
+            _say(answers, Reply(status="error", why=_one_line(error), clean=False).model_dump_json())
+            return 1
+        _say(answers, reply.model_dump_json())
+    return 0
+
+
+def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
+    if device is None:
+        from harness.efficiency.forecasts import make_forecast
+
+        return Hello(device=None), make_forecast
+    from harness.efficiency.instruments import Instruments
+
+    instruments = Instruments(device)
+    from harness.efficiency.measure import execute
+
+    return Hello(device=instruments.describe()), lambda job: execute(job, instruments)
+
+
+def _own_stdout() -> IO[str]:
+    """The pipe for answers alone; from here on, file descriptor 1 is stderr."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, however that ends; elsewhere the end of stdin must do."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+def _lines() -> Iterator[str]:
+    while line := sys.stdin.readline():
+        yield line
+
+
+def _say(answers: IO[str], line: str) -> None:
+    answers.write(line + "\n")
+    answers.flush()
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
