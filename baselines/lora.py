@@ -1,8 +1,13 @@
-"""LoRA through peft: low-rank factors beside frozen weights, merged into them on export."""
+"""LoRA through peft: low-rank factors beside frozen weights, merged into them on export.
+
+Three options are other papers' changes to it, as peft makes them: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732), PiSSA
+(Meng et al. 2024, arXiv 2404.02948) and LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,7 +25,7 @@ class LoraOptions(Options):
     """LoRA's block in the config."""
 
     rank: int = Field(gt=0, description="r")
-    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
+    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank, or as `rslora` says")
     dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: tuple[str, ...] | None = Field(
         default=None, description="module names; null takes every linear but the head"
@@ -28,15 +33,38 @@ class LoraOptions(Options):
     adapter_dtype: Literal["fp32", "weights"] = Field(
         default="fp32", description="dtype of the factors: fp32, as peft makes them, or the weights' own"
     )
+    rslora: bool = Field(default=False, description="rsLoRA: scale by alpha / sqrt(rank) instead")
+    init: Literal["zero", "pissa"] = Field(
+        default="zero",
+        description="zero: B = 0. pissa: A and B hold the largest singular directions of each weight, which keeps the "
+        "rest; one singular value decomposition of each matrix, in fp32, before the first step, and fewer directions "
+        "than `rank` where a matrix has fewer",
+    )
+    lr_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: rate of B over the rate of A, which is the run's; its paper advises 16"
+    )
 
 
 class Lora(Method):
-    """Hu et al. 2021 (arXiv 2106.09685); y = W x + (alpha / r) B A x, B starting at 0."""
+    """Hu et al. 2021 (arXiv 2106.09685); y = W x + (alpha / r) B A x, B starting at 0.
+
+    `init: pissa` changes the model's own weights as it is attached: W becomes W - (alpha / r) B A, and stays so. They
+    are in no resume state, so a resumed run makes them anew from the model's folder. That gives the same bits on the
+    same machine and library; another one's decomposition may round otherwise, by about 1e-7 of a weight. With bf16
+    weights peft rounds these first factors to bf16, whatever `adapter_dtype` says, so that the untrained model is not
+    quite the one that was loaded.
+    """
 
     Config = LoraOptions
     REQUIRES = ("peft",)
     PAPER = "arXiv 2106.09685"
-    EXAMPLES = ({"rank": 4, "alpha": 8}, {"rank": 4, "alpha": 8, "dropout": 0.1})
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"rank": 4, "alpha": 8},
+        {"rank": 4, "alpha": 8, "dropout": 0.1},
+        {"rank": 4, "alpha": 4, "rslora": True, "init": "pissa", "lr_ratio": 4.0},
+    )
+    PEFT_OPTIONS: ClassVar[Mapping[str, Any]] = {}
+    """What a method that builds on this one adds to peft's `LoraConfig`."""
     options: LoraOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
@@ -44,10 +72,12 @@ class Lora(Method):
         self.wrapped: Any = None
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """A rank above the width is no low rank."""
+        """A rank above the width is no low rank; of targets that are not there, peft would train the others alone."""
         if self.options.rank > facts.hidden_size:
             return f"rank {self.options.rank} is above the model's width {facts.hidden_size}"
-        return None
+        modules = {name.split(".")[-2] for name in facts.tensor_parameters if "." in name}
+        missing = [target for target in self.options.targets or () if modules and target.split(".")[-1] not in modules]
+        return f"targets: the model has no module named {', '.join(missing)}" if missing else None
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Inject adapters (peft's own initialisation, from the run's seed)."""
@@ -64,15 +94,31 @@ class Lora(Method):
                     lora_dropout=self.options.dropout,
                     target_modules=list(self.options.targets) if self.options.targets else "all-linear",
                     task_type="CAUSAL_LM",
+                    use_rslora=self.options.rslora,
+                    init_lora_weights="pissa" if self.options.init == "pissa" else True,
+                    **self.PEFT_OPTIONS,
                 ),
                 autocast_adapter_dtype=self.options.adapter_dtype == "fp32",
             )
         self.model = self.wrapped
-        adapters = [p for p in self.wrapped.parameters() if p.requires_grad]
-        self.trainable_parameters = sum(p.numel() for p in adapters)
-        self.optimizer = adamw(adapters, self.recipe, self.lr)
+        adapters = {name: p for name, p in self.wrapped.named_parameters() if p.requires_grad}
+        self.trainable_parameters = sum(p.numel() for p in adapters.values())
+        self.optimizer = adamw(self._groups(adapters), self.recipe, self.lr)
         wrapped: nn.Module = self.wrapped
         return wrapped
+
+    def _groups(self, adapters: Mapping[str, Any]) -> list[Any]:
+        """Parameters as the optimizer takes them; LoRA+ as in `peft.optimizers.create_loraplus_optimizer`.
+
+        There, vectors (DoRA's magnitudes) have the rate of B.
+        """
+        if self.options.lr_ratio == 1:
+            return list(adapters.values())
+        of_b = {name: "lora_B" in name or p.dim() == 1 for name, p in adapters.items()}
+        return [
+            {"params": [p for name, p in adapters.items() if not of_b[name]]},
+            {"params": [p for name, p in adapters.items() if of_b[name]], "lr": self.lr * self.options.lr_ratio},
+        ]
 
     def expect(self, facts: ModelFacts) -> Expectation:
         """Adapters in every layer move, the model's own weights do not."""

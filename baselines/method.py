@@ -176,6 +176,8 @@ class Method:
     """Options with which the contract suite tries this method on a model of 4 layers and width 32, in 12 steps."""
     EXAMPLE_RECIPE: ClassVar[dict[str, Any]] = {}
     """What the suite's recipe must have for it, such as no clipping; `skip` refuses a study that lacks it."""
+    EXAMPLE_LR: ClassVar[float] = 3e-3
+    """Learning rate of the suite's runs, where AdamW's would move too little or too much."""
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         """`lr` is the peak learning rate; `seed` is for draws that are the method's own."""

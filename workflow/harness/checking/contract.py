@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from baselines.method import Method
-from harness.checking.tiny import LR, tiny_training
+from harness.checking.tiny import tiny_training
 from harness.durable import read_jsonl, write_text
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.rows import read_rows
@@ -52,7 +52,7 @@ class Case:
         return train(
             tiny_training(self.module, self.options, **{**self.method_class().EXAMPLE_RECIPE, **recipe}),
             name=name,
-            lr=LR,
+            lr=self.method_class().EXAMPLE_LR,
             lr_searched=False,
             seed=seed,
             inputs=self.inputs,
@@ -179,7 +179,7 @@ def schedule_reaches_every_group(case: Case) -> str | None:
         return None
     training = tiny_training(case.module, case.options, **method_class.EXAMPLE_RECIPE)
     options = method_class.Config.model_validate(case.options)
-    method = method_class(options, recipe=training.recipe, lr=LR, seed=0)
+    method = method_class(options, recipe=training.recipe, lr=method_class.EXAMPLE_LR, seed=0)
     method.attach(load_model(case.inputs.model, weight_dtype="fp32"))
     if method.optimizer is None:
         return "method.optimizer is None: the harness cannot see whether the schedule arrives"

@@ -1,0 +1,238 @@
+"""AdaGradSelect: blocks by gradient norm at first, then by a Dirichlet over update counts (arXiv 2512.15764).
+
+There is no code by the authors, so all of this is our reading of the paper. Blocks are the decoder layers, the
+embedding, the final norm and an untied head. In each step of the first epoch, with probability eps_0 exp(-lambda t),
+the k % blocks of largest accumulated gradient norm train (explore); else, and in all later epochs, p is drawn from
+Dirichlet(f + delta), f being past update counts, and the k % of largest p train (exploit). Moments live on the host,
+come for the step and go after it, and are never dropped.
+
+The paper leaves open, so ours: eps_0, lambda, delta and the end of the first epoch (`explore_steps`); k % of the blocks
+is rounded, one block at least; accumulated norm = sum over steps of the norm of a block's whole gradient, whatever its
+size. Which norms are summed decides what exploring means. Ours, the cheapest that treats all blocks alike: an exploring
+step chooses by the norms of *earlier* exploring steps and of one calibration batch before training; in its backward
+pass every block's gradient is reduced to its norm, and those of blocks that do not train are freed as they appear. So
+an exploring step costs a backward pass through all layers and one tensor's gradient more than any other step, never all
+gradients; exploiting steps measure nothing, since norms of trained blocks alone would have exploring pick them for
+ever. Under gradient accumulation a step's norm is the root of the micro-batches' summed squares. Copies to and from the
+host are not hidden behind other work: memory is the paper's, speed is not. The recipe's AdamW, schedule and clipping.
+
+A Dirichlet over growing counts concentrates, so that the set all but freezes; `later: most_chosen` is the control that
+freezes it for good after the first epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from baselines.method import (
+    Calibration,
+    Expectation,
+    LayerTrace,
+    Method,
+    ModelFacts,
+    Options,
+    StepFacts,
+    adamw,
+    host_number,
+    moment_bytes,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+class AdaGradSelectOptions(Options):
+    """AdaGradSelect's block in the config; defaults are ours but for `blocks_share`."""
+
+    blocks_share: float = Field(default=0.1, gt=0, le=1, description="k %; the paper's headline has 10 % of blocks")
+    explore_steps: int | None = Field(
+        default=None, ge=0, description="steps of the first epoch; null: a third of the run, as in three epochs"
+    )
+    epsilon: float = Field(default=1.0, ge=0, le=1, description="eps_0, chance of exploring in the first step")
+    decay: float = Field(default=0.01, ge=0, description="lambda, of that chance, per step")
+    delta: float = Field(default=1.0, gt=0, description="added to every count")
+    later: Literal["dirichlet", "most_chosen"] = Field(
+        default="dirichlet",
+        description="after the first epoch; most_chosen keeps the blocks of largest count: a control",
+    )
+
+
+class AdaGradSelect(Method):
+    """A few blocks at a time, chosen anew in every step."""
+
+    Config = AdaGradSelectOptions
+    PAPER = "arXiv 2512.15764"
+    EXAMPLES = (
+        {"blocks_share": 0.3, "explore_steps": 6, "decay": 0.2},
+        {"blocks_share": 0.3, "explore_steps": 4, "epsilon": 0.5, "later": "most_chosen"},
+    )
+    options: AdaGradSelectOptions
+    active: tuple[int, ...] = ()
+    """Numbers of the blocks that train in this step."""
+    exploring = False
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """One block a decoder layer, and one each for what lies outside."""
+        import torch
+
+        from grass.layers import find_layers
+
+        self.model = model
+        found = find_layers(model)
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        outside = [found.outside[key] for key in ("embedding", "final_norm", "head") if found.outside[key]]
+        self.layers = len(found.layers)
+        self.blocks = [*found.layer_parameters(), *outside]
+        """Parameters of each block, the layers first, bottom up."""
+        self.count = max(1, round(self.options.blocks_share * len(self.blocks)))
+        self.counts = [0] * len(self.blocks)
+        """f, steps in which each block trained."""
+        self.accumulated = [0.0] * len(self.blocks)
+        """Summed norms of the exploring steps and the calibration batch."""
+        self.squares = torch.zeros(len(self.blocks), device=self.blocks[0][0].device)
+        self.handles: list[torch.utils.hooks.RemovableHandle] = []
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.gamma = random.Random(self.seed)
+        """Of the Dirichlet: a torch generator draws no gamma variables by any public function."""
+        self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
+        return model
+
+    def prepare(self, calibration: Calibration) -> None:
+        """Norms of all blocks on one batch, for the first choice; no gradient is left."""
+        assert self.model is not None
+        self._measure_all()
+        for batch in calibration.batches(1):
+            calibration.loss(self.model, batch).backward()
+        self._add_measured()
+
+    def begin_step(self, step: int) -> None:
+        """Choose, by the norms of earlier steps or the counts; then let gradients be, and be measured."""
+        from grass.sampling import draw_layers
+
+        explore_steps = self.options.explore_steps
+        first_epoch = step < (self.recipe.steps // 3 if explore_steps is None else explore_steps)
+        chance = self.options.epsilon * math.exp(-self.options.decay * step) if first_epoch else 0.0
+        self.exploring = chance > 0 and draw_layers([chance, 1 - chance], 1, self.generator) == (0,)
+        if self.exploring:
+            self.active = self._largest(self.accumulated)
+        elif first_epoch or self.options.later == "dirichlet":
+            self.active = self._largest(self._dirichlet())
+        else:
+            self.active = self._largest(self.counts)
+        self._freeze()
+        if self.exploring:
+            self._measure_all()
+
+    def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
+        """Update with the moments of what trains, which are on the device for just this long."""
+        if self.exploring:
+            self._add_measured()
+        training = [p for block in self.active for p in self.blocks[block]]
+        self._move_moments(training, to_host=False)
+        facts = super().end_step(replay)
+        self._move_moments(training, to_host=True)
+        for block in self.active:
+            self.counts[block] += 1
+        return facts
+
+    def trace(self) -> LayerTrace:
+        """Importance: accumulated norms. Probability: the Dirichlet's mean, among the layers."""
+        total = math.fsum(count + self.options.delta for count in self.counts[: self.layers])
+        return LayerTrace(
+            active=tuple(block for block in self.active if block < self.layers),
+            tensors=tuple(self.names[id(p)] for block in self.active for p in self.blocks[block]),
+            importance=tuple(self.accumulated[: self.layers]),
+            probability=tuple((count + self.options.delta) / total for count in self.counts[: self.layers]),
+        )
+
+    def expect(self, facts: ModelFacts) -> Expectation:
+        """At most the largest blocks train; as counts grow the choice may stay."""
+        sizes = sorted((sum(p.numel() for p in block) for block in self.blocks), reverse=True)
+        return Expectation(
+            layers="chosen",
+            period_steps=1,
+            rotates=False,
+            trainable_parameters=sum(sizes[: self.count]),
+            state_bytes_per_parameter=moment_bytes(self.recipe),
+            state_of="visited",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, counts, norms and the generator."""
+        own = {"counts": self.counts, "accumulated": self.accumulated, "generator": self.generator.get_state()}
+        own["gamma"] = self.gamma.getstate()
+        return {**super().state_dict(), **own}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; moments go back to the host."""
+        super().load_state_dict(state)
+        self._move_moments([p for block in self.blocks for p in block], to_host=True)
+        self.counts, self.accumulated = list(state["counts"]), list(state["accumulated"])
+        self.generator.set_state(state["generator"])
+        self.gamma.setstate(state["gamma"])
+
+    def _largest(self, values: Sequence[float]) -> tuple[int, ...]:
+        return tuple(sorted(sorted(range(len(values)), key=lambda block: (-values[block], block))[: self.count]))
+
+    def _dirichlet(self) -> list[float]:
+        """One draw of p, as independent gamma variables over their sum, which the order does not need."""
+        return [self.gamma.gammavariate(count + self.options.delta, 1.0) for count in self.counts]
+
+    def _freeze(self) -> None:
+        from grass.layers import set_trainable
+        from grass.prefix import stop_at_lowest_layer
+
+        assert self.model is not None
+        for block, parameters in enumerate(self.blocks):
+            set_trainable(parameters, block in self.active)
+        stop_at_lowest_layer(self.model)
+
+    def _measure_all(self) -> None:
+        """Let every block have gradients; what does not train loses them as soon as they are measured."""
+        import torch
+
+        from grass.layers import set_trainable
+
+        def read(block: int) -> Callable[[Tensor], None]:
+            # before it is added to the gradient of earlier micro-batches
+            def hook(gradient: Tensor) -> None:
+                self.squares[block] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+
+            return hook
+
+        def free(parameter: Tensor) -> None:
+            parameter.grad = None
+
+        for block, parameters in enumerate(self.blocks):
+            set_trainable(parameters, True)
+            self.handles += [p.register_hook(read(block)) for p in parameters]
+            if block not in self.active:
+                self.handles += [p.register_post_accumulate_grad_hook(free) for p in parameters]
+
+    def _add_measured(self) -> None:
+        from grass.layers import set_trainable
+
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+        for block, parameters in enumerate(self.blocks):
+            self.accumulated[block] += host_number(self.squares[block]) ** 0.5
+            if block not in self.active:
+                set_trainable(parameters, False)
+        self.squares.zero_()
+
+    def _move_moments(self, parameters: Sequence[nn.Parameter], *, to_host: bool) -> None:
+        import torch
+
+        assert self.optimizer is not None
+        for parameter in parameters:
+            state = self.optimizer.state.get(parameter, {})
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    state[key] = value.to("cpu" if to_host else parameter.device)

@@ -1,0 +1,328 @@
+"""MISA: module-wise importance sampling (arXiv 2511.00056, NeurIPS 2025; repository pkumelon/MISA).
+
+A module is one weight matrix of a decoder layer; norms, biases, embedding and head are frozen. A few modules, a share
+delta of all parameters at most, train at a time. Paper and code are two methods:
+
+`variant: paper`: G_b <- beta G_b + (1 - beta) * mean over the T inner steps of ||g_b||^2, scaled by parameter count;
+p_b proportional to exp(eta G_b), uniform at first (Algorithm 1); Adam with a max-type second moment; one more momentum
+step of size beta1 / (1 - beta1) after the T steps; state cleared. Our reading: "scaled" is divided by the module's own
+count; norms are those before clipping, which the algorithm lacks; modules are drawn one by one without replacement and
+the first that would pass delta ends the draw; the max-type moment is AMSGrad's; the extra step repeats the last step's
+bias-corrected direction at its rate, without weight decay, and a period that the run cuts short has none.
+
+`variant: code`: G averages the norm, read after clipping; its bias correction is written back, so it compounds; p_b is
+proportional to exp(min(cap, eta G^2)). The `sample_last` longest-unused modules enter first, then modules are drawn
+until none fits. Until each module was drawn once the set changes at every step, bottom up, and those norms are divided
+by T though one step was made. State is cleared unless a module is re-drawn at once. Our reading: in the first cycle
+each not yet drawn module that fits enters, in the model's order; the longest-unused are those of the earliest draw,
+lower first; what is re-drawn at once keeps its fp32 copy too.
+
+Ours in both: modules above delta by themselves are never drawn; own seeded draws (the code: the global generator); the
+recipe's AdamW; bf16 weights have an fp32 copy while they train; no cache is emptied.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from baselines.method import (
+    Expectation,
+    LayerTrace,
+    Method,
+    ModelFacts,
+    Options,
+    StepFacts,
+    adamw,
+    host_number,
+    moment_bytes,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MATRIX_WIDTHS = 8
+"""Where only sizes are known, a tensor of a layer is taken for a matrix from this many model widths on: norms and
+biases are smaller."""
+
+
+class MisaOptions(Options):
+    """MISA's block in the config."""
+
+    variant: Literal["paper", "code"] = Field(default="code", description="see the module's docstring")
+    share: float = Field(
+        default=0.03, gt=0, le=1, description="delta, share of all parameters that may train; 0.03 in paper and code"
+    )
+    period: int = Field(default=50, gt=0, description="T, steps between two draws; 50 in the code")
+    beta: float = Field(default=0.8, ge=0, lt=1, description="weight of the old score; 0.8 in the code")
+    eta: float = Field(
+        default=1.0,
+        ge=0,
+        description="1 for fine-tuning in the code, 500 for its pre-training; variant paper needs far more, by our "
+        "reading of its scale: its scores are mean squares of gradient entries, below 1e-4, so 1 draws uniformly",
+    )
+    cap: float = Field(default=5.0, gt=0, description="code: largest exponent, 5 there")
+    sample_last: int = Field(default=2, ge=0, description="code: longest-unused modules that enter, 2 in its readme")
+
+
+class Misa(Method):
+    """A share of the weight matrices at a time, drawn by the softmax of their gradient norms."""
+
+    Config = MisaOptions
+    PAPER = "arXiv 2511.00056"
+    EXAMPLES = (
+        {"variant": "code", "share": 0.12, "period": 3},
+        {"variant": "paper", "share": 0.12, "period": 3},
+        {"variant": "paper", "share": 0.2, "period": 4, "eta": 500.0},
+    )
+    options: MisaOptions
+    active: tuple[int, ...] = ()
+    """Numbers of the modules that train."""
+    step = 0
+    next_draw = 0
+    """Step at which modules are drawn next."""
+    draws = 0
+
+    def skip(self, facts: ModelFacts) -> str | None:
+        """A share below the smallest matrix trains nothing; AMSGrad's moments are fp32."""
+        if self.options.variant == "paper" and self.recipe.state_dtype != "fp32":
+            return "variant paper keeps its max-type moments in fp32: set state_dtype fp32, or variant code"
+        in_layers = (
+            n for name, n in facts.tensor_parameters.items() if any(part.isdigit() for part in name.split("."))
+        )
+        smallest = min((n for n in in_layers if n >= MATRIX_WIDTHS * facts.hidden_size), default=0)
+        if self._budget(facts.total_parameters) < smallest:
+            return (
+                f"share {self.options.share} of {facts.total_parameters:,} parameters is below the smallest weight "
+                f"matrix, {smallest:,}: set share to {_round_up(smallest / facts.total_parameters)} or more"
+            )
+        return None
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze everything; the optimizer's parameters are those of the draw in force."""
+        import torch
+
+        from grass.layers import find_layers
+
+        self.model = model.requires_grad_(False)
+        names = {id(p): name for name, p in model.named_parameters()}
+        stack = find_layers(model).layer_parameters()
+        matrices = [(layer, p) for layer, parameters in enumerate(stack) for p in parameters if p.dim() > 1]
+        self.layers = len(stack)
+        self.layer_of = [layer for layer, _ in matrices]
+        self.weights = [p for _, p in matrices]
+        self.names = [names[id(p)] for p in self.weights]
+        self.budget = self._budget(sum(p.numel() for p in model.parameters()))
+        self.candidates = [i for i, p in enumerate(self.weights) if p.numel() <= self.budget]
+        if not self.candidates:
+            raise ValueError(f"share {self.options.share} admits no weight matrix of this model: raise it")
+        self.scores = [0.0] * len(matrices)
+        """G."""
+        self.visits = [0] * len(matrices)
+        self.last_draw = [0] * len(matrices)
+        """Number of the last draw in which each module was."""
+        self.sums = torch.zeros(len(matrices), device=self.weights[0].device)
+        """Norms (paper: squared, scaled) since the last draw."""
+        self.held: dict[int, Tensor] = {}
+        """What the optimizer updates, by active module: the weight, or its fp32 copy where weights are bf16."""
+        self.generator = torch.Generator().manual_seed(self.seed)
+        if self.options.variant == "code":
+            self.optimizer = adamw(self.weights, self.recipe, self.lr)
+        else:
+            self.optimizer = torch.optim.AdamW(
+                self.weights,
+                lr=self.lr,
+                betas=self.recipe.betas,
+                eps=self.recipe.eps,
+                weight_decay=self.recipe.weight_decay,
+                amsgrad=True,
+                foreach=False,
+            )
+        return model
+
+    def begin_step(self, step: int) -> None:
+        """Score what trained, then draw anew, where a period is over."""
+        self.step = step
+        if step == self.next_draw:
+            self._score()
+            fresh = [i for i in self.candidates if not self.visits[i]] if self.options.variant == "code" else []
+            self.draws += 1
+            self.next_draw += 1 if fresh else self.options.period
+            self._activate(self._first_that_fit(fresh) if fresh else self._draw())
+
+    def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
+        """Norms, clipping and the update of what the optimizer holds; bf16 weights follow their fp32 copies."""
+        import torch
+
+        for i, copy in self._copied():
+            gradient = self.weights[i].grad
+            assert gradient is not None
+            copy.grad, self.weights[i].grad = gradient.float(), None
+        norms = {i: torch.linalg.vector_norm(self.held[i].grad) for i in self.active}  # type: ignore[arg-type]
+        facts = super().end_step(replay)
+        for i, norm in norms.items():
+            self.sums[i] += self._measured(i, norm, facts)
+        if self.options.variant == "paper" and self.step + 1 == self.next_draw:
+            self._momentum_step()
+        with torch.no_grad():
+            for i, copy in self._copied():
+                self.weights[i].copy_(copy)
+        return facts
+
+    def probabilities(self) -> list[float]:
+        """Chance of each module in the next single draw, summing to 1; modules above the share have 0."""
+        exponents = [self._exponent(score) for score in self.scores]
+        largest = max(exponents[i] for i in self.candidates)
+        powers = [math.exp(e - largest) if i in self.candidates else 0.0 for i, e in enumerate(exponents)]
+        total = math.fsum(powers)
+        return [power / total for power in powers]
+
+    def trace(self) -> LayerTrace:
+        """Modules that train; a layer's importance is the mean of its modules' scores, its probability their sum."""
+        probability = self.probabilities()
+        of_layer = [[i for i, owner in enumerate(self.layer_of) if owner == layer] for layer in range(self.layers)]
+        return LayerTrace(
+            active=tuple(sorted({self.layer_of[i] for i in self.active})),
+            tensors=tuple(self.names[i] for i in self.active),
+            importance=tuple(math.fsum(self.scores[i] for i in own) / len(own) for own in of_layer),
+            probability=tuple(math.fsum(probability[i] for i in own) for own in of_layer),
+        )
+
+    def expect(self, facts: ModelFacts) -> Expectation:
+        """At most the share trains. The code's first cycle changes the set at every step, so each step is watched."""
+        moments = moment_bytes(self.recipe) if self.options.variant == "code" else 12
+        return Expectation(
+            layers="chosen",
+            period_steps=1 if self.options.variant == "code" else self.options.period,
+            trainable_parameters=self._budget(facts.total_parameters),
+            state_bytes_per_parameter=moments + (4 if self.recipe.weight_dtype == "bf16" else 0),
+            state_of="active",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Moments, fp32 copies, scores, the draw in force and the generator."""
+        kept = {key: getattr(self, key) for key in _KEPT}
+        return {**super().state_dict(), **kept, "copies": dict(self._copied()), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; freezes again."""
+        self._activate(tuple(state["active"]))
+        for key in _KEPT:
+            setattr(self, key, state[key])
+        self.sums = self.sums.to(self.weights[0].device)
+        for i, copy in state["copies"].items():
+            self.held[i].copy_(copy)
+        super().load_state_dict(state)
+        self.generator.set_state(state["generator"])
+
+    # ------------------------------------------------------------ scores
+
+    def _measured(self, i: int, norm: Tensor, facts: StepFacts) -> Tensor:
+        """What one step adds to a module's sum, from its norm before clipping."""
+        if self.options.variant == "paper":
+            return norm.square() / self.weights[i].numel()
+        limit = self.recipe.max_grad_norm
+        assert facts.grad_norm is not None
+        # torch's own factor
+        return norm if limit is None else norm * min(1.0, limit / (facts.grad_norm + 1e-6))
+
+    def _score(self) -> None:
+        """G of what trained, from the sums since its draw; the code divides by T in its first cycle's steps too."""
+        beta = self.options.beta
+        for i in self.active:
+            self.visits[i] += 1
+            self.last_draw[i] = self.draws
+            self.scores[i] = beta * self.scores[i] + (1 - beta) * host_number(self.sums[i]) / self.options.period
+            if self.options.variant == "code":
+                # written back, so that the next visit corrects it once more
+                self.scores[i] /= 1 - beta ** self.visits[i]
+        self.sums.zero_()
+
+    def _exponent(self, score: float) -> float:
+        eta = self.options.eta
+        return eta * score if self.options.variant == "paper" else min(self.options.cap, eta * score * score)
+
+    # ------------------------------------------------------------ draws
+
+    def _budget(self, total_parameters: int) -> int:
+        return int(self.options.share * total_parameters)
+
+    def _fits(self, chosen: Sequence[int], i: int) -> bool:
+        return sum(self.weights[j].numel() for j in (*chosen, i)) <= self.budget
+
+    def _first_that_fit(self, modules: Sequence[int]) -> tuple[int, ...]:
+        chosen: list[int] = []
+        for i in modules:
+            if self._fits(chosen, i):
+                chosen.append(i)
+        return tuple(chosen)
+
+    def _draw(self) -> tuple[int, ...]:
+        """Modules one after the other by p, the rest renormalised, after the longest-unused ones (code)."""
+        from grass.sampling import draw_layers
+
+        code, probability = self.options.variant == "code", self.probabilities()
+        longest_unused = sorted(self.candidates, key=lambda i: (self.last_draw[i], i))
+        chosen = list(self._first_that_fit(longest_unused[: self.options.sample_last] if code else []))
+        while True:
+            rest = [i for i in self.candidates if i not in chosen and (self._fits(chosen, i) or not code)]
+            if not rest:
+                break
+            (place,) = draw_layers([probability[i] for i in rest], 1, self.generator)
+            if not self._fits(chosen, rest[place]):
+                break
+            chosen.append(rest[place])
+        return tuple(sorted(chosen))
+
+    # ------------------------------------------------------------ what the optimizer holds
+
+    def _copied(self) -> list[tuple[int, Tensor]]:
+        return [(i, held) for i, held in self.held.items() if held is not self.weights[i]]
+
+    def _activate(self, chosen: tuple[int, ...]) -> None:
+        """Free the state of what leaves (paper: of all), take up what enters, switch gradients."""
+        from grass.layers import set_trainable
+        from grass.prefix import stop_at_lowest_layer
+
+        assert self.optimizer is not None
+        assert self.model is not None
+        for i in self.active:
+            if self.options.variant == "paper" or i not in chosen:
+                self.optimizer.state.pop(self.held.pop(i), None)
+        for i, weight in enumerate(self.weights):
+            set_trainable([weight], i in chosen)
+        for i in chosen:
+            if i not in self.held:
+                # in fp32 this is the weight itself, in bf16 a copy
+                weight = self.weights[i]
+                self.held[i] = weight if self.recipe.weight_dtype == "fp32" else weight.detach().float()
+        self.optimizer.param_groups[0]["params"] = [self.held[i] for i in chosen]
+        self.active = chosen
+        stop_at_lowest_layer(self.model)
+
+    def _momentum_step(self) -> None:
+        """The paper's extra step of size beta1 / (1 - beta1) along the last direction."""
+        import torch
+
+        assert self.optimizer is not None
+        group, (beta1, beta2) = self.optimizer.param_groups[0], self.recipe.betas
+        first, second = 1 - beta1**self.options.period, 1 - beta2**self.options.period
+        with torch.no_grad():
+            for held in group["params"]:
+                state = self.optimizer.state[held]
+                denominator = (state["max_exp_avg_sq"] / second).sqrt_().add_(self.recipe.eps)
+                size = group["lr"] * beta1 / (1 - beta1) / first
+                held.addcdiv_(state["exp_avg"], denominator, value=-size)
+
+
+_KEPT = ("active", "next_draw", "draws", "scores", "visits", "last_draw", "sums")
+"""Attributes that the resume state holds as they are."""
+
+
+def _round_up(share: float) -> float:
+    """Three digits, never below."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return round(math.ceil(share / unit) * unit, 12)

@@ -1,0 +1,327 @@
+"""SPEFT: AdamW on the most salient entries of the linear weights, chosen once (arXiv 2412.13488, ACL 2025).
+
+Before training every entry of the decoder layers' linear weights gets a salience; the k largest of all matrices
+together train, for ever, everything else is frozen. The paper's finding is that plain gradient salience with such a
+static mask does as well as anything. Salience, as in the authors' code (0-ml/speft, model/sparse_peft.py), g being the
+gradient *averaged over batches before* its absolute value is taken, so that signs cancel:
+
+    gradient   |g|                    snip        |w g| (the code's `saliency`)
+    fisher     mean of the squared gradients of single rows, a batch being cut into micro-batches of one row
+    magnitude  |w|                    random      a random set
+
+From the code: global top-k (`sparse_global_topk`), k a count or a share of all entries, rounded down. Ours: the sum of
+gradients in fp32; each batch counts by its label tokens, so that the choice does not hang on the micro-batch size. The
+code trains deltas beside the weights; the entries themselves train here, which is the same but for weight decay
+(pulling an entry, or its delta, to 0) and rounding.
+
+What it costs: while scores are taken, one decoder layer at a time has gradients, in fp32, beside one matrix's scores
+and the k best so far (12 bytes each, twice while they are merged). All batches are run once for every layer, backward
+down to that layer alone, so with L layers and n batches there are L n forward passes and about half as many full
+backward passes; `magnitude` and `random` run none. In training a matrix's dense gradient is alive until its entries
+are gathered in a hook of backward; from then on gradients, moments and indices take k entries each. Micro-batches add
+up in these, and the recipe's clipping is over these.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, model_validator
+
+from baselines.galore import linears_of
+from baselines.method import (
+    Calibration,
+    Expectation,
+    LayerTrace,
+    Method,
+    ModelFacts,
+    Options,
+    StepFacts,
+    adamw,
+    host_number,
+    moment_bytes,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from baselines.method import Batch, Recipe
+
+INDEX_BYTES = 4
+NO_LABEL = -100
+
+
+class SpeftOptions(Options):
+    """SPEFT's block in the config."""
+
+    k: int | None = Field(default=None, gt=0, description="entries that train; the authors' 7B script: 40,370,176")
+    density: float | None = Field(default=None, gt=0, le=1, description="the same as a share of all linear entries")
+    salience: Literal["gradient", "snip", "fisher", "magnitude", "random"] = "gradient"
+    calibration_rows: int = Field(default=256, gt=0, description="that salience is measured on, in whole micro-batches")
+
+    @model_validator(mode="after")
+    def _one_size(self) -> SpeftOptions:
+        if (self.k is None) == (self.density is None):
+            raise ValueError("give one of k and density, the number of entries that train or their share")
+        return self
+
+
+class Speft(Method):
+    """A fixed, sparse set of single weights trains."""
+
+    Config = SpeftOptions
+    PAPER = "arXiv 2412.13488"
+    EXAMPLES = (
+        {"density": 0.05, "calibration_rows": 16},
+        {"k": 2000, "salience": "fisher", "calibration_rows": 8},
+        {"density": 0.3, "salience": "random"},
+    )
+    options: SpeftOptions
+
+    def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
+        super().__init__(options, recipe=recipe, lr=lr, seed=seed)
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        """Gradients of the chosen entries, by matrix, as far as this step's backward passes came."""
+        self._gathering = False
+        self._chosen = LayerTrace(active=())
+
+    def skip(self, facts: ModelFacts) -> str | None:
+        """There must be as many entries as are to train."""
+        entries = sum(facts.layer_parameters)
+        if self.options.k is not None and self.options.k > entries:
+            return f"k {self.options.k} is above the {entries} parameters of the model's layers"
+        return None
+
+    def attach(self, model: nn.Module) -> nn.Module:
+        """Freeze everything; what trains is known after `prepare`.
+
+        Raises:
+            ValueError: k is above the number of linear entries.
+        """
+        self.model = model.requires_grad_(False)
+        self.layers: list[dict[str, nn.Parameter]] = [
+            {name: module.weight for name, module in layer.items()}  # type: ignore[misc]
+            for layer in linears_of(model)
+        ]
+        entries = sum(p.numel() for layer in self.layers for p in layer.values())
+        self.k = self.options.k or max(1, int((self.options.density or 0) * entries))
+        if self.k > entries:
+            raise ValueError(f"k {self.k} is above the {entries} entries of the linear weights: lower it")
+        self.optimizer = adamw([p for layer in self.layers for p in layer.values()], self.recipe, self.lr)
+        return model
+
+    def prepare(self, calibration: Calibration) -> None:
+        """Score every entry, keep the k best of all matrices, and make their states."""
+        import torch
+
+        assert self.optimizer is not None
+        places, first, dtype = self._best_places(calibration), 0, torch_dtype(self.recipe.state_dtype)
+        weights = [p for layer in self.layers for p in layer.values()]
+        for weight, inside in zip(weights, places.split(_counts(places, [p.numel() for p in weights])), strict=True):
+            if len(inside):
+                moments = torch.zeros(len(inside), dtype=dtype, device=weight.device)
+                index = (inside - first).to(torch.int32)
+                self.optimizer.state[weight] = {
+                    "step": 0, "exp_avg": moments, "exp_avg_sq": moments.clone(), "index": index,
+                }  # fmt: skip
+            first += weight.numel()
+        self._train_chosen()
+
+    def begin_step(self, step: int) -> None:
+        """The embedding sleeps, so backward need not reach it."""
+        from grass.prefix import stop_at_lowest_layer
+
+        assert self.model is not None
+        stop_at_lowest_layer(self.model)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients of the chosen entries are gathered, the rest is dropped as it comes."""
+        self._gathering = True
+        try:
+            loss.backward()
+        finally:
+            self._gathering = False
+
+    def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
+        """Clip and update the chosen entries."""
+        import torch
+
+        from grass.adamw import flat, update_piece
+
+        assert self.optimizer is not None
+        gradients, self._gradients = self._gradients, {}
+        limit, norm = self.recipe.max_grad_norm, torch.nn.utils.get_total_norm(list(gradients.values()))
+        (group,) = self.optimizer.param_groups
+        with torch.no_grad():
+            for weight, gradient in gradients.items():
+                if limit is not None:
+                    gradient.mul_((limit / (norm + 1e-6)).clamp(max=1.0))
+                state = self.optimizer.state[weight]
+                state["step"] += 1
+                entries = flat(weight).index_select(0, state["index"])
+                moments = state["exp_avg"], state["exp_avg_sq"]
+                update_piece(entries, gradient, *moments, step=state["step"], group=group)
+                weight.view(-1).index_copy_(0, state["index"].long(), entries)
+        # a gradient that came without `backward` is nobody's
+        self.optimizer.zero_grad(set_to_none=True)
+        measured = host_number(norm)
+        return StepFacts(grad_norm=measured, clipped=limit is not None and measured > limit)
+
+    def trace(self) -> LayerTrace:
+        """Matrices with a chosen entry; a layer's importance is the share of its linear entries that was chosen."""
+        return self._chosen
+
+    def expect(self, facts: ModelFacts) -> Expectation:
+        """Matrices that hold chosen entries move, always the same ones; no dense gradient outlives backward."""
+        return Expectation(
+            layers="chosen",
+            rotates=False,
+            gradients="consumed",
+            trainable_parameters=self.k,
+            state_of="constant",
+            state_bytes=self.k * (moment_bytes(self.recipe) + INDEX_BYTES),
+        )
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The optimizer's states hold the chosen entries too."""
+        super().load_state_dict(state)
+        self._train_chosen()
+
+    @property
+    def _measures(self) -> bool:
+        return self.options.salience in ("gradient", "snip", "fisher")
+
+    def _best_places(self, calibration: Calibration) -> Tensor:
+        """Places of the k best entries, ascending, all matrices laid end to end."""
+        import torch
+
+        generator = torch.Generator().manual_seed(self.seed)
+        best, first = Best(self.k), 0
+        for layer in self.layers:
+            matrices = list(layer.values())
+            means = self._mean_gradients(matrices, calibration) if self._measures else [None] * len(matrices)
+            for weight, mean in zip(matrices, means, strict=True):
+                best.offer(salience(self.options.salience, weight.detach(), mean, generator), first)
+                first += weight.numel()
+        return best.places.sort().values
+
+    def _mean_gradients(self, matrices: Sequence[nn.Parameter], calibration: Calibration) -> list[Tensor]:
+        """Gradient of the mean loss per label token (`fisher`: mean of squares over rows) of each matrix, fp32."""
+        import torch
+
+        from grass.checkpointing import checkpointed
+        from grass.layers import set_trainable
+
+        assert self.model is not None
+        rows_apart = self.options.salience == "fisher"
+        sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in matrices}
+
+        def add(parameter: Any) -> None:
+            gradient, parameter.grad = parameter.grad.float(), None
+            sums[parameter].add_(gradient.square() if rows_apart else gradient)
+
+        set_trainable(matrices, True)
+        handles = [p.register_post_accumulate_grad_hook(add) for p in matrices]
+        total: Any = 0
+        try:
+            with checkpointed(self.model):
+                for batch in calibration.batches(-(-self.options.calibration_rows // self.recipe.micro_batch_size)):
+                    for part in _rows(batch) if rows_apart else (batch,):
+                        weight = 1 if rows_apart else (part["labels"][:, 1:] != NO_LABEL).sum()
+                        (calibration.loss(self.model, part) * weight).backward()
+                        total = total + weight
+        finally:
+            for handle in handles:
+                handle.remove()
+            set_trainable(matrices, False)
+        return [added.div_(total) for added in sums.values()]
+
+    def _train_chosen(self) -> None:
+        """Let matrices with chosen entries have gradients, and say in the trace which they are."""
+        assert self.optimizer is not None
+        states = self.optimizer.state
+        for layer in self.layers:
+            for weight in layer.values():
+                if weight in states:
+                    weight.requires_grad_(True)
+                    weight.register_post_accumulate_grad_hook(self._gather)
+
+        def chosen(layer: dict[str, nn.Parameter]) -> int:
+            return sum(states[p]["index"].numel() for p in layer.values() if p in states)
+
+        self._chosen = LayerTrace(
+            active=tuple(number for number, layer in enumerate(self.layers) if chosen(layer)),
+            tensors=tuple(name for layer in self.layers for name, p in layer.items() if p in states),
+            importance=tuple(chosen(layer) / sum(p.numel() for p in layer.values()) for layer in self.layers),
+        )
+
+    def _gather(self, parameter: Any) -> None:
+        """The hook: keep the chosen entries of the gradient that has just been completed."""
+        from grass.adamw import flat
+
+        if self._gathering:
+            assert self.optimizer is not None
+            gradient, parameter.grad = parameter.grad, None
+            entries = flat(gradient).index_select(0, self.optimizer.state[parameter]["index"])
+            before = self._gradients.get(parameter)
+            self._gradients[parameter] = entries if before is None else before.add_(entries)
+
+
+class Best:
+    """The k largest of all scores offered so far, and their places."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+        self._scores: Tensor | None = None
+        self.places: Tensor
+
+    def offer(self, scores: Tensor, first: int) -> None:
+        """Scores of one matrix, flat, of places `first` and following."""
+        import torch
+
+        values, places = scores.topk(min(self._k, scores.numel()))
+        places += first
+        if self._scores is not None:
+            values, places = torch.cat([self._scores, values]), torch.cat([self.places, places])
+            if len(values) > self._k:
+                values, kept = values.topk(self._k)
+                places = places[kept]
+        self._scores, self.places = values, places
+
+
+def salience(name: str, weight: Tensor, measured: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Scores of all entries of one matrix, flat, in fp32.
+
+    Args:
+        name: which salience.
+        weight: any shape.
+        measured: its mean gradient, or mean squared gradient for `fisher`; None where that is not needed.
+        generator: for `random`, on the host.
+    """
+    import torch
+
+    if name == "random":
+        return torch.rand(weight.numel(), generator=generator).to(weight.device)
+    if name == "magnitude":
+        return weight.float().abs().flatten()
+    assert measured is not None
+    return (measured * weight.float() if name == "snip" else measured).abs().flatten()
+
+
+def _counts(places: Tensor, sizes: Sequence[int]) -> list[int]:
+    """How many of the places lie in each matrix; where they have no values (a forecast), an even share."""
+    ends, k = list(accumulate(sizes)), len(places)
+    below = [int(host_number((places < end).sum())) for end in ends]
+    if below[-1] != k:
+        below = [k * end // ends[-1] for end in ends]
+    return [count - before for before, count in pairwise([0, *below])]
+
+
+def _rows(batch: Batch) -> Iterator[Batch]:
+    for row in range(len(batch["input_ids"])):
+        yield {key: value[row : row + 1] for key, value in batch.items()}
