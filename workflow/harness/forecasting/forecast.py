@@ -123,10 +123,8 @@ class _Watched:
         self._tracker = tracker
         self._run: CellRun | None = None
         self._run = run = CellRun(cell, steps=1000, device="cpu", enter=self._enter)
-        if run.promise.layers == "chosen":
-            raise NoForecastError(
-                "it chooses single tensors by what it measures, so that nothing can tell it the worst choice"
-            )
+        if run.promise.layers == "chosen" and run.promise.period_steps is not None:
+            raise NoForecastError("it chooses tensors by itself, and a forecast cannot tell it the worst choice")
         self._drawn = run.promise.layers == "sampled"
         self._steps = 0
         self._watch_loss(run.model)
