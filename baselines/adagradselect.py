@@ -4,7 +4,7 @@ There is no code by the authors, so all of this is our reading of the paper. Blo
 embedding, the final norm and an untied head. In each step of the first epoch, with probability eps_0 exp(-lambda t),
 the k % blocks of largest accumulated gradient norm train (explore); else, and in all later epochs, p is drawn from
 Dirichlet(f + delta), f being past update counts, and the k % of largest p train (exploit). Moments live on the host,
-come for the step and go after it, and are never dropped.
+in page-locked blocks, come for the update and go after it, and are never dropped.
 
 The paper leaves open, so ours: eps_0, lambda, delta and the end of the first epoch (`explore_steps`); k % of the blocks
 is rounded, one block at least; accumulated norm = sum over steps of the norm of a block's whole gradient, whatever its
@@ -83,6 +83,9 @@ class AdaGradSelect(Method):
 
         from grass.layers import find_layers
 
+        # by this name a forecast puts a counter in its place
+        from grass.offload import HostArena  # type: ignore[attr-defined]
+
         self.model = model
         found = find_layers(model)
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -101,6 +104,11 @@ class AdaGradSelect(Method):
         self.gamma = random.Random(self.seed)
         """Of the Dirichlet: a torch generator draws no gamma variables by any public function."""
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
+        on_gpu = self.squares.device.type == "cuda"
+        # copies wait for the device, so nothing is ever under way when a block goes
+        self.arena = HostArena(pin=on_gpu, settle=lambda: None)
+        self.hosts: dict[nn.Parameter, Tensor] = {}
+        """Host block of both moments of every tensor that ever trained, shape (2, entries)."""
         return model
 
     def prepare(self, calibration: Calibration) -> None:
@@ -150,6 +158,10 @@ class AdaGradSelect(Method):
             importance=tuple(self.accumulated[: self.layers]),
             probability=tuple((count + self.options.delta) / total for count in self.counts[: self.layers]),
         )
+
+    def pinned_bytes(self) -> int:
+        """Host blocks of moments that are registered with CUDA."""
+        return self.arena.pinned_bytes
 
     def expect(self, facts: ModelFacts) -> Expectation:
         """At most the largest blocks train; as counts grow the choice may stay."""
@@ -228,11 +240,16 @@ class AdaGradSelect(Method):
         self.squares.zero_()
 
     def _move_moments(self, parameters: Sequence[nn.Parameter], *, to_host: bool) -> None:
-        import torch
-
+        """Copy both moments of `parameters` to their host block, made at the first time, or from it."""
         assert self.optimizer is not None
         for parameter in parameters:
-            state = self.optimizer.state.get(parameter, {})
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    state[key] = value.to("cpu" if to_host else parameter.device)
+            if parameter not in self.optimizer.state:
+                continue
+            state = self.optimizer.state[parameter]
+            if to_host and parameter not in self.hosts:
+                self.hosts[parameter] = self.arena.take(parameter.numel(), state["exp_avg"].dtype)
+            for part, key in enumerate(("exp_avg", "exp_avg_sq")):
+                host = self.hosts[parameter][part].view(parameter.shape)
+                if to_host:
+                    host.copy_(state[key])
+                state[key] = host if to_host else host.to(parameter.device, copy=True)

@@ -14,12 +14,12 @@ gradients in fp32; each batch counts by its label tokens, so that the choice doe
 code trains deltas beside the weights; the entries themselves train here, which is the same but for weight decay
 (pulling an entry, or its delta, to 0) and rounding.
 
-What it costs: while scores are taken, one decoder layer at a time has gradients, in fp32, beside one matrix's scores
-and the k best so far (12 bytes each, twice while they are merged). All batches are run once for every layer, backward
-down to that layer alone, so with L layers and n batches there are L n forward passes and about half as many full
-backward passes; `magnitude` and `random` run none. In training a matrix's dense gradient is alive until its entries
-are gathered in a hook of backward; from then on gradients, moments and indices take k entries each. Micro-batches add
-up in these, and the recipe's clipping is over these.
+What it costs: while scores are taken, `layers_together` decoder layers at a time have sums of gradients, in fp32,
+beside one matrix's scores and the k best so far (12 bytes each, up to five times while they are merged). All batches
+are run once for every such set of layers, backward down to its lowest: with L layers one by one and n batches that is
+L n forward passes and about half as many full backward passes; `magnitude` and `random` run none. In training a
+matrix's dense gradient is alive until its entries are gathered in a hook of backward; from then on gradients, moments
+and indices take k entries each. Micro-batches add up in these, and the recipe's clipping is over these.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class SpeftOptions(Options):
     density: float | None = Field(default=None, gt=0, le=1, description="the same as a share of all linear entries")
     salience: Literal["gradient", "snip", "fisher", "magnitude", "random"] = "gradient"
     calibration_rows: int = Field(default=256, gt=0, description="that salience is measured on, in whole micro-batches")
+    layers_together: int = Field(default=1, gt=0, description="layers measured in one pass over these rows; ours")
 
     @model_validator(mode="after")
     def _one_size(self) -> SpeftOptions:
@@ -78,7 +79,7 @@ class Speft(Method):
     PAPER = "arXiv 2412.13488"
     EXAMPLES = (
         {"density": 0.05, "calibration_rows": 16},
-        {"k": 2000, "salience": "fisher", "calibration_rows": 8},
+        {"k": 2000, "salience": "fisher", "calibration_rows": 8, "layers_together": 3},
         {"density": 0.3, "salience": "random"},
     )
     options: SpeftOptions
@@ -202,8 +203,9 @@ class Speft(Method):
 
         generator = torch.Generator().manual_seed(self.seed)
         best, first = Best(self.k), 0
-        for layer in self.layers:
-            matrices = list(layer.values())
+        for lowest in range(0, len(self.layers), self.options.layers_together):
+            together = self.layers[lowest : lowest + self.options.layers_together]
+            matrices = [p for layer in together for p in layer.values()]
             means = self._mean_gradients(matrices, calibration) if self._measures else [None] * len(matrices)
             for weight, mean in zip(matrices, means, strict=True):
                 best.offer(salience(self.options.salience, weight.detach(), mean, generator), first)

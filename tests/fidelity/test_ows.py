@@ -173,7 +173,7 @@ def test_without_any_outlier_draws_are_uniform_and_that_is_said() -> None:
 def test_outliers_in_no_more_layers_than_are_drawn_are_warned_about() -> None:
     model = llama()
     with torch.no_grad():
-        model.model.layers[3].mlp.down_proj.weight[0, :3] = 20.0
+        model.model.layers[3].self_attn.q_proj.weight[0, 0] = 20.0
     with pytest.warns(UserWarning, match="in 1 of 4 layers .* the same layers train in every period"):
         method = attached(method_of(Ows, {**OPTIONS, "outlier_factor": 13.0}), model)
     assert method.probability == (0, 0, 0, 1)

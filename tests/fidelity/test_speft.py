@@ -102,6 +102,11 @@ def test_chosen_entries_are_the_most_salient_of_the_model(name: str) -> None:
     assert method.trace().importance == pytest.approx(layers.tolist())
 
 
+def test_layers_measured_together_give_the_same_choice() -> None:
+    one, three = (chosen(attached(method_of(Speft, {**OPTIONS, "layers_together": n}))) for n in (1, 3))
+    assert all(torch.equal(a, b) for a, b in zip(one, three, strict=True))
+
+
 def test_random_salience_is_the_seeds_and_spares_no_matrix() -> None:
     one, again, other = (
         chosen(attached(method_of(Speft, {"density": 0.2, "salience": "random"}, seed=seed))) for seed in (3, 3, 4)
