@@ -50,6 +50,19 @@ def test_the_first_step_of_a_vector_is_its_size_times_the_rate_against_the_sign(
 
 def beside_for_50_steps(monkeypatch: pytest.MonkeyPatch, decay: float = 0.0) -> tuple[float, float]:
     """(largest gap between losses, largest gap between weights) of ours and lomo_optim's AdaLomo."""
+    (ours, own), (theirs, model) = _trained_beside(monkeypatch, decay)
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), gap(own, model)
+
+
+def losses_of_50_steps(monkeypatch: pytest.MonkeyPatch) -> tuple[list[float], list[float]]:
+    """Of ours and of lomo_optim's, for the figure in docs/."""
+    (ours, _), (theirs, _) = _trained_beside(monkeypatch)
+    return ours, theirs
+
+
+def _trained_beside(
+    monkeypatch: pytest.MonkeyPatch, decay: float = 0.0
+) -> tuple[tuple[list[float], Any], tuple[list[float], Any]]:
     lomo = pytest.importorskip("lomo_optim")
     model = llama()
     with monkeypatch.context() as patched:
@@ -63,8 +76,7 @@ def beside_for_50_steps(monkeypatch: pytest.MonkeyPatch, decay: float = 0.0) -> 
         theirs.append(float(loss.detach()))
     own = attached(method_of(AdaLomo, {}, lr=1e-2, weight_decay=decay))
     ours = run(own, 0, 50)
-    assert own.model is not None
-    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True)), gap(own.model, model)
+    return (ours, own.model), (theirs, model)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
