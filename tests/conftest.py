@@ -14,7 +14,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         if "test_defect_is_caught" in report.nodeid and report.when == "call"
     ]
     if tried:
-        caught = [dict(report.user_properties) for report in tried if report.outcome == "passed"]
+        names = {"defect": "unnamed", "caught_by": "its own test"}
+        caught = [names | dict(report.user_properties) for report in tried if report.outcome == "passed"]
+        caught.sort(key=lambda properties: str(properties["defect"]))
         terminalreporter.section(f"planted defects: {len(caught)} of {len(tried)} caught")
         for properties in caught:
             terminalreporter.write_line(f"  {properties['defect']:<28} {properties['caught_by'][:140]}")
