@@ -18,6 +18,7 @@ from harness.plan import Plan, open_study, outputs, resolve_study
 from harness.sources import current_sha256
 from harness.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
 
+ROOT = Path(__file__).parents[2]
 # without a fixed rate and a task's own recipe; with an untrained row
 STUDY = (
     study_files.STUDY.replace("    recipe: {steps: 12}\n", "")
@@ -304,3 +305,20 @@ def test_the_plan_stage_writes_nothing(
         for name in vars(plan_of(tmp_path))[kind]
     )
     assert [p.name for p in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+STUDIES = sorted(path for path in (ROOT / "config").glob("*.yaml") if path.stem != "efficiency")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_project_resolves(path: Path) -> None:
+    plan = resolve_study(load_study(path, inputs_needed=False))
+    assert {run.training.label for run in plan.runs.values()} == set(plan.study.methods)
+
+
+def test_the_zoo_shares_runs_with_the_embedded_study_and_names_every_method_file() -> None:
+    zoo, embedded = (resolve_study(load_study(ROOT / "config" / f"{n}.yaml")) for n in ("zoo", "embedded"))
+    shared = {run.training.label for name, run in zoo.runs.items() if name in embedded.runs}
+    assert shared == set(embedded.study.methods)
+    files = {path.stem for path in (ROOT / "baselines").glob("*.py")} - {"__init__", "method"}
+    assert {entry.module for entry in zoo.study.methods.values()} == files
