@@ -70,7 +70,7 @@ class AdaGradSelect(Method):
     PAPER = "arXiv 2512.15764"
     EXAMPLES = (
         {"blocks_share": 0.3, "explore_steps": 6, "decay": 0.2},
-        {"blocks_share": 0.3, "explore_steps": 4, "epsilon": 0.5, "later": "most_chosen"},
+        {"blocks_share": 0.5, "explore_steps": 4, "epsilon": 0.5, "later": "most_chosen"},
     )
     options: AdaGradSelectOptions
     active: tuple[int, ...] = ()

@@ -70,7 +70,7 @@ class Ows(Method):
     Config = OwsOptions
     PAPER = "arXiv 2405.18380"
     EXAMPLES = (
-        {"active_layers": 2, "sample_every": 3, "outlier_factor": 3.0, "calibration_rows": 16},
+        {"active_layers": 2, "sample_every": 4, "outlier_factor": 3.0, "calibration_rows": 16},
         {"active_layers": 1, "sample_every": 3, "calibration_rows": 8},
         {
             "active_layers": 2, "sample_every": 3, "outlier_factor": 3.0, "calibration_rows": 16,
