@@ -49,7 +49,10 @@ def test_a_misspelt_key_is_named_at_every_depth_with_the_nearest_valid_one(
 
 def test_a_key_like_no_other_gets_the_list_of_valid_ones(tmp_path: Path) -> None:
     said = complaint(tmp_path, ("alpha: 8", "alpha: 8, zzz: 1"))
-    where, keys = "mine.yaml:25: methods.lora.options.zzz", "adapter_dtype, alpha, dropout, init, lr_ratio, rank, rslora, targets"
+    where, keys = (
+        "mine.yaml:25: methods.lora.options.zzz",
+        "adapter_dtype, alpha, dropout, init, lr_ratio, rank, rslora, targets",
+    )
     assert said == f"{where}: unknown key; valid keys: {keys}"
 
 
