@@ -23,7 +23,10 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
     every = [r for r in rows if r.named.model == model and r.entry.cell.shape.batch == 1 and not r.named.variant]
     settings = list(dict.fromkeys(row.named.settings for row in every))
     figure, axes = grid(1, len(settings), height=3.9, sharey=True)
-    looks = looks_of(rows.methods)
+    lengths = {method: _lengths(every, method) for method in rows.methods}
+    # a method that is known at one length has no line, and is in the figure of all methods
+    chosen = [method for method, known in lengths.items() if known > 1] or list(lengths)
+    looks = {method: look for method, look in looks_of(rows.methods).items() if method in chosen}
     measured = any(row.peak("measured") for row in every)
     shown, beyond = _parted({method: [r for r in every if r.named.method == method] for method in looks})
     for panel, setting in zip(axes[0], settings, strict=True):
@@ -76,6 +79,11 @@ def _parted(by_method: dict[str, list[Row]]) -> tuple[list[str], list[str]]:
     least = {method: min(found, default=0.0) for method, rows in by_method.items() if (found := _peaks(rows))}
     fitting = [method for method, value in least.items() if value <= CARD_GIB]
     return (fitting, [method for method in least if method not in fitting]) if fitting else (list(least), [])
+
+
+def _lengths(rows: Sequence[Row], method: str) -> int:
+    known = (row for row in rows if row.named.method == method and (row.peak("forecast") or row.peak("measured")))
+    return len({row.entry.cell.shape.length for row in known})
 
 
 def _peaks(rows: Sequence[Row]) -> list[float]:

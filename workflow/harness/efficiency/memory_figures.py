@@ -29,7 +29,8 @@ def memory_stack(rows: Rows, model: str) -> Drawing:
     """One panel a corner: a bar a method, stacked by kind from the forecast; a diamond where it was measured."""
     corners = [corner for corner in CORNERS if rows.known(model, *corner)]
     shown = [rows.known(model, *corner) for corner in corners]
-    figure, axes = grid(len(corners), 1, height=sum(0.27 * len(part) + 0.5 for part in shown) + 0.75, sharex=True)
+    heights = [0.27 * len(part) + 0.5 for part in shown]
+    figure, axes = grid(len(corners), 1, height=sum(heights) + 0.75, sharex=True, height_ratios=heights)
     right = max((_largest(row) for part in shown for row in part), default=1.0)
     measured = any(row.peak("measured") for part in shown for row in part)
     for panel, (settings, shape), part in zip(axes[:, 0], corners, shown, strict=True):
@@ -75,7 +76,8 @@ def _bar(panel: Any, place: int, row: Row) -> None:
                 )  # fmt: skip
             end += width
     peak = row.peak("measured")
-    text = gib(end * GIB) if end else (row.forecast.status if row.forecast is not None else "no forecast")
+    refused = forecast is not None and forecast.status == "skipped"
+    text = gib(end * GIB) if end else "refuses these settings" if refused else "no forecast"
     if peak is not None:
         at = peak.value / GIB
         panel.plot([at], [place], marker="D", color="white", markeredgecolor="black", markersize=5, zorder=5)
