@@ -167,4 +167,6 @@ def test_a_machine_without_a_gpu_says_so(
     monkeypatch.setattr("harness.measuring.gpu.cuda_is_initialised", lambda: False)
     arguments = [word for word in command(tmp_path)[3:] if word not in ("--device", "cpu")]
     assert main(arguments) == 2
-    assert "no GPU was found on this machine" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no GPU was found on this machine" in said
+    assert "--forecast" in said

@@ -18,6 +18,7 @@ from harness.efficiency.report import every_group, write_report
 from harness.efficiency.session import Outcome, measure_all
 from harness.efficiency.spec import EfficiencyStudy, load_efficiency
 from harness.efficiency.store import Asked, Store
+from harness.measuring.gpu import NoGpuError
 from harness.progress import say
 from harness.reporting.published import Published, load_published
 
@@ -31,8 +32,13 @@ def measure(args: argparse.Namespace) -> int:
     asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
     outcome = Outcome()
     if budget.left() > 0:
-        with device_lease(args.device), Worker(args.device) as worker:
-            outcome = measure_all(groups, asked, store, budget, worker)
+        try:
+            with device_lease(args.device), Worker(args.device) as worker:
+                outcome = measure_all(groups, asked, store, budget, worker)
+        except NoGpuError as error:
+            raise ValueError(
+                f"{error}; or forecast (--forecast), or rehearse on the tiny model (--device cpu)"
+            ) from error
         seen = [entry for entry in _entries(groups) if store.current(entry, asked) is not None]
         outcome.errors += fill_forecasts(seen, store, budget, cores=args.cores)
         for entry in seen:
