@@ -246,8 +246,19 @@ def keep(store: Store, record: CellRecord, of: Entry, device: DeviceKind = "cuda
     path.write_text(record.model_dump_json(), encoding="utf-8")
 
 
-PEAKS = {"lora": 19.4, "grass": 17.4, "grass-decoder": 17.0, "full": 50.2, "lisa": 19.9, "lisa-keep": 42.0}
-SPEEDS = {"lora": 1000.0, "grass": 1080.0, "grass-decoder": 1250.0, "full": 700.0, "lisa": 1010.0, "lisa-keep": 1005.0}
+PEAKS = {
+    "lora": 19.4,
+    "grass": 17.4,
+    "grass-decoder": 17.0,
+    "full": 50.2,
+    "lisa": 19.9,
+    "lisa-keep": 42.0,
+    "dora": 22.9,
+}
+SPEEDS = {
+    "lora": 1000.0, "grass": 1080.0, "grass-decoder": 1250.0, "full": 700.0, "lisa": 1010.0, "lisa-keep": 1005.0,
+    "dora": 800.0,
+}  # fmt: skip
 
 
 def forecast_methods(store: Store, settings: str, shape: str, more: float = 0.0) -> None:

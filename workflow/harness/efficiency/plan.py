@@ -16,7 +16,7 @@ from harness.efficiency.spec import Cell, EfficiencyStudy, Shape, cell_of
 
 ANCHOR: dict[DeviceKind, str] = {"cuda": "llama-2-7b", "cpu": "tiny"}
 """The model that is measured in every way. A CPU rehearses on the tiny one alone."""
-COMPARED = ("lora", "grass", "grass-decoder", "full", "lisa", "lisa-keep")
+COMPARED = ("lora", "grass", "grass-decoder", "full", "lisa", "lisa-keep", "dora")
 CORNERS = (("plain", "1x1024"), ("lean", "1x1024"), ("lean", "4x1024"))
 """(settings, shape) of the targets."""
 OFFLOAD_CORNER = ("lean", "4x1024")
