@@ -197,8 +197,8 @@ class AdaGradSelect(Method):
         return [self.gamma.gammavariate(count + self.options.delta, 1.0) for count in self.counts]
 
     def _freeze(self) -> None:
+        from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
-        from grass.prefix import stop_at_lowest_layer
 
         assert self.model is not None
         for block, parameters in enumerate(self.blocks):

@@ -108,7 +108,7 @@ class Badam(Method):
 
     def begin_step(self, step: int) -> None:
         """The next block at step 0 and every K steps."""
-        from grass.prefix import stop_at_lowest_layer
+        from grass.backward import stop_at_lowest_layer
 
         assert self.model is not None
         if step % self.options.sample_every == 0:

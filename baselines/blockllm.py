@@ -327,8 +327,8 @@ class BlockLLM(Method):
         self._freeze()
 
     def _freeze(self) -> None:
+        from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
-        from grass.prefix import stop_at_lowest_layer
 
         assert self.model is not None
         for i, tensor in enumerate(self.tensors):

@@ -210,8 +210,8 @@ class Bread(Method):
 
     def _activate(self, block: int) -> None:
         """Moments of the block before, and the factors', go; the new block's begin at zero."""
+        from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
-        from grass.prefix import stop_at_lowest_layer
 
         assert self.optimizer is not None
         assert self.model is not None

@@ -88,8 +88,8 @@ class Hift(Method):
 
     def begin_step(self, step: int) -> None:
         """Wake the next group; backward goes down to its lowest layer, under activation checkpointing too."""
+        from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
-        from grass.prefix import stop_at_lowest_layer
 
         assert self.model is not None
         for number, parameters in enumerate(self.groups):

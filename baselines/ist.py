@@ -101,7 +101,7 @@ class Ist(Lora):
 
     def begin_step(self, step: int) -> None:
         """Measure at every `measure_every`-th step but the first, then draw (the code: at on_step_begin)."""
-        from grass.prefix import stop_at_lowest_layer
+        from grass.backward import stop_at_lowest_layer
         from grass.sampling import draw_layers
 
         self.step = step

@@ -284,8 +284,8 @@ class Misa(Method):
 
     def _activate(self, chosen: tuple[int, ...]) -> None:
         """Free the state of what leaves (paper: of all), take up what enters, switch gradients."""
+        from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
-        from grass.prefix import stop_at_lowest_layer
 
         assert self.optimizer is not None
         assert self.model is not None

@@ -135,7 +135,7 @@ class Speft(Method):
 
     def begin_step(self, step: int) -> None:
         """The embedding sleeps, so backward need not reach it."""
-        from grass.prefix import stop_at_lowest_layer
+        from grass.backward import stop_at_lowest_layer
 
         assert self.model is not None
         stop_at_lowest_layer(self.model)

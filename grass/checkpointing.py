@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from grass.prefix import stop_at_lowest_layer
+from grass.backward import stop_at_lowest_layer
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from grass.backward import stop_at_lowest_layer
 from grass.optimizer import Grass
-from grass.prefix import stop_at_lowest_layer
 
 
 class GrassCallback(TrainerCallback):  # type: ignore[misc]

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grass.backward import stop_at_lowest_layer
 from grass.belief import Belief
 from grass.distributed import average_gradients, check_ranks
 from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.options import Offload, Options, Reprobe, State
-from grass.prefix import stop_at_lowest_layer
 from grass.probing import Loss, Prober
 from grass.refusals import refuse_loss_scaling, refuse_unfit_model
 from grass.sampling import Sampler

@@ -9,7 +9,7 @@ import pytest
 from grass_tiny import batch, llama, same, weights
 from torch import Tensor, nn
 
-from grass.prefix import stop_at_lowest_layer
+from grass.backward import stop_at_lowest_layer
 
 NON_REENTRANT = {"use_reentrant": False}
 ACTIVE = (3, 5)
