@@ -84,7 +84,7 @@ class AdaGradSelect(Method):
         from grass.layers import find_layers
 
         # by this name a forecast puts a counter in its place
-        from grass.offload import HostArena  # type: ignore[attr-defined]
+        from grass.offload.offload import HostArena  # type: ignore[attr-defined]
 
         self.model = model
         found = find_layers(model)

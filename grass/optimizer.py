@@ -19,11 +19,11 @@ from grass.belief import Belief
 from grass.distributed import average_gradients, check_ranks
 from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
+from grass.offload.states import LayerStates
 from grass.options import Offload, Options, Reprobe, State
 from grass.probing import Loss, Prober
 from grass.refusals import refuse_loss_scaling, refuse_unfit_model
 from grass.sampling import Sampler
-from grass.states import LayerStates
 from grass.trace import History, Record
 
 

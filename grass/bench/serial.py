@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grass import offload
-from grass.streams import CudaStreams, NoStreams, Streams
+from grass.offload import offload
+from grass.offload.streams import CudaStreams, NoStreams, Streams
 
 
 class SerialStreams(CudaStreams):

@@ -18,8 +18,8 @@ import torch
 from races import Clock, RaceChecker
 from torch import Tensor
 
-from grass.blocks import HostArena
-from grass.streams import Queue
+from grass.offload.blocks import HostArena
+from grass.offload.streams import Queue
 
 Copying = Literal["fetch", "return"]
 _take = HostArena.take
@@ -283,5 +283,5 @@ def install(monkeypatch: pytest.MonkeyPatch, *streams: RecordingStreams) -> None
             owner.take(block)
         return block
 
-    monkeypatch.setattr("grass.offload.streams_for", lambda device: left.pop(0))
+    monkeypatch.setattr("grass.offload.offload.streams_for", lambda device: left.pop(0))
     monkeypatch.setattr(HostArena, "take", recorded)

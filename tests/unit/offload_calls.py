@@ -12,8 +12,8 @@ import torch
 from fake_streams import RecordingStreams, install
 from torch import Tensor, nn
 
-import grass.states
-from grass.blocks import Block, Chunk
+import grass.offload.states
+from grass.offload.blocks import Block, Chunk
 
 DEVICE = torch.device("cpu")
 SHAPES = [((7, 9), (40,)), ((103,),), ((11, 11), (5,)), ((103,),), ((64,), (3, 13)), ((103,),)]
@@ -30,9 +30,9 @@ class Calls:
     """
 
     def __init__(self, seed: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("grass.blocks.CHUNK_BYTES", 256)
+        monkeypatch.setattr("grass.offload.blocks.CHUNK_BYTES", 256)
         monkeypatch.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": 16, "other": 16})
-        monkeypatch.setattr("grass.offload.RING", 3)
+        monkeypatch.setattr("grass.offload.offload.RING", 3)
         self.random = random.Random(seed)
         self.streams = RecordingStreams(seed)
         install(monkeypatch, self.streams)
@@ -45,7 +45,7 @@ class Calls:
             for i, shapes in enumerate(SHAPES)
         ]
         self.moments: list[Tensor | None] = [None] * len(SHAPES)
-        self.offload = grass.states.StateOffload(self.blocks, DEVICE, mode)
+        self.offload = grass.offload.states.StateOffload(self.blocks, DEVICE, mode)
         self.awake = list(self.blocks)
 
     def run(self, calls: int) -> str | None:

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-import grass.hooks
-import grass.offload
-import grass.states
+import grass.offload.hooks
+import grass.offload.offload
+import grass.offload.states
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Defect:
     broken: str
     modes: tuple[str, ...]
     """Where to look: `resident`, `move`, or both."""
-    module: ModuleType = grass.offload
+    module: ModuleType = grass.offload.offload
     state: str = "keep"
 
     def __str__(self) -> str:
@@ -36,13 +36,13 @@ class Defect:
         )
         broken = ModuleType(self.module.__name__)
         exec(compile(source.replace(self.line, self.broken), f"<{self.name}>", "exec"), broken.__dict__)
-        if self.module is grass.offload:
+        if self.module is grass.offload.offload:
             # what other patches put there
-            broken.__dict__.update(RING=RING, streams_for=lambda device: grass.offload.streams_for(device))
+            broken.__dict__.update(RING=RING, streams_for=lambda device: grass.offload.offload.streams_for(device))
         user, what = {
-            grass.offload: ("grass.states", "StateOffload"),
-            grass.hooks: ("grass.states", "LayerHooks"),
-            grass.states: ("grass.optimizer", "LayerStates"),
+            grass.offload.offload: ("grass.offload.states", "StateOffload"),
+            grass.offload.hooks: ("grass.offload.states", "LayerHooks"),
+            grass.offload.states: ("grass.optimizer", "LayerStates"),
         }[self.module]
         monkeypatch.setattr(f"{user}.{what}", getattr(broken, what))
 
@@ -98,14 +98,14 @@ DEFECTS = [
         'step, bits = self._optimizer.state[p]["step"], None',
         'step, bits = max(state["step"] for state in self._optimizer.state.values()), None',
         BOTH,
-        grass.states,
+        grass.offload.states,
     ),
     Defect("ResetKeepsMoments", "if not keep:", "if False:", BOTH, state="reset"),
     # memory
     Defect("ResetKeepsTheHostBlock", "self.arena.give_back(block.host)", "pass", MOVE, state="reset"),
-    Defect("KeepsReturnedBuffers", "self._states.release(keep=", "(", MOVE, grass.hooks),
-    Defect("KeepsWhatWasFetchedForNothing", "self._states.drop_fetched()", "pass", MOVE, grass.hooks),
+    Defect("KeepsReturnedBuffers", "self._states.release(keep=", "(", MOVE, grass.offload.hooks),
+    Defect("KeepsWhatWasFetchedForNothing", "self._states.drop_fetched()", "pass", MOVE, grass.offload.hooks),
     Defect("StaysOnTheDevice", "self._send_home(block)", "pass", RESIDENT),
     Defect("GrowsTheRing", "ring[dtype] -= 1", "pass", MOVE),
-    Defect("LeavesBuffersBehind", "self.offload.forget(block)", "pass", RESIDENT, grass.states),
+    Defect("LeavesBuffersBehind", "self.offload.forget(block)", "pass", RESIDENT, grass.offload.states),
 ]

@@ -14,11 +14,11 @@ from fake_streams import RecordingStreams, install
 from grass_tiny import batch, grass_of, llama
 from torch import Tensor, nn
 
-import grass.offload
+import grass.offload.offload
 from grass import Grass
 from grass.adamw import AdamW
 from grass.layers import set_trainable
-from grass.streams import NoStreams
+from grass.offload.streams import NoStreams
 
 SEEDS = (0,)
 """Of the orders in which copies are done, and of how much is fetched during backward; more of them look at more."""
@@ -111,15 +111,15 @@ def train(setting: Setting, model: Any, opt: Any, first: int = 0, last: int = ST
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five or more chunks a layer of the tiny Llama, each of several pieces, and a ring that they do not fit in."""
-    monkeypatch.setattr("grass.blocks.CHUNK_BYTES", 4096)
+    monkeypatch.setattr("grass.offload.blocks.CHUNK_BYTES", 4096)
     monkeypatch.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": 240, "other": 240})
-    monkeypatch.setattr("grass.offload.RING", 3)
+    monkeypatch.setattr("grass.offload.offload.RING", 3)
 
 
 def on_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Grass]:
     """A model and its optimizer where nothing moves."""
     small_chunks(monkeypatch)
-    monkeypatch.setattr("grass.offload.streams_for", NoStreams)
+    monkeypatch.setattr("grass.offload.offload.streams_for", NoStreams)
     model = llama()
     return model, setting.build(model, offload="resident", **options)
 
@@ -175,8 +175,8 @@ def problem_after_step(opt: Grass, streams: RecordingStreams, fetched: int) -> s
         return streams.checker.races[0]
     offload = opt.states.offload
     assert offload is not None
-    if offload.mode == "move" and streams.most_live > grass.offload.RING + fetched:
-        return f"{streams.most_live} buffers in one step, with a ring of {grass.offload.RING} and {fetched} fetched"
+    if offload.mode == "move" and streams.most_live > grass.offload.offload.RING + fetched:
+        return f"{streams.most_live} buffers in one step, with a ring of {grass.offload.offload.RING} and {fetched} fetched"
     asleep = [block for block in opt.states.blocks if block not in opt.states.awake(opt.active)]
     for block in asleep:
         if block.home is not None and block.home.data_ptr() in streams.live:

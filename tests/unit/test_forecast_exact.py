@@ -34,14 +34,14 @@ from harness.training.loss import token_loss
 from torch import nn
 
 from grass.adamw import PIECE_ELEMENTS
-from grass.offload import RING
+from grass.offload.offload import RING
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _many_pieces() -> Iterator[None]:
     with (
         patch.dict(PIECE_ELEMENTS, other=PIECE),
-        patch("grass.blocks.CHUNK_BYTES", CHUNK),
+        patch("grass.offload.blocks.CHUNK_BYTES", CHUNK),
         patch("grass.loss.CHUNK_ROWS", CHUNK_ROWS),
     ):
         small_forecast.cache_clear()
@@ -114,7 +114,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
         "lisa", "plain", [("baselines.lisa.Lisa._forget_moments", _forget_nothing)],
     ),
     "moments of sleeping layers are not sent home": (
-        "decoder-resident", "plain", [("grass.offload.StateOffload._send_home", _forget_nothing)],
+        "decoder-resident", "plain", [("grass.offload.offload.StateOffload._send_home", _forget_nothing)],
     ),
     "gradients stay after the step": (
         "lora", "plain", [("torch.optim.Optimizer.zero_grad", _forget_nothing)],

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from grass import offload
 from grass.bench import device as device_part
 from grass.bench.__main__ import main
 from grass.bench.comparison import Budget, compare, measure_device
@@ -22,6 +21,7 @@ from grass.bench.device import VARIANTS, Cell, DeviceBench, DeviceSettings, cell
 from grass.bench.figures import interleaved, ratios, summary
 from grass.bench.host import HostSettings, _Training
 from grass.bench.serial import serial_copies
+from grass.offload import offload
 
 TINY_HOST = ["--layers", "2", "--width", "32", "--tokens", "4", "--step-rounds", "2", "--periods", "1"]
 TINY_DEVICE = ["--device", "cpu", "--geometry", "tiny", "--batch", "1", "--length", "8", "--warmup", "1"]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from offload_runs import Setting, on_cpu, on_device, small_chunks, train
 from torch import nn
 
-from grass.blocks import CHUNK_BYTES, Block, HostArena
+from grass.offload.blocks import CHUNK_BYTES, Block, HostArena
 
 shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -41,7 +41,7 @@ def test_chunks_cover_every_entry_once_in_pieces_of_one_parameter_each(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": piece, "other": piece})
         limit = 2 * dtype.itemsize * piece * pieces
-        patched.setattr("grass.blocks.CHUNK_BYTES", limit)
+        patched.setattr("grass.offload.blocks.CHUNK_BYTES", limit)
         block = block_of(shapes, dtype)
         chunks = block.chunks
     at = 0
@@ -148,7 +148,7 @@ def test_a_refusal_to_pin_falls_back_to_pageable_memory_with_one_warning(monkeyp
     fake = Cudart(refuses=lambda: len(fake.registered) == 1)
     forgotten = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr("grass.blocks._forget_last_error", lambda: forgotten.append(fake.calls[-1]))
+    monkeypatch.setattr("grass.offload.blocks._forget_last_error", lambda: forgotten.append(fake.calls[-1]))
     arena = HostArena(pin=True, settle=lambda: None)
     arena.take(10, torch.float32)
     with warnings.catch_warnings(record=True) as caught:
@@ -170,7 +170,7 @@ def test_a_refusal_to_pin_falls_back_to_pageable_memory_with_one_warning(monkeyp
 
 
 def test_the_error_of_a_refusal_is_raised_where_nobody_minds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grass.blocks import _forget_last_error
+    from grass.offload.blocks import _forget_last_error
 
     launched = []
 
@@ -189,7 +189,7 @@ def test_what_is_registered_is_what_the_groups_hold(
     mode: str, state: Any, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through changes of layers, a load, and the end of the optimizer."""
-    monkeypatch.setattr("grass.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
+    monkeypatch.setattr("grass.offload.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
     small_chunks(monkeypatch)
     install(monkeypatch, RecordingStreams(1), RecordingStreams(2))
     model: Any = llama()
@@ -216,7 +216,7 @@ def test_an_optimizer_that_is_dropped_takes_its_hooks_memory_and_copies_along(
     cudart: Cudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a backward pass whose step never came: chunks are on their way into memory that others may get."""
-    monkeypatch.setattr("grass.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
+    monkeypatch.setattr("grass.offload.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
     streams = RecordingStreams(1, Scripted(now=0, most=1 << 20), eagerness=0.0)
     setting = Setting(sampler="importance")
     model, opt = on_device(setting, monkeypatch, streams, offload="move")

@@ -33,8 +33,8 @@ from offload_runs import (
     train,
 )
 
-from grass.blocks import Block
-from grass.offload import StateOffload
+from grass.offload.blocks import Block
+from grass.offload.offload import StateOffload
 
 KEEP, RESET = Setting(), Setting(state="reset", sampler="importance")
 

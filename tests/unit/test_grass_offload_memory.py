@@ -9,7 +9,7 @@ from fake_streams import RecordingStreams, Scripted
 from grass_tiny import batch
 from offload_runs import STEPS, Setting, difference, expected, on_device, outcome, train
 
-import grass.offload
+import grass.offload.offload
 
 KEEP = Setting()
 TOP = Setting(sampler="importance")
@@ -51,16 +51,16 @@ def test_moving_states_use_the_ring_and_nothing_else_where_nobody_counts_bytes(
         assert streams.live == {}, "from the last release to the first fetch"
         opt.step()
         opt.zero_grad()
-        assert streams.most_live == grass.offload.RING
+        assert streams.most_live == grass.offload.offload.RING
         largest = max(chunk.elements for block in opt.states.blocks for chunk in block.chunks)
         assert {buffer.shape for buffer in streams.live.values()} <= {(2, largest)}
 
 
 def test_returned_buffers_are_freed_layer_by_layer_as_activations_grow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grass.offload.RING", 8)
+    monkeypatch.setattr("grass.offload.offload.RING", 8)
     streams = RecordingStreams(numbers=Scripted(), eagerness=0.0)
     model, opt = on_device(KEEP, monkeypatch, streams, offload="move")
-    monkeypatch.setattr("grass.offload.RING", 8)
+    monkeypatch.setattr("grass.offload.offload.RING", 8)
     train(KEEP, model, opt, last=1)
     assert len(streams.live) == 8
     alive: list[int] = []
@@ -74,7 +74,7 @@ def test_what_backward_fetches_leaves_the_update_room_below_the_peak(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room for so many chunks of 4096 bytes, beside the ring of the update and one piece's temporaries."""
-    ring_and_temporaries = 3 * 4096 + grass.offload.TEMPORARY_BYTES * 240
+    ring_and_temporaries = 3 * 4096 + grass.offload.offload.TEMPORARY_BYTES * 240
     peak = 100_000 + ring_and_temporaries + room * 4096
     streams = counting(100_000, peak)
     model, opt = on_device(TOP, monkeypatch, streams, offload="move")

@@ -8,7 +8,7 @@ from fake_streams import RecordingStreams, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grass.room import BackwardRoom
+from grass.offload.headroom import BackwardRoom
 
 
 @dataclass

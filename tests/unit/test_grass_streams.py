@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass.streams import CudaStreams, NoStreams, streams_for
+from grass.offload.streams import CudaStreams, NoStreams, streams_for
 
 
 class _Copies(TorchDispatchMode):

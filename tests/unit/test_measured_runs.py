@@ -30,7 +30,7 @@ from harness.training.logs import Log
 from safetensors.torch import load_file
 
 from baselines.method import StepFacts
-from grass.blocks import HostArena
+from grass.offload.blocks import HostArena
 
 ROOT = Path(__file__).parents[2]
 GRASS = {"active_layers": 2, "sample_every": 3, "probe_steps": 2}
@@ -221,7 +221,7 @@ def test_the_arena_counts_what_it_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     codes = [0, 2]
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: codes.pop(0), cudaHostUnregister=lambda _: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr("grass.blocks._forget_last_error", lambda: None)
+    monkeypatch.setattr("grass.offload.blocks._forget_last_error", lambda: None)
     arena = HostArena(pin=True, settle=lambda: None)
     first = arena.take(1000, torch.float32)
     with pytest.warns(UserWarning, match="could not pin"):

@@ -21,7 +21,7 @@ from offload_runs import (
     small_chunks,
 )
 
-import grass.offload
+import grass.offload.offload
 
 SAMPLERS = ("uniform", "importance")
 
@@ -72,7 +72,9 @@ def finding_in_calls(mode: str, seed: int, defect: Defect) -> str | None:
 def test_defect_is_caught(defect: Defect, record_property: Callable[[str, object], None]) -> None:
     for mode in defect.modes:
         trained = (finding(mode, defect.state, sampler, defect) for sampler in SAMPLERS)
-        called = (finding_in_calls(mode, seed, defect) for seed in range(5 if defect.module is grass.offload else 0))
+        called = (
+            finding_in_calls(mode, seed, defect) for seed in range(5 if defect.module is grass.offload.offload else 0)
+        )
         found = next((problem for problem in itertools.chain(called, trained) if problem is not None), None)
         assert found is not None, f"{defect} passes every check in mode {mode}"
     record_property("defect", defect.name)

@@ -23,7 +23,7 @@ from harness.training.loss import chunked_token_loss, token_loss
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
 STEPS_A_DRAW = 2
-"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.room`). The period that a
+"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period that a
 method's entry names decides no byte, and would make a run of every draw long."""
 
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from grass.adamw import PIECE_ELEMENTS
-from grass.blocks import HostArena
+from grass.offload.blocks import HostArena
+from grass.offload.streams import NoStreams
 from grass.sampling import LayerSampler
-from grass.streams import NoStreams
 from harness.forecasting.tracker import Tracker
 
 
@@ -67,7 +67,7 @@ def device_seams(tracker: Tracker, *, capacity_bytes: int | None = None) -> Iter
         return ForecastStreams(device, tracker, capacity_bytes)
 
     with ExitStack() as stack:
-        stack.enter_context(patch("grass.offload.streams_for", streams_for))
+        stack.enter_context(patch("grass.offload.offload.streams_for", streams_for))
         stack.enter_context(patch.dict(PIECE_ELEMENTS, cpu=PIECE_ELEMENTS["other"]))
         yield
 
@@ -98,7 +98,7 @@ def fake_seams(tracker: Tracker) -> Iterator[None]:
     really_follow = LayerSampler.follow
     with ExitStack() as stack:
         for name, instead in (
-            ("grass.offload.HostArena", ForecastArena),
+            ("grass.offload.offload.HostArena", ForecastArena),
             ("grass.optimizer.Grass._read", read),
             ("grass.sampling.LayerSampler.follow", follow),
             ("baselines.method.read_number", lambda value: 1.0),

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grass.adamw import Rounding, flat, update_piece
-from grass.blocks import Block, Chunk
-from grass.hooks import LayerHooks
-from grass.offload import StateOffload
+from grass.offload.blocks import Block, Chunk
+from grass.offload.hooks import LayerHooks
+from grass.offload.offload import StateOffload
 from grass.options import Options
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass.blocks import Block
-from grass.offload import StateOffload
+from grass.offload.blocks import Block
+from grass.offload.offload import StateOffload
 
 
 class LayerHooks:

@@ -9,7 +9,7 @@ every period only watches.
 
 from __future__ import annotations
 
-from grass.streams import Streams
+from grass.offload.streams import Streams
 
 
 class BackwardRoom:

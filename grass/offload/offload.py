@@ -6,7 +6,7 @@ is on the device when activations peak. What is fetched, when, and into which bu
 are the same in both modes, to the last bit.
 
 Moving behind the *update* of a neighbour, as the paper describes it, cannot hide a copy: a layer's update takes a
-millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.room`); writing back hides behind the
+millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.offload.headroom`); writing back hides behind the
 next forward pass.
 """
 
@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grass.blocks import Block, Chunk, HostArena
-from grass.room import BackwardRoom
-from grass.streams import Streams, streams_for
+from grass.offload.blocks import Block, Chunk, HostArena
+from grass.offload.headroom import BackwardRoom
+from grass.offload.streams import Streams, streams_for
 
 Mode = Literal["resident", "move"]
 
