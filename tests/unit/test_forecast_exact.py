@@ -27,8 +27,8 @@ from forecast_cells import (
 from harness.efficiency.cell import CellRun
 from harness.efficiency.draws import top
 from harness.efficiency.spec import Cell
+from harness.forecasting.fake_device import device_seams
 from harness.forecasting.forecast import Forecast, forecast
-from harness.forecasting.seams import device_seams
 from harness.forecasting.tracker import Tracker
 from harness.training.loss import token_loss
 from torch import nn
@@ -108,7 +108,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
         "decoder-move", "plain", [("harness.forecasting.tracker.Tracker.on_host", lambda tracker: nullcontext())],
     ),
     "staging buffers do not count": (
-        "decoder-move", "lean", [("harness.forecasting.seams.ForecastStreams.allocate", _uncounted)],
+        "decoder-move", "lean", [("harness.forecasting.fake_device.ForecastStreams.allocate", _uncounted)],
     ),
     "sleeping states stay on the device": (
         "lisa", "plain", [("baselines.lisa.Lisa._forget_moments", _forget_nothing)],
@@ -133,7 +133,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
         "lisa", "plain", [("harness.forecasting.tracker.ROUNDING", 1)],
     ),
     "a mask is built": (
-        "lisa", "plain", [("harness.forecasting.seams._without_padding", _no_stub)],
+        "lisa", "plain", [("harness.forecasting.fake_device._without_padding", _no_stub)],
     ),
     "the probe keeps all gradients until its step ends": (
         "decoder-move", "plain", [("grass.probing.NormHooks._reduce", _keep_gradients)],

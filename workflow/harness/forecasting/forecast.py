@@ -18,7 +18,7 @@ from baselines.method import Expectation, ModelFacts
 from harness.efficiency.cell import STEPS_A_DRAW, CannotRunError, CellRun, Phase
 from harness.efficiency.draws import CANDIDATES, Policy, covering
 from harness.efficiency.spec import Cell
-from harness.forecasting.seams import device_seams, fake_seams
+from harness.forecasting.fake_device import device_seams, fake_seams
 from harness.forecasting.tracker import Kind, Span, Tracker
 
 NO_VALUES = (
