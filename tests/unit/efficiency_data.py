@@ -10,7 +10,9 @@ from typing import Any
 from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
-from harness.efficiency.record import (
+from harness.efficiency.spec import EfficiencyStudy, load_efficiency
+from harness.efficiency.store import Asked, Store
+from harness.records.cell import (
     CellRecord,
     DeviceKind,
     DeviceRecord,
@@ -18,9 +20,7 @@ from harness.efficiency.record import (
     MemoryBlock,
     TimingBlock,
 )
-from harness.efficiency.spec import EfficiencyStudy, load_efficiency
-from harness.efficiency.store import Asked, Store
-from harness.provenance import provenance
+from harness.records.provenance import provenance
 from harness.reporting.published import Published, load_published
 
 ROOT = Path(__file__).parents[2]

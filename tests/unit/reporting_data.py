@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from harness.columns import FRAMES
+from harness.records.columns import FRAMES
 from harness.reporting.frames import Frames, rows_to_frame
 from harness.spec import Study
 

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from harness.columns import DOCUMENT_COLUMNS
 from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import score_suite, wrap
 from harness.evaluating.score import evaluate
@@ -20,7 +19,8 @@ from harness.inputs.generated import suite_rows
 from harness.inputs.prompts import Row, evaluation_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import collate, encode
-from harness.record import EvalRecord, TrainRecord
+from harness.records.columns import DOCUMENT_COLUMNS
+from harness.records.run import EvalRecord, TrainRecord
 from harness.spec import EvalJob, RunJob, SuiteJob
 from harness.stages import evaluate as stage
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM

@@ -10,7 +10,7 @@ from harness.config import load_study
 from harness.forecasting.fit import foresee, refusal
 from harness.places import Places
 from harness.plan import outputs, resolve_study
-from harness.record import FitRecord
+from harness.records.run import FitRecord
 from harness.spec import FitJob, Training
 from harness.training.loading import Inputs
 from harness.training.loop import train

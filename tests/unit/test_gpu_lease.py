@@ -16,7 +16,6 @@ import pytest
 import torch
 from fake_gpu import FakeNvml
 from harness.checking.tiny import tiny_training
-from harness.durable import write_json
 from harness.measuring import gpu
 from harness.measuring.gpu import (
     VISIBLE,
@@ -30,8 +29,9 @@ from harness.measuring.gpu import (
     lock_folder,
     visible_devices,
 )
-from harness.provenance import provenance
-from harness.record import TrainRecord
+from harness.records.atomic import write_json
+from harness.records.provenance import provenance
+from harness.records.run import TrainRecord
 from harness.spec import Observation, RunJob, Search, SearchJob
 
 A, B = Device(0, "GPU-aa", "Card A", "GPU-aa"), Device(1, "GPU-bb", "Card B", "GPU-bb")

@@ -13,7 +13,7 @@ from harness.inputs import models
 from harness.inputs.models import facts_of, load_model, load_tokenizer, make_model, model_folder
 from harness.inputs.pretrain import batches
 from harness.inputs.tokenizer import build_tokenizer
-from harness.record import ModelRecord
+from harness.records.run import ModelRecord
 from harness.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
 
 SHARED = Path(__file__).parents[2].parent / "shared"

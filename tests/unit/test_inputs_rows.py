@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from harness.durable import sha256
 from harness.inputs.generated import split_of
 from harness.inputs.rows import Row, make_rows, make_suite, read_rows
 from harness.places import resolve
-from harness.record import RowsRecord
+from harness.records.atomic import sha256
+from harness.records.run import RowsRecord
 from harness.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite, RowsJob, SuiteJob
 
 SHARED = Path(__file__).parents[2].parent / "shared"

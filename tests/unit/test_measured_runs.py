@@ -15,10 +15,10 @@ import reporting_data as data
 import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.columns import ADDED, FRAMES
-from harness.durable import read_jsonl
 from harness.measuring.meters import MemoryMeters
-from harness.record import EvalRecord, SearchRecord, TrainRecord
+from harness.records.atomic import read_jsonl
+from harness.records.columns import ADDED, FRAMES
+from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.reporting import collecting
 from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.run_tables import efficiency_table

@@ -16,8 +16,8 @@ from harness.measuring.device import AllocatorMeter, NestedPeaks, allocator_sett
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.meters import MemoryMeters, is_watched
 from harness.measuring.rates import transfer_rates, with_rates
-from harness.provenance import provenance
-from harness.record import TrainRecord
+from harness.records.provenance import provenance
+from harness.records.run import TrainRecord
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -15,7 +15,7 @@ from harness.__main__ import main
 from harness.config import load_study
 from harness.places import Places
 from harness.plan import Plan, open_study, outputs, resolve_study
-from harness.sources import current_sha256
+from harness.records.code import current_sha256
 from harness.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
 
 ROOT = Path(__file__).parents[2]

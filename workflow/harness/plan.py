@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness import durable
 from harness.config import dagger, load_study, method_of, recipe_of
 from harness.places import Places
+from harness.records import atomic
 from harness.spec import (
     EvalJob,
     FitJob,
@@ -132,7 +132,7 @@ def write_specs(plan: Plan, places: Places) -> None:
     wanted += [(places.eval_spec(name), job) for name, job in plan.evals.items()]
     for path, job in wanted:
         if not path.exists():
-            durable.write_json(path, job.body())
+            atomic.write_json(path, job.body())
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from baselines.method import Method
 from harness.checking.tiny import tiny_training
-from harness.durable import read_jsonl, write_text
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
-from harness.record import TrainRecord
+from harness.records.atomic import read_jsonl, write_text
+from harness.records.run import TrainRecord
 from harness.spec import Observation
 from harness.training import loading
 from harness.training.batches import fixed_batches, mean_loss

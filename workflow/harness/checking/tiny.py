@@ -33,7 +33,7 @@ FAMILIES = ("llama", "gemma", "gpt2")
 
 def tiny_inputs(folder: Path, family: str = "llama") -> Inputs:
     """Write a random model of 4 layers with the embedded study's tokenizer, and 64 arithmetic rows, under `folder`."""
-    from harness.durable import write_json
+    from harness.records.atomic import write_json
 
     tokenizer = build_tokenizer()
     with torch.random.fork_rng(devices=[]):

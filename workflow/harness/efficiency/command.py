@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from harness import durable
 from harness.efficiency.arithmetic import PERIOD
 from harness.efficiency.budget import BUDGET_S, Budget
 from harness.efficiency.forecasts import fill_forecasts
@@ -20,6 +19,7 @@ from harness.efficiency.spec import EfficiencyStudy, load_efficiency
 from harness.efficiency.store import Asked, Store
 from harness.measuring.gpu import NoGpuError
 from harness.progress import say
+from harness.records import atomic
 from harness.reporting.published import Published, load_published
 
 
@@ -44,7 +44,7 @@ def measure(args: argparse.Namespace) -> int:
         for entry in seen:
             store.predict(entry, asked)
     figures = write_report(study, store, published)
-    durable.write_json(store.folder / "coverage.json", _coverage(args, budget, outcome))
+    atomic.write_json(store.folder / "coverage.json", _coverage(args, budget, outcome))
     _say_end(store, outcome, budget, figures)
     return 1 if outcome.errors else 0
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.efficiency.spec import Cell
-from harness.sources import method_files
+from harness.records.code import method_files
 
 _STEP = ("grass", "baselines.method", "harness.training.loss", "harness.efficiency.cell", "harness.efficiency.draws")
 _MEASURING = (
@@ -49,7 +49,7 @@ def cell_sha256(cell: Cell, **more: Any) -> str:
 def code_sha256(sources: tuple[str, ...]) -> str:
     """Hash of code without comments, docstrings and blank lines, the same under every version of Python.
 
-    A forecast made on one machine is read beside a measurement made on another; `harness.provenance` hashes what
+    A forecast made on one machine is read beside a measurement made on another; `harness.records.provenance` hashes what
     `ast.unparse` prints, which differs from version to version.
     """
     total = hashlib.sha256()

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
-from harness.efficiency.record import DeviceKind, DeviceRecord
 from harness.measuring.device import ON_THE_CPU, AllocatorMeter, allocator_settings
 from harness.measuring.gpu import lease_for
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
-from harness.record import GpuState
+from harness.records.cell import DeviceKind, DeviceRecord
+from harness.records.run import GpuState
 
 LEFTOVER_BYTES = 16 * 2**20
 """What a cell may leave behind on the device: handles and small constants of libraries."""

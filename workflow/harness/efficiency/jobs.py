@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from harness.efficiency.record import (
+from harness.efficiency.spec import Cell
+from harness.records.cell import (
     DeviceKind,
     DeviceRecord,
     ForecastRecord,
@@ -14,7 +15,6 @@ from harness.efficiency.record import (
     StrictRecord,
     TimingBlock,
 )
-from harness.efficiency.spec import Cell
 
 
 class Job(StrictRecord):

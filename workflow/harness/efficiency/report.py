@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness import durable
 from harness.efficiency.length_figure import memory_by_length
 from harness.efficiency.memory_figures import memory_stack
 from harness.efficiency.plan import ANCHOR, Group, plan
@@ -17,6 +16,7 @@ from harness.efficiency.speed_tables import offload_table, rehearsal_table, thro
 from harness.efficiency.store import Store
 from harness.efficiency.tables import memory_table
 from harness.efficiency.targets import target_table
+from harness.records import atomic
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, save, styled
 
@@ -40,7 +40,7 @@ def write_report(study: EfficiencyStudy, store: Store, published: Published) -> 
         for drawing in draw(rows, published):
             save(drawing, store.folder / "figures")
             captions[drawing.name] = {"caption": drawing.caption, "alt": drawing.alt}
-    durable.write_json(store.folder / "figures.json", captions)
+    atomic.write_json(store.folder / "figures.json", captions)
     _remove_others(store.folder / "figures", {f"{name}.{suffix}" for name in captions for suffix in ("svg", "png")})
     return list(captions)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from harness import durable
 from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
-from harness.efficiency.record import CellRecord, DeviceKind, DeviceRecord, ForecastRecord, Predicted
-from harness.provenance import provenance
+from harness.records import atomic
+from harness.records.cell import CellRecord, DeviceKind, DeviceRecord, ForecastRecord, Predicted
+from harness.records.provenance import provenance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +134,7 @@ class Store:
         )
 
     def _write(self, path: Path, record: CellRecord | ForecastRecord) -> None:
-        durable.write_text(path, record.model_dump_json(indent=2) + "\n")
+        atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
 
     # ------------------------------------------------------------ forecast
 

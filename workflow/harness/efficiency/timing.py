@@ -19,8 +19,8 @@ from harness.efficiency.draws import Policy
 from harness.efficiency.instruments import Instruments, StepMarks
 from harness.efficiency.jobs import Job
 from harness.efficiency.phases import PhasePeaks
-from harness.efficiency.record import TimingBlock
 from harness.efficiency.utilisation import utilisation
+from harness.records.cell import TimingBlock
 
 DEFAULT_PERIOD = 50
 """Of methods whose entry leaves it open."""

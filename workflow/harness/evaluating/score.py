@@ -11,16 +11,16 @@ from typing import Any
 
 import pandas as pd
 
-from harness.columns import DOCUMENT_COLUMNS
-from harness.durable import whole_file, write_json
 from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
 from harness.inputs.prompts import Row
 from harness.inputs.rows import read_rows
 from harness.places import resolve
-from harness.provenance import provenance
-from harness.record import EvalRecord, SuiteScore, TrainRecord
-from harness.sources import EVALUATION
+from harness.records.atomic import whole_file, write_json
+from harness.records.code import EVALUATION
+from harness.records.columns import DOCUMENT_COLUMNS
+from harness.records.provenance import provenance
+from harness.records.run import EvalRecord, SuiteScore, TrainRecord
 from harness.spec import EvalJob, Scoring, SuiteJob
 from harness.tasks.protocol import check_gold
 

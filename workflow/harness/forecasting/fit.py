@@ -13,9 +13,9 @@ from harness.forecasting.forecast import NoForecastError, forecast
 from harness.inputs.models import load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
-from harness.provenance import provenance
-from harness.record import FitRecord
-from harness.sources import forecast as sources_of
+from harness.records.code import forecast as sources_of
+from harness.records.provenance import provenance
+from harness.records.run import FitRecord
 from harness.spec import Training
 
 GIB = 2**30

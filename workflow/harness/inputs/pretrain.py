@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness.durable import whole_folder
 from harness.inputs.generated import pieces
 from harness.inputs.prompts import training_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.progress import Progress
+from harness.records.atomic import whole_folder
 from harness.spec import Corpus, PretrainedHere
 
 _POSITIONS = 512

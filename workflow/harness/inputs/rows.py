@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from harness.durable import sha256, write_json
 from harness.inputs.generated import suite_rows, training_rows
 from harness.inputs.prompts import Row
 from harness.places import resolve
-from harness.provenance import provenance
-from harness.record import RowsRecord
-from harness.sources import ROWS
+from harness.records.atomic import sha256, write_json
+from harness.records.code import ROWS
+from harness.records.provenance import provenance
+from harness.records.run import RowsRecord
 from harness.spec import FileRows, FileSuite, RowsJob, SuiteJob
 
 __all__ = ["Row", "make_rows", "make_suite", "read_rows"]

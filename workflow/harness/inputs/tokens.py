@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.inputs.prompts import Row, training_prompt
-from harness.record import DataUse
+from harness.records.run import DataUse
 
 IGNORED = -100
 """Label of a token that does not enter the loss."""

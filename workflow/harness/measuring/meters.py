@@ -14,7 +14,7 @@ from typing import Any
 from harness.measuring.device import AllocatorMeter, NestedPeaks, allocator_settings
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
-from harness.record import EVALUATION, GpuRecord, Memory
+from harness.records.run import EVALUATION, GpuRecord, Memory
 
 
 class MemoryMeters:

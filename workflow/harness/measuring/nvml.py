@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from harness.measuring.card import Card, cuda_is_initialised
 from harness.measuring.device import ON_THE_CPU
-from harness.record import GpuRecord
+from harness.records.run import GpuRecord
 
 POLL_S = 0.1
 """Torch's pool of reserved memory hardly shrinks, so a slow look misses little of it."""

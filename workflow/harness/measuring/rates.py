@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from harness.measuring.device import ON_THE_CPU
-from harness.record import TrainRecord, TransferRates
+from harness.records.run import TrainRecord, TransferRates
 
 COPY_BYTES = 256 * 2**20
 REPEATS = 5

@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from harness.durable import read_jsonl
 from harness.places import Places
 from harness.plan import Plan
-from harness.provenance import source_sha256
-from harness.record import EVALUATION, EvalRecord, SearchRecord, TrainRecord
+from harness.records.atomic import read_jsonl
+from harness.records.code import training
+from harness.records.provenance import source_sha256
+from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, rows_to_frame
-from harness.sources import training
 
 
 def collect(plan: Plan, places: Places) -> Frames:

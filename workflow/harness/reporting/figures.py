@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from harness.durable import write_json
+from harness.records.atomic import write_json
 from harness.reporting.frames import Frames
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part

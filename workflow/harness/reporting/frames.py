@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from harness.columns import ADDED, FRAMES
-from harness.durable import whole_file
+from harness.records.atomic import whole_file
+from harness.records.columns import ADDED, FRAMES
 
 
 class FrameError(Exception):
@@ -20,7 +20,7 @@ class FrameError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Everything a report is made from; the columns are those of `harness.columns.FRAMES`."""
+    """Everything a report is made from; the columns are those of `harness.records.columns.FRAMES`."""
 
     runs: DataFrame
     scores: DataFrame

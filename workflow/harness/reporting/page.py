@@ -16,8 +16,8 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.columns import FRAMES
-from harness.durable import sha256, write_text
+from harness.records.atomic import sha256, write_text
+from harness.records.columns import FRAMES
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.stats import effective_layers, layer_matrix

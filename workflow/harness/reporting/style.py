@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from harness.durable import whole_file
+from harness.records.atomic import whole_file
 from harness.reporting.layout import trained
 from harness.spec import Study
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pandas import DataFrame
 
-from harness.durable import write_text
+from harness.records.atomic import write_text
 
 UNKNOWN = "—"
 _MARK = re.compile(r"\^([a-z]+)\^")

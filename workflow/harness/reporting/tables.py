@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.durable import write_json
+from harness.records.atomic import write_json
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.frames import Frames
 from harness.reporting.published import load_published, published_table

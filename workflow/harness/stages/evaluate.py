@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.record import TrainRecord
+    from harness.records.run import TrainRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     # Read by the libraries while they are imported: no network, no bars among the log lines.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     from harness.measuring.gpu import lease_for
-    from harness.record import TrainRecord
+    from harness.records.run import TrainRecord
 
     record = TrainRecord.model_validate_json((args.run / "train.json").read_bytes())
     # before torch is imported: the lease says which GPU it will see; a run without a checkpoint needs none

@@ -13,12 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write forecast.json beside the spec; needs no GPU."""
-    from harness import durable
     from harness.forecasting.fit import GIB, foresee
     from harness.inputs.models import model_folder
     from harness.places import Places
     from harness.progress import announce
-    from harness.record import ModelRecord
+    from harness.records import atomic
+    from harness.records.run import ModelRecord
     from harness.spec import FitJob
 
     job = FitJob.model_validate_json(args.spec.read_bytes())
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     places, training = Places(folder.parents[1]), job.training
     manifest = ModelRecord.model_validate_json((places.model(training.model.name) / "manifest.json").read_bytes())
     found = foresee(training, name=job.name, model=model_folder(manifest), rows=places.rows(training.rows.name))
-    durable.write_json(folder / "forecast.json", found.model_dump(mode="json"))
+    atomic.write_json(folder / "forecast.json", found.model_dump(mode="json"))
     said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{found.peak_bytes / GIB:.2f} GiB"
     announce(f"forecast {job.name}: {said}")
     return 0

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     from harness.config import load_study
     from harness.places import Places
     from harness.plan import folder_bytes, outputs, resolve_study
-    from harness.sources import current_sha256
+    from harness.records.code import current_sha256
 
     places = Places()
     plan = resolve_study(load_study(args.config, inputs_needed=False))

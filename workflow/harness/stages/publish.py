@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy; refuse a study that is not finished, and text that names a place on this machine."""
-    from harness import durable
     from harness.config import load_study
     from harness.places import Places
     from harness.plan import outputs, resolve_study
+    from harness.records import atomic
 
     places = Places()
     plan = resolve_study(load_study(args.config, inputs_needed=False))
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     if missing or not (made / "report.html").exists():
         raise ValueError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
     target = places.root / "published" / plan.study.study
-    with durable.whole_folder(target) as temporary:
+    with atomic.whole_folder(target) as temporary:
         for path in sorted(made.iterdir()):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
         for output in outputs(plan, places):

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
-    from harness import durable, record, spec
     from harness.efficiency.spec import EfficiencyStudy
+    from harness.records import atomic, record, spec
 
     models: dict[str, type[BaseModel]] = {
         "study": spec.Study,
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
                 old.append(str(path))
         else:
-            durable.write_text(path, text)
+            atomic.write_text(path, text)
     if old:
         print(f"out of date: {', '.join(old)}; run `python -m harness schema` and commit")
     return 1 if old else 0

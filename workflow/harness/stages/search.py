@@ -32,12 +32,12 @@ def run(args: argparse.Namespace) -> int:
 def _search(args: argparse.Namespace, job: SearchJob) -> int:
     import torch
 
-    from harness import durable
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.places import Places
     from harness.progress import announce
-    from harness.record import ModelRecord
+    from harness.records import atomic
+    from harness.records.run import ModelRecord
     from harness.training.loading import Inputs
     from harness.training.search import search
 
@@ -47,7 +47,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
     inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
     record = search(job, inputs=inputs, trials_folder=places.state(job.name), refusal=refusal_of(args.forecast))
-    durable.write_json(folder / "search.json", record.model_dump(mode="json"))
+    atomic.write_json(folder / "search.json", record.model_dump(mode="json"))
     shutil.rmtree(places.state(job.name), ignore_errors=True)
     announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")
     return 0

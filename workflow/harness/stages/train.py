@@ -33,13 +33,13 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, job: RunJob) -> int:
     import torch
 
-    from harness import durable
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
     from harness.places import Places
     from harness.progress import announce
-    from harness.record import ModelRecord, SearchRecord
+    from harness.records import atomic
+    from harness.records.run import ModelRecord, SearchRecord
     from harness.training.loading import Inputs
     from harness.training.loop import train
 
@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
         observation=job.observation,
         refusal=refusal_of(args.forecast),
     )
-    durable.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
+    atomic.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
     shutil.rmtree(state, ignore_errors=True)
     announce(f"train {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from baselines.method import LayerTrace, StepFacts
 from grass.importance import effective_layers
-from harness import durable
-from harness.record import Timing
+from harness.records import atomic
+from harness.records.run import Timing
 from harness.training.engagement import Period
 
 WARMUP_SHARE = 0.1
@@ -81,10 +81,10 @@ class Log:
 
     def write(self, folder: Path, periods: Sequence[Period]) -> None:
         """steps, believed, observed and periods, one JSON object a line."""
-        durable.write_jsonl(folder / "steps.jsonl", self.steps)
-        durable.write_jsonl(folder / "believed.jsonl", self.believed)
-        durable.write_jsonl(folder / "observed.jsonl", self.observed)
-        durable.write_jsonl(folder / "periods.jsonl", [vars(period) for period in periods])
+        atomic.write_jsonl(folder / "steps.jsonl", self.steps)
+        atomic.write_jsonl(folder / "believed.jsonl", self.believed)
+        atomic.write_jsonl(folder / "observed.jsonl", self.observed)
+        atomic.write_jsonl(folder / "periods.jsonl", [vars(period) for period in periods])
 
     @property
     def train_loss(self) -> float | None:

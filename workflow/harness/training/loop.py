@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness import durable
 from harness.inputs.models import load_tokenizer
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import MemoryMeters
 from harness.progress import Progress
-from harness.provenance import provenance
-from harness.record import EVALUATION, Check, Status, TrainRecord
-from harness.sources import training as sources_of
+from harness.records import atomic
+from harness.records.code import training as sources_of
+from harness.records.provenance import provenance
+from harness.records.run import EVALUATION, Check, Status, TrainRecord
 from harness.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
@@ -286,7 +286,7 @@ class _Run:
         if not run.method.TRAINS:
             self.checkpoint = self.inputs.model_text or str(self.inputs.model)
             return
-        with durable.whole_folder(folder / "model") as temporary:
+        with atomic.whole_folder(folder / "model") as temporary:
             run.method.export(temporary)
             load_tokenizer(self.inputs.model).save_pretrained(temporary)
         self.checkpoint = str(folder / "model")

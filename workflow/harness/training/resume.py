@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.durable import whole_file
+from harness.records.atomic import whole_file
 
 FILE = "state.pt"
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from harness import durable
-from harness.provenance import provenance
-from harness.record import SearchRecord, TrainRecord, Trial
-from harness.sources import training as sources_of
+from harness.records import atomic
+from harness.records.code import training as sources_of
+from harness.records.provenance import provenance
+from harness.records.run import SearchRecord, TrainRecord, Trial
 from harness.spec import SearchJob
 from harness.training.loading import Inputs
 from harness.training.loop import train
@@ -80,7 +80,7 @@ def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension:
         validation_loss=record.validation_loss,
         extension=extension,
     )
-    durable.write_json(path, trial.model_dump(mode="json"))
+    atomic.write_json(path, trial.model_dump(mode="json"))
     return trial
 
 

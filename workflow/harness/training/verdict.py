@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import permutations
 
 from baselines.method import Expectation, ModelFacts
-from harness.record import Check
+from harness.records.run import Check
 from harness.training.engagement import GROUPS, Period
 
 STATE_SLACK_BYTES = 32 * 1024

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from harness.durable import sha256
-from harness.record import Provenance
+from harness.records.atomic import sha256
+from harness.records.run import Provenance
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "numpy", "snakemake")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from baselines.method import find_method
 from harness.plan import Output, Plan
-from harness.provenance import source_sha256
+from harness.records.provenance import source_sha256
 
 ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
 FOUND_MODEL = ("harness.inputs.models",)

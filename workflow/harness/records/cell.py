@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from harness.efficiency.spec import Numerics, Settings, Shape
-from harness.record import GpuRecord, GpuState, Provenance, Record, TransferRates
+from harness.records.run import GpuRecord, GpuState, Provenance, Record, TransferRates
 
 DeviceKind = Literal["cuda", "cpu"]
 Block = Literal["memory", "timing"]
