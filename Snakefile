@@ -9,9 +9,9 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from harness import progress
-from harness.config import ConfigError
-from harness.places import Places
-from harness.plan import fit_job, open_study
+from harness.study.config import ConfigError
+from harness.study.paths import Places
+from harness.study.plan import fit_job, open_study
 
 
 def one_study():

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from harness.records.columns import FRAMES
 from harness.reporting.frames import Frames, rows_to_frame
-from harness.spec import Study
+from harness.study.spec import Study
 
 from baselines.method import Recipe
 

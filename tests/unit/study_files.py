@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.config import ConfigError, load_study
-from harness.spec import Study
+from harness.study.config import ConfigError, load_study
+from harness.study.spec import Study
 
 # small, valid, and with one line for each thing that the tests below get wrong
 STUDY = """\

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.config import ConfigError, load_study
+from harness.study.config import ConfigError, load_study
 from study_files import complaint, load
 
 HOUSE = Path(__file__).parents[2]

@@ -21,8 +21,8 @@ from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import collate, encode
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.run import EvalRecord, TrainRecord
-from harness.spec import EvalJob, RunJob, SuiteJob
 from harness.stages import evaluate as stage
+from harness.study.spec import EvalJob, RunJob, SuiteJob
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROWS = 160

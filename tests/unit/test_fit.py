@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.config import load_study
 from harness.forecasting.fit import foresee, refusal
-from harness.places import Places
-from harness.plan import outputs, resolve_study
 from harness.records.run import FitRecord
-from harness.spec import FitJob, Training
+from harness.study.config import load_study
+from harness.study.paths import Places
+from harness.study.plan import outputs, resolve_study
+from harness.study.spec import FitJob, Training
 from harness.training.loading import Inputs
 from harness.training.loop import train
 

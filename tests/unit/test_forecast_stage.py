@@ -14,12 +14,12 @@ import pytest
 import torch
 from forecast_cells import METHODS, SETTINGS, SMALL, small
 from harness.__main__ import main
-from harness.config import ConfigError
 from harness.efficiency.cell import RandomBatches, build_model
 from harness.efficiency.spec import Shape, load_efficiency
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
+from harness.study.config import ConfigError
 from torch import Tensor
 
 from baselines.method import StepFacts

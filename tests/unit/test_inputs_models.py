@@ -14,7 +14,7 @@ from harness.inputs.models import facts_of, load_model, load_tokenizer, make_mod
 from harness.inputs.pretrain import batches
 from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
-from harness.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
+from harness.study.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real model is not here")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from harness.inputs.generated import split_of
 from harness.inputs.rows import Row, make_rows, make_suite, read_rows
-from harness.places import resolve
 from harness.records.atomic import sha256
 from harness.records.run import RowsRecord
-from harness.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite, RowsJob, SuiteJob
+from harness.study.paths import resolve
+from harness.study.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite, RowsJob, SuiteJob
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")

@@ -13,7 +13,7 @@ from harness.reporting.figures import write_figures
 from harness.reporting.frames import Frames, write_frames
 from harness.reporting.page import write_page
 from harness.reporting.tables import write_tables
-from harness.spec import Comparison, Study
+from harness.study.spec import Comparison, Study
 from pydantic import ValidationError
 
 COMPARISON = Comparison(

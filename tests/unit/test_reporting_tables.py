@@ -14,12 +14,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import reporting_data as data
-from harness.config import ConfigError
 from harness.records.columns import FRAMES
 from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.published import Number, load_published, measured
 from harness.reporting.tables import write_tables
 from harness.stages import tables as stage
+from harness.study.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
 NAMES = (

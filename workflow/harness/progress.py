@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from harness.places import Places
-from harness.plan import outputs, resolve_study
+from harness.study.paths import Places
+from harness.study.plan import outputs, resolve_study
 
 STUDY_FILE, STUDY_STARTED, STUDY_DONE = "GRASS_STUDY", "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
 """Environment of a study's jobs: its config file, when it was started (s), and the work that was done by then."""
@@ -76,7 +76,7 @@ def announce(what: str) -> None:
 
 def study_work(config: Path) -> tuple[float, float]:
     """Work done and work in all of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
-    from harness.config import load_study
+    from harness.study.config import load_study
 
     listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Places())
     return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)

@@ -3,7 +3,7 @@
 
 def local_files(texts):
     """Files of the user's own; a changed file makes its job run again."""
-    from harness.places import resolve
+    from harness.study.paths import resolve
 
     return [] if DRY_RUN else [resolve(text) for text in texts]
 

@@ -20,7 +20,7 @@ from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.atomic import read_jsonl, write_text
 from harness.records.run import TrainRecord
-from harness.spec import Observation
+from harness.study.spec import Observation
 from harness.training import loading
 from harness.training.batches import fixed_batches, mean_loss
 from harness.training.loop import train

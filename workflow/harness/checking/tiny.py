@@ -10,7 +10,7 @@ import torch
 from baselines.method import Recipe, find_method
 from harness.inputs.generated import training_rows
 from harness.inputs.tokenizer import build_tokenizer
-from harness.spec import FileRows, LocalModel, ModelJob, RowsJob, Training
+from harness.study.spec import FileRows, LocalModel, ModelJob, RowsJob, Training
 from harness.training.loading import Inputs
 
 LAYERS = 4

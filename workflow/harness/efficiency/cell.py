@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
-from harness.config import ConfigError
 from harness.efficiency.draws import ForcedDraws, Policy, bottom_and_top
 from harness.efficiency.spec import Cell, Geometry, Settings, Shape
 from harness.inputs.models import facts_of
+from harness.study.config import ConfigError
 from harness.training.loss import chunked_token_loss, token_loss
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.inputs.prompts import Row, evaluation_prompt
-from harness.spec import Scoring
+from harness.study.spec import Scoring
 from harness.tasks.protocol import extract, kept_text
 
 TASKS = Path(__file__).parents[1] / "tasks"

@@ -15,13 +15,13 @@ from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
 from harness.inputs.prompts import Row
 from harness.inputs.rows import read_rows
-from harness.places import resolve
 from harness.records.atomic import whole_file, write_json
 from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.provenance import provenance
 from harness.records.run import EvalRecord, SuiteScore, TrainRecord
-from harness.spec import EvalJob, Scoring, SuiteJob
+from harness.study.paths import resolve
+from harness.study.spec import EvalJob, Scoring, SuiteJob
 from harness.tasks.protocol import check_gold
 
 CHANCE: dict[Scoring, float | None] = {

@@ -16,7 +16,7 @@ from harness.inputs.tokens import encode_rows
 from harness.records.code import forecast as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import FitRecord
-from harness.spec import Training
+from harness.study.spec import Training
 
 GIB = 2**30
 

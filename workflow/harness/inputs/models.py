@@ -20,12 +20,12 @@ from transformers.utils.logging import disable_progress_bar
 from baselines.method import ModelFacts, torch_dtype
 from grass.layers import find_layers
 from harness.inputs.pretrain import pretrain
-from harness.places import resolve
 from harness.records.atomic import sha256, write_json
 from harness.records.code import FOUND_MODEL, PRETRAINED_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord
-from harness.spec import HubModel, LocalModel, ModelJob
+from harness.study.paths import resolve
+from harness.study.spec import HubModel, LocalModel, ModelJob
 
 disable_progress_bar()  # the harness shows its own progress; a bar a loaded file would drown it
 

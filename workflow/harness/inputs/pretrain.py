@@ -19,7 +19,7 @@ from harness.inputs.prompts import training_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.progress import Progress
 from harness.records.atomic import whole_folder
-from harness.spec import Corpus, PretrainedHere
+from harness.study.spec import Corpus, PretrainedHere
 
 _POSITIONS = 512
 """Longest text the model takes; rotary positions cost nothing."""

@@ -13,12 +13,12 @@ import numpy as np
 
 from harness.inputs.generated import suite_rows, training_rows
 from harness.inputs.prompts import Row
-from harness.places import resolve
 from harness.records.atomic import sha256, write_json
 from harness.records.code import ROWS
 from harness.records.provenance import provenance
 from harness.records.run import RowsRecord
-from harness.spec import FileRows, FileSuite, RowsJob, SuiteJob
+from harness.study.paths import resolve
+from harness.study.spec import FileRows, FileSuite, RowsJob, SuiteJob
 
 __all__ = ["Row", "make_rows", "make_suite", "read_rows"]
 

@@ -8,8 +8,8 @@ from functools import cache
 from pathlib import Path
 
 from baselines.method import find_method
-from harness.plan import Output, Plan
 from harness.records.provenance import source_sha256
+from harness.study.plan import Output, Plan
 
 ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
 FOUND_MODEL = ("harness.inputs.models",)

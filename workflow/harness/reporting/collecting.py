@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from harness.places import Places
-from harness.plan import Plan
 from harness.records.atomic import read_jsonl
 from harness.records.code import training
 from harness.records.provenance import source_sha256
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, rows_to_frame
+from harness.study.paths import Places
+from harness.study.plan import Plan
 
 
 def collect(plan: Plan, places: Places) -> Frames:

@@ -19,7 +19,7 @@ from harness.reporting.score_tables import (
 )
 from harness.reporting.stats import Difference, judge
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate, signed
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 def comparison_table(frames: Frames, study: Study, label: str) -> Table:

@@ -13,7 +13,7 @@ from harness.reporting.layout import part
 from harness.reporting.result_figures import efficiency_bars, result_dots
 from harness.reporting.style import Drawing, save, styled
 from harness.reporting.training_figures import loss_curves, rate_curves
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 def draw(frames: Frames, study: Study) -> Iterator[Drawing]:

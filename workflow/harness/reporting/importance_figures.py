@@ -17,7 +17,7 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, of_method
 from harness.reporting.stats import agreement, effective_layers, layer_matrix
 from harness.reporting.style import Drawing, empty, grid, legend_below, looks
-from harness.spec import Study
+from harness.study.spec import Study
 
 LIMIT = 4.0
 """The colour scale ends at this ratio to the mean and at its inverse."""

@@ -9,7 +9,7 @@ from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.table import Footnotes
-from harness.spec import Study
+from harness.study.spec import Study
 
 SUBJECT = "grass"
 """Label of the method that the paired differences are about."""

@@ -22,7 +22,7 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.stats import effective_layers, layer_matrix
 from harness.reporting.table import signed
-from harness.spec import Study
+from harness.study.spec import Study
 
 SVG_LIMIT_BYTES = 300_000
 PACKAGES = ("pandas", "numpy", "scipy", "matplotlib")

@@ -10,12 +10,12 @@ from pandas import DataFrame
 from pydantic import Field, model_validator
 
 from baselines.method import Strict
-from harness.config import read_yaml, validate
 from harness.reporting.frames import Frames
 from harness.reporting.layout import of_method
 from harness.reporting.stats import summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
-from harness.spec import Label
+from harness.study.config import read_yaml, validate
+from harness.study.spec import Label
 
 Metric = Literal[
     "accuracy", "accuracy_sd", "accuracy_difference", "peak_memory", "extra_memory", "throughput_ratio",

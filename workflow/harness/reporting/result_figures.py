@@ -10,7 +10,7 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import cells, of_method, trained
 from harness.reporting.run_tables import MIB
 from harness.reporting.style import Drawing, empty, grid, looks
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 def result_dots(frames: Frames, study: Study, model: str) -> Drawing:

@@ -12,7 +12,7 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, groups, method_name, of_method, other_outcomes, trained, why
 from harness.reporting.stats import summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate
-from harness.spec import Study
+from harness.study.spec import Study
 
 MIB = 2**20
 

@@ -19,7 +19,7 @@ from harness.reporting.layout import (
 )
 from harness.reporting.stats import Difference, judge, pair_documents, paired_difference, summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 @dataclass(frozen=True, kw_only=True)

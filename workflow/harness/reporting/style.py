@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from harness.records.atomic import whole_file
 from harness.reporting.layout import trained
-from harness.spec import Study
+from harness.study.spec import Study
 
 WIDTH = 7.2
 """Inches: a printed page between its margins, so that 8 points are 8 points."""

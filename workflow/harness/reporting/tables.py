@@ -11,7 +11,7 @@ from harness.reporting.published import load_published, published_table
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
 from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, difference_table, score_table
 from harness.reporting.table import Table
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 def make_tables(frames: Frames, study: Study) -> list[Table]:

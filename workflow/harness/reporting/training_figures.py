@@ -12,7 +12,7 @@ from pandas import DataFrame
 from harness.reporting.frames import Frames
 from harness.reporting.layout import of_method, trained
 from harness.reporting.style import Drawing, empty, grid, legend_below, looks
-from harness.spec import Study
+from harness.study.spec import Study
 
 
 def window_steps(steps: int) -> int:

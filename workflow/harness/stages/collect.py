@@ -14,11 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write one parquet file a table, each whole or not at all."""
-    from harness.config import load_study
-    from harness.places import Places
-    from harness.plan import resolve_study
     from harness.reporting.collecting import collect
     from harness.reporting.frames import write_frames
+    from harness.study.config import load_study
+    from harness.study.paths import Places
+    from harness.study.plan import resolve_study
 
     frames = collect(resolve_study(load_study(args.config, inputs_needed=False)), Places(args.out.parent))
     write_frames(frames, args.out)

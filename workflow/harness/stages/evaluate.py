@@ -37,9 +37,9 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     import torch
 
     from harness.evaluating.score import evaluate
-    from harness.places import Places
     from harness.progress import announce
-    from harness.spec import EvalJob, RunJob
+    from harness.study.paths import Places
+    from harness.study.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)
     places = Places(args.run.parents[1])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from harness.config import load_study
 from harness.reporting.figures import write_figures
 from harness.reporting.frames import read_frames
+from harness.study.config import load_study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

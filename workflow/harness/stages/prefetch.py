@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write manifest.json, and what it names, beside the spec."""
-    from harness.spec import ModelJob, RowsJob, SuiteJob
+    from harness.study.spec import ModelJob, RowsJob, SuiteJob
 
     text, folder = args.spec.read_bytes(), args.spec.parent
     if args.kind == "rows":

@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
 
     from harness.inputs.models import make_model
     from harness.progress import announce
-    from harness.spec import ModelJob
+    from harness.study.spec import ModelJob
 
     torch.set_num_threads(args.threads)
     job = ModelJob.model_validate_json(args.spec.read_bytes())

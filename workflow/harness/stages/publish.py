@@ -14,10 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Copy; refuse a study that is not finished, and text that names a place on this machine."""
-    from harness.config import load_study
-    from harness.places import Places
-    from harness.plan import outputs, resolve_study
     from harness.records import atomic
+    from harness.study.config import load_study
+    from harness.study.paths import Places
+    from harness.study.plan import outputs, resolve_study
 
     places = Places()
     plan = resolve_study(load_study(args.config, inputs_needed=False))

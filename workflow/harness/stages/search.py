@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.spec import SearchJob
+    from harness.study.spec import SearchJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
     from harness.measuring.gpu import lease_for
-    from harness.spec import SearchJob
+    from harness.study.spec import SearchJob
 
     job = SearchJob.model_validate_json(args.spec.read_bytes())
     # before torch is imported: the lease says which GPU it will see
@@ -34,10 +34,10 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
 
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
-    from harness.places import Places
     from harness.progress import announce
     from harness.records import atomic
     from harness.records.run import ModelRecord
+    from harness.study.paths import Places
     from harness.training.loading import Inputs
     from harness.training.search import search
 

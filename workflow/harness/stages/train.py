@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.spec import RunJob
+    from harness.study.spec import RunJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
-    from harness.spec import RunJob
+    from harness.study.spec import RunJob
 
     job = RunJob.model_validate_json(args.spec.read_bytes())
     # before torch is imported: the lease says which GPU it will see
@@ -36,10 +36,10 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
-    from harness.places import Places
     from harness.progress import announce
     from harness.records import atomic
     from harness.records.run import ModelRecord, SearchRecord
+    from harness.study.paths import Places
     from harness.training.loading import Inputs
     from harness.training.loop import train
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from harness.inputs.prompts import RESPONSE_MARK, evaluation_prompt
-from harness.spec import Scoring
+from harness.study.spec import Scoring
 
 TOLERANCE = 0.001
 

@@ -15,7 +15,7 @@ from harness.inputs.models import facts_of, load_model, load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.run import DataUse
-from harness.spec import Observation, Training
+from harness.study.spec import Observation, Training
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
 from harness.training.observer import Observer

@@ -23,7 +23,7 @@ from harness.records import atomic
 from harness.records.code import training as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
-from harness.spec import Observation, Training
+from harness.study.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
 from harness.training.engagement import Period

@@ -13,7 +13,7 @@ from harness.records import atomic
 from harness.records.code import training as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import SearchRecord, TrainRecord, Trial
-from harness.spec import SearchJob
+from harness.study.spec import SearchJob
 from harness.training.loading import Inputs
 from harness.training.loop import train
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from harness.config import dagger, load_study, method_of, recipe_of
-from harness.places import Places
 from harness.records import atomic
-from harness.spec import (
+from harness.study.config import dagger, load_study, method_of, recipe_of
+from harness.study.paths import Places
+from harness.study.spec import (
     EvalJob,
     FitJob,
     Job,
@@ -55,7 +55,7 @@ def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
     A dry run writes nothing and does not need the input files: a study can be looked at before its data is fetched.
 
     Raises:
-        harness.config.ConfigError: anything wrong with the file, in one line.
+        harness.study.config.ConfigError: anything wrong with the file, in one line.
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
     if not dry_run:

@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from baselines.method import Method, Recipe, find_method
-from harness import spec
-from harness.places import RESERVED, resolve
+from harness.study import spec
+from harness.study.paths import RESERVED, resolve
 
 KeyPath = tuple[str | int, ...]
 _YAML = "tag:yaml.org,2002:"
