@@ -12,8 +12,8 @@ from harness.checking.tiny import LR, tiny_training
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
+from harness.step.loss import label_tokens, token_loss
 from harness.training.batches import Batches, CalibrationBatches
-from harness.training.loss import label_tokens, token_loss
 from harness.training.schedule import lr_factor
 
 from grass import find_layers

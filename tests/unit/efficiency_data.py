@@ -10,7 +10,6 @@ from typing import Any
 from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
-from harness.efficiency.spec import EfficiencyStudy, load_efficiency
 from harness.efficiency.store import Asked, Store
 from harness.records.cell import (
     CellRecord,
@@ -22,6 +21,7 @@ from harness.records.cell import (
 )
 from harness.records.provenance import provenance
 from harness.reporting.published import Published, load_published
+from harness.step.spec import EfficiencyStudy, load_efficiency
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30

@@ -6,8 +6,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from harness.efficiency.spec import Cell, EfficiencyStudy, Geometry, Numerics, Settings, Shape, cell_of, load_efficiency
 from harness.forecasting.forecast import Forecast, forecast
+from harness.step.spec import Cell, EfficiencyStudy, Geometry, Numerics, Settings, Shape, cell_of, load_efficiency
 
 LAYERS, VOCABULARY, WIDTH, PARAMETERS = 3, 96, 32, 38624
 SHAPE = Shape(batch=2, length=24)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from grass_tiny import batch, llama
-from harness.training.loss import chunked_token_loss, token_loss
+from harness.step.loss import chunked_token_loss, token_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 

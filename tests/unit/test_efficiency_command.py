@@ -14,9 +14,9 @@ import efficiency_data as data
 import pytest
 from harness.__main__ import main
 from harness.efficiency.plan import plan
-from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
 from harness.records.cell import CellRecord
+from harness.step.spec import load_efficiency
 
 FORBIDDEN = ("lm_eval", "datasets", "snakemake")
 """A machine that only measures may lack them."""

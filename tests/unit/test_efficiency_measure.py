@@ -14,8 +14,8 @@ from harness.efficiency.instruments import Instruments
 from harness.efficiency.jobs import Reply
 from harness.efficiency.measure import execute, is_out_of_memory, requested_bytes
 from harness.efficiency.plan import Entry, plan
-from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
+from harness.step.spec import load_efficiency
 
 from baselines.lora import Lora
 

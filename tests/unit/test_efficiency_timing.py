@@ -7,14 +7,14 @@ from typing import Any
 import efficiency_data as data
 import pytest
 import torch
-from harness.efficiency.cell import CellRun
 from harness.efficiency.instruments import LEFTOVER_BYTES, Instruments
 from harness.efficiency.measure import execute, state_bytes
 from harness.efficiency.phases import PhasePeaks
 from harness.efficiency.plan import Entry
 from harness.efficiency.timing import watched_reach
 from harness.efficiency.utilisation import utilisation
-from harness.efficiency.worst import run_worst_draws
+from harness.step.run import CellRun
+from harness.step.worst_case import run_worst_draws
 
 from baselines.lora import Lora
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from harness.efficiency.spec import Settings, Shape
-from harness.forecasting.flops import step_cost
+from harness.step.flops import step_cost
+from harness.step.spec import Settings, Shape
 
 from baselines.method import Expectation, ModelFacts
 

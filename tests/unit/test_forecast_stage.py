@@ -14,11 +14,11 @@ import pytest
 import torch
 from forecast_cells import METHODS, SETTINGS, SMALL, small
 from harness.__main__ import main
-from harness.efficiency.cell import RandomBatches, build_model
-from harness.efficiency.spec import Shape, load_efficiency
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
+from harness.step.run import RandomBatches, build_model
+from harness.step.spec import Shape, load_efficiency
 from harness.study.config import ConfigError
 from torch import Tensor
 
@@ -138,7 +138,7 @@ def test_a_geometry_with_another_number_of_parameters_is_refused(tmp_path: Path)
 
 def test_reading_a_study_needs_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from harness.efficiency.spec import load_efficiency; "
+        "import sys; from pathlib import Path; from harness.step.spec import load_efficiency; "
         "load_efficiency(Path('config/efficiency.yaml')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HOUSE)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from forecast_cells import study, true_size
-from harness.efficiency.cell import build_model
 from harness.efficiency.published_table import MODELS
 from harness.inputs.models import facts_of
 from harness.reporting.published import load_published
+from harness.step.run import build_model
 
 from baselines.method import ModelFacts
 

@@ -13,7 +13,7 @@ import random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.efficiency.draws import Policy
+    from harness.step.draws import Policy
 
 
 def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:

@@ -23,9 +23,9 @@ PACKAGES = ("torch", "transformers", "peft")
 
 def make_forecast(job: Job) -> Reply:
     """One forecast, in this process; a cell that cannot be forecast is an answer."""
-    from harness.efficiency.cell import CannotRunError, configuration
-    from harness.forecasting.flops import attention_width, step_cost
     from harness.forecasting.forecast import NoForecastError, forecast
+    from harness.step.flops import attention_width, step_cost
+    from harness.step.run import CannotRunError, configuration
 
     started = time.perf_counter()
     facts: dict[str, Any] = {

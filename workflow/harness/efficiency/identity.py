@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.efficiency.spec import Cell
 from harness.records.code import method_files
+from harness.step.spec import Cell
 
-_STEP = ("grass", "baselines.method", "harness.training.loss", "harness.efficiency.cell", "harness.efficiency.draws")
+_STEP = ("grass", "baselines.method", "harness.step.loss", "harness.step.run", "harness.step.draws")
 _MEASURING = (
     "harness.efficiency.arithmetic",
     "harness.efficiency.chance",
@@ -24,7 +24,7 @@ _MEASURING = (
     "harness.efficiency.phases",
     "harness.efficiency.timing",
     "harness.efficiency.utilisation",
-    "harness.efficiency.worst",
+    "harness.step.worst_case",
 )
 _FORECASTING = ("harness.forecasting",)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from harness.efficiency.spec import Cell
 from harness.records.cell import (
     DeviceKind,
     DeviceRecord,
@@ -15,6 +14,7 @@ from harness.records.cell import (
     StrictRecord,
     TimingBlock,
 )
+from harness.step.spec import Cell
 
 
 class Job(StrictRecord):

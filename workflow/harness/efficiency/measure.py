@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from harness.efficiency.cell import CannotRunError, CellRun, Phase
 from harness.efficiency.instruments import Instruments
 from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.phases import PhasePeaks
 from harness.efficiency.timing import time_steps
-from harness.efficiency.worst import run_worst_draws
 from harness.records.cell import MemoryBlock, OutOfMemory
+from harness.step.run import CannotRunError, CellRun, Phase
+from harness.step.worst_case import run_worst_draws
 
 RECIPE_STEPS = 1000
 """Length of the run that the recipe speaks of; no byte hangs on it."""

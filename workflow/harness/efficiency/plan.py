@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from harness.efficiency.spec import Cell, EfficiencyStudy, Shape, cell_of
 from harness.records.cell import Block, DeviceKind, Named
+from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
 
 ANCHOR: dict[DeviceKind, str] = {"cuda": "llama-2-7b", "cpu": "tiny"}
 """The model that is measured in every way. A CPU rehearses on the tiny one alone."""

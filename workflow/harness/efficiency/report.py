@@ -10,7 +10,6 @@ from harness.efficiency.memory_figures import memory_stack
 from harness.efficiency.plan import ANCHOR, Group, plan
 from harness.efficiency.published_table import published_table
 from harness.efficiency.rows import Rows, read_rows
-from harness.efficiency.spec import EfficiencyStudy
 from harness.efficiency.speed_figures import is_timed, speed_and_memory, throughput_bars
 from harness.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
 from harness.efficiency.store import Store
@@ -19,6 +18,7 @@ from harness.efficiency.targets import target_table
 from harness.records import atomic
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, save, styled
+from harness.step.spec import EfficiencyStudy
 
 
 def write_report(study: EfficiencyStudy, store: Store, published: Published) -> list[str]:

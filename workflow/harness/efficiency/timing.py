@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from grass.layers import find_layers
 from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
-from harness.efficiency.cell import CellRun
 from harness.efficiency.chance import by_chance
-from harness.efficiency.draws import Policy
 from harness.efficiency.instruments import Instruments, StepMarks
 from harness.efficiency.jobs import Job
 from harness.efficiency.phases import PhasePeaks
 from harness.efficiency.utilisation import utilisation
 from harness.records.cell import TimingBlock
+from harness.step.draws import Policy
+from harness.step.run import CellRun
 
 DEFAULT_PERIOD = 50
 """Of methods whose entry leaves it open."""

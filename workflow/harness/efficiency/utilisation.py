@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.efficiency.cell import CellRun
-from harness.efficiency.spec import Cell, Settings
-from harness.forecasting.flops import attention_width, step_cost
 from harness.measuring.device import ON_THE_CPU
+from harness.step.flops import attention_width, step_cost
+from harness.step.run import CellRun
+from harness.step.spec import Cell, Settings
 
 PEAK_FLOP_PER_S = {
     "NVIDIA H200": 989e12,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harness.efficiency.cell import CannotRunError, configuration
-from harness.efficiency.spec import Cell, EfficiencyStudy, Shape, cell_of
-from harness.forecasting.flops import StepCost, attention_width, step_cost
 from harness.forecasting.forecast import Forecast, NoForecastError, forecast
+from harness.step.flops import StepCost, attention_width, step_cost
+from harness.step.run import CannotRunError, configuration
+from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
 
 CONTEXT_BYTES = round(0.6 * 2**30)
 """What a process holds on a card beside its tensors: the context of an H100 is 0.4 to 0.6 GiB."""

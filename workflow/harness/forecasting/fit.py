@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-from harness.efficiency.cell import CannotRunError
-from harness.efficiency.spec import Cell, Numerics, Settings, Shape
 from harness.forecasting.advise import needed_bytes
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.inputs.models import load_tokenizer
@@ -16,6 +14,8 @@ from harness.inputs.tokens import encode_rows
 from harness.records.code import forecast as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import FitRecord
+from harness.step.run import CannotRunError
+from harness.step.spec import Cell, Numerics, Settings, Shape
 from harness.study.spec import Training
 
 GIB = 2**30

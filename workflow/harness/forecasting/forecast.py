@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
 from baselines.method import Expectation, ModelFacts
-from harness.efficiency.cell import STEPS_A_DRAW, CannotRunError, CellRun, Phase
-from harness.efficiency.draws import CANDIDATES, Policy, covering
-from harness.efficiency.spec import Cell
 from harness.forecasting.fake_device import device_seams, fake_seams
 from harness.forecasting.tracker import Kind, Span, Tracker
+from harness.step.draws import CANDIDATES, Policy, covering
+from harness.step.run import STEPS_A_DRAW, CannotRunError, CellRun, Phase
+from harness.step.spec import Cell
 
 NO_VALUES = (
     fake_tensor.DataDependentOutputException,

@@ -6,8 +6,8 @@ import re
 from dataclasses import fields
 from typing import Any
 
-from harness.efficiency.spec import Cell
 from harness.forecasting.forecast import Forecast
+from harness.step.spec import Cell
 
 _FIGURES = [field.name for field in fields(Forecast) if field.name not in ("facts", "promise")]
 _UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}

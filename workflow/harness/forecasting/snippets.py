@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.efficiency.spec import Cell
+from harness.step.spec import Cell
 
 
 def snippet(cell: Cell, *, model: str) -> str:
@@ -19,7 +19,7 @@ def snippet(cell: Cell, *, model: str) -> str:
         [
             "import torch",
             "from transformers import AutoModelForCausalLM",
-            f"from harness.training.loss import {loss}, label_tokens",
+            f"from harness.step.loss import {loss}, label_tokens",
             "",
             f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype={_dtype(cell.numerics.weight_dtype)})',
             'model = model.to("cuda").train()',

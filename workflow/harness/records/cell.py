@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from harness.efficiency.spec import Numerics, Settings, Shape
 from harness.records.run import GpuRecord, GpuState, Provenance, Record, TransferRates
+from harness.step.spec import Numerics, Settings, Shape
 
 DeviceKind = Literal["cuda", "cpu"]
 Block = Literal["memory", "timing"]
@@ -22,7 +22,7 @@ Status = Literal["ok", "oom", "skipped", "error"]
 MFU_FORMULA = (
     "FLOP of a mean step / (seconds of a mean step x the card's dense bf16 peak): 2 N FLOP a token for each product "
     "with N weights, causal attention by half; forward, the gradients of the inputs of visited layers and of the "
-    "weights that train; recomputation left out (harness.forecasting.flops)"
+    "weights that train; recomputation left out (harness.step.flops)"
 )
 
 
@@ -207,7 +207,7 @@ class ForecastRecord(StrictRecord):
     host_bytes: int | None = Field(default=None, description="optimizer states on the host between two steps")
     bound_tokens_per_s: float | None = Field(
         default=None,
-        description="arithmetic's bound, all methods equally efficient (harness.forecasting.flops): not a time",
+        description="arithmetic's bound, all methods equally efficient (harness.step.flops): not a time",
     )
     assumed: tuple[str, ...] = ()
     wall_s: float

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row a method and setting as they come, then the best one's code; nothing is written."""
-    from harness.efficiency.spec import load_efficiency, shape_of
     from harness.forecasting.show import gib, parse_bytes
+    from harness.step.spec import load_efficiency, shape_of
 
     vram = parse_bytes(args.vram)
     study, shape = load_efficiency(args.config), shape_of(args.batch, args.length)

@@ -22,16 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the forecast, or why there is none; nothing is written."""
-    from harness.efficiency.spec import cell_of, load_efficiency, shape_of
+    from harness.step.spec import cell_of, load_efficiency, shape_of
 
     study, shape = load_efficiency(args.config), shape_of(args.batch, args.length)
     cell = cell_of(study, model=args.model, method=args.method, settings=args.settings, shape=shape)
     changes = {"active_layers": args.active_layers, "offload": args.offload}
     cell = cell.with_options(**{name: value for name, value in changes.items() if value is not None})
 
-    from harness.efficiency.cell import CannotRunError
     from harness.forecasting.forecast import NoForecastError, forecast
     from harness.forecasting.show import as_json, as_text
+    from harness.step.run import CannotRunError
 
     try:
         found, reason = forecast(cell), None

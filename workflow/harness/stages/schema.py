@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
-    from harness.efficiency.spec import EfficiencyStudy
     from harness.records import atomic, record, spec
+    from harness.step.spec import EfficiencyStudy
 
     models: dict[str, type[BaseModel]] = {
         "study": spec.Study,

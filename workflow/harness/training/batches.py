@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.inputs.tokens import Encoded, collate
-from harness.training.loss import label_tokens, token_loss
+from harness.step.loss import label_tokens, token_loss
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -23,13 +23,13 @@ from harness.records import atomic
 from harness.records.code import training as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
+from harness.step.loss import label_tokens, token_loss
 from harness.study.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
 from harness.training.engagement import Period
 from harness.training.loading import CannotRunError, Inputs, Loaded, load
 from harness.training.logs import Log
-from harness.training.loss import label_tokens, token_loss
 from harness.training.schedule import lr_factor
 from harness.training.verdict import verdict
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.training.loss import token_loss
+from harness.step.loss import token_loss
 
 
 class Observer:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.efficiency.cell import STEPS_A_DRAW, CellRun
-from harness.efficiency.draws import CANDIDATES, Policy, covering
+from harness.step.draws import CANDIDATES, Policy, covering
+from harness.step.run import STEPS_A_DRAW, CellRun
 
 
 def run_worst_draws(run: CellRun, held_bytes: Callable[[], int]) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baselines.method import Expectation, ModelFacts
-from harness.efficiency.spec import Settings, Shape
+from harness.step.spec import Settings, Shape
 
 FLOP_PER_S = 400e12
 """Achieved by dense bf16 products on an H100: 40 % of its 989 TFLOP/s."""

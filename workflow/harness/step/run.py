@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
-from harness.efficiency.draws import ForcedDraws, Policy, bottom_and_top
-from harness.efficiency.spec import Cell, Geometry, Settings, Shape
 from harness.inputs.models import facts_of
+from harness.step.draws import ForcedDraws, Policy, bottom_and_top
+from harness.step.loss import chunked_token_loss, token_loss
+from harness.step.spec import Cell, Geometry, Settings, Shape
 from harness.study.config import ConfigError
-from harness.training.loss import chunked_token_loss, token_loss
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
 STEPS_A_DRAW = 2
