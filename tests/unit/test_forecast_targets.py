@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from forecast_cells import study, true_size
-from harness.efficiency.published_table import MODELS
 from harness.inputs.models import facts_of
+from harness.reporting.efficiency.published_table import MODELS
 from harness.reporting.published import load_published
 from harness.step.run import build_model
 

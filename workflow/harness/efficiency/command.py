@@ -13,12 +13,12 @@ from harness.efficiency.forecasts import fill_forecasts
 from harness.efficiency.instruments import device_lease
 from harness.efficiency.plan import Entry, Group, plan, select
 from harness.efficiency.process import Worker
-from harness.efficiency.report import every_group, write_report
 from harness.efficiency.session import Outcome, measure_all
 from harness.efficiency.store import Asked, Store
 from harness.measuring.gpu import NoGpuError
 from harness.progress import say
 from harness.records import atomic
+from harness.reporting.efficiency.report import every_group, write_report
 from harness.reporting.published import Published, load_published
 from harness.step.spec import EfficiencyStudy, load_efficiency
 

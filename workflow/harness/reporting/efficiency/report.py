@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.efficiency.length_figure import memory_by_length
-from harness.efficiency.memory_figures import memory_stack
 from harness.efficiency.plan import ANCHOR, Group, plan
-from harness.efficiency.published_table import published_table
-from harness.efficiency.rows import Rows, read_rows
-from harness.efficiency.speed_figures import is_timed, speed_and_memory, throughput_bars
-from harness.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
 from harness.efficiency.store import Store
-from harness.efficiency.tables import memory_table
-from harness.efficiency.targets import target_table
 from harness.records import atomic
+from harness.reporting.efficiency.length_figure import memory_by_length
+from harness.reporting.efficiency.memory_figures import memory_stack
+from harness.reporting.efficiency.memory_table import memory_table
+from harness.reporting.efficiency.published_table import published_table
+from harness.reporting.efficiency.rows import Rows, read_rows
+from harness.reporting.efficiency.speed_figures import is_timed, speed_and_memory, throughput_bars
+from harness.reporting.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
+from harness.reporting.efficiency.targets import target_table
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, save, styled
 from harness.step.spec import EfficiencyStudy

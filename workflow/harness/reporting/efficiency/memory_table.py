@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from harness.efficiency.rows import Row, Rows, Source, ratio
 from harness.efficiency.sheets import gib, sheet
+from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 
 REFERENCE = "lora"

@@ -8,10 +8,18 @@ from typing import get_args
 from harness.efficiency.arithmetic import PERIOD, pool
 from harness.efficiency.chance import expected_reach
 from harness.efficiency.plan import RESIDENT
-from harness.efficiency.rows import Row, Rows, Source
 from harness.efficiency.sheets import gib, percent, sheet
-from harness.efficiency.tables import HOST, NOT_MEASURED, REFERENCE, beware, labels, outcome, shown_labels
 from harness.records.cell import MFU_FORMULA
+from harness.reporting.efficiency.memory_table import (
+    HOST,
+    NOT_MEASURED,
+    REFERENCE,
+    beware,
+    labels,
+    outcome,
+    shown_labels,
+)
+from harness.reporting.efficiency.rows import Row, Rows, Source
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
 
 FULL = "full"
