@@ -8,8 +8,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from harness import progress
-from harness.study.config import ConfigError
+from harness.progress import STUDY_FILE
+from harness.study import progress
+from harness.study.strict_yaml import ConfigError
 from harness.study.paths import Places
 from harness.study.plan import fit_job, open_study
 
@@ -38,7 +39,7 @@ except ConfigError as error:
 RUNTIME = PLAN.study.runtime
 STUDY = PLACES.study(PLAN.study.study)
 # for the progress lines of the jobs
-os.environ[progress.STUDY_FILE] = str(CONFIG)
+os.environ[STUDY_FILE] = str(CONFIG)
 os.environ[progress.STUDY_STARTED] = str(time.time())
 os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from grass.adamw import pieces_of
 
 CHUNK_BYTES = 16 * 2**20
-"""Pieces travel together up to this size, both moments counted; a single piece may be larger. `grass.offload.offload.RING`
-such buffers stand on top of weights and gradients in every update, while a copy of this size, a third of a millisecond
-at 50 GB/s, still takes the bus's full rate."""
+"""Pieces travel together up to this size, both moments counted; a single piece may be larger.
+`grass.offload.offload.RING` such buffers stand on top of weights and gradients in every update, while a copy of this
+size, a third of a millisecond at 50 GB/s, still takes the bus's full rate."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ is on the device when activations peak. What is fetched, when, and into which bu
 are the same in both modes, to the last bit.
 
 Moving behind the *update* of a neighbour, as the paper describes it, cannot hide a copy: a layer's update takes a
-millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.offload.headroom`); writing back hides behind the
-next forward pass.
+millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.offload.headroom`); writing back
+hides behind the next forward pass.
 """
 
 from __future__ import annotations

@@ -139,7 +139,7 @@ def test_a_backward_pass_that_is_not_the_methods_changes_nothing() -> None:
     [({"micro_batch_size": 1}, "gradient accumulation"), ({"max_grad_norm": 1.0}, "clipping (max_grad_norm)")],
 )
 def test_what_a_fused_update_cannot_do_is_refused_by_name(recipe: dict[str, Any], named: str) -> None:
-    from harness.inputs.models import facts_of
+    from harness.step.facts import facts_of
 
     reason = method_of(AdaLomo, {}, **recipe).skip(facts_of(llama()))
     assert reason is not None

@@ -163,7 +163,7 @@ def test_state_survives_a_resume_and_holds_no_projection() -> None:
 
 
 def test_a_rank_above_a_matrix_is_refused_before_and_at_attach() -> None:
-    from harness.inputs.models import facts_of
+    from harness.step.facts import facts_of
 
     method = method_of(Apollo, {"rank": 9})  # keys and values are 8 wide
     assert "layers.0.self_attn.k_proj.weight, 8" in (method.skip(facts_of(llama())) or "")

@@ -141,7 +141,7 @@ def test_a_projection_keeps_only_its_own_vectors_alive() -> None:
 
 
 def test_a_rank_above_a_matrix_is_refused_before_and_at_attach() -> None:
-    from harness.inputs.models import facts_of
+    from harness.step.facts import facts_of
 
     model = llama()  # keys and values are 8 wide, everything else at least 16
     facts = facts_of(model)

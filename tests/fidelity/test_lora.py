@@ -12,7 +12,7 @@ import pytest
 import torch
 from grass_tiny import llama, same, weights
 from hand_driven import LR, Driven, assert_caught, exported, peft_by_hand, recipe
-from harness.inputs.models import facts_of
+from harness.step.facts import facts_of
 from torch import Tensor
 
 from baselines.lora import Lora

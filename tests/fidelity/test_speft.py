@@ -235,7 +235,7 @@ def test_the_mask_survives_a_resume() -> None:
 
 
 def test_sizes_that_make_no_sense_are_refused() -> None:
-    from harness.inputs.models import facts_of
+    from harness.step.facts import facts_of
 
     for options in ({}, {"k": 5, "density": 0.1}):
         with pytest.raises(ValueError, match="give one of k and density"):

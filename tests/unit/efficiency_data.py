@@ -10,15 +10,9 @@ from typing import Any
 from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
+from harness.efficiency.record import CellRecord, ForecastRecord, MemoryBlock, TimingBlock
 from harness.efficiency.store import Asked, Store
-from harness.records.cell import (
-    CellRecord,
-    DeviceKind,
-    DeviceRecord,
-    ForecastRecord,
-    MemoryBlock,
-    TimingBlock,
-)
+from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 from harness.reporting.published import Published, load_published
 from harness.step.spec import EfficiencyStudy, load_efficiency

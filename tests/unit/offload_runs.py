@@ -176,7 +176,8 @@ def problem_after_step(opt: Grass, streams: RecordingStreams, fetched: int) -> s
     offload = opt.states.offload
     assert offload is not None
     if offload.mode == "move" and streams.most_live > grass.offload.offload.RING + fetched:
-        return f"{streams.most_live} buffers in one step, with a ring of {grass.offload.offload.RING} and {fetched} fetched"
+        ring = grass.offload.offload.RING
+        return f"{streams.most_live} buffers in one step, with a ring of {ring} and {fetched} fetched"
     asleep = [block for block in opt.states.blocks if block not in opt.states.awake(opt.active)]
     for block in asleep:
         if block.home is not None and block.home.data_ptr() in streams.live:

@@ -1,9 +1,9 @@
 """Whether two accesses of the same memory are ordered, whatever the speed of the queues: vector clocks.
 
-Actors are the host and the queues of `grass.offload.streams`. An operation carries the clock of its actor as it was enqueued;
-one comes before another if the other's clock has seen it (Mattern 1989, "Virtual Time and Global States of Distributed
-Systems"; Fidge 1988). No order of execution is looked at, so one run speaks for every legal interleaving of what it
-enqueued.
+Actors are the host and the queues of `grass.offload.streams`. An operation carries the clock of its actor as it was
+enqueued; one comes before another if the other's clock has seen it (Mattern 1989, "Virtual Time and Global States of
+Distributed Systems"; Fidge 1988). No order of execution is looked at, so one run speaks for every legal interleaving of
+what it enqueued.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.study.config import ConfigError, load_study
+from harness.study.config import load_study
 from harness.study.spec import Study
+from harness.study.strict_yaml import ConfigError
 
 # small, valid, and with one line for each thing that the tests below get wrong
 STUDY = """\

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from harness.study.config import ConfigError, load_study
+from harness.study.config import load_study
+from harness.study.strict_yaml import ConfigError
 from study_files import complaint, load
 
 HOUSE = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ import efficiency_data as data
 import pytest
 from harness.__main__ import main
 from harness.efficiency.plan import plan
+from harness.efficiency.record import CellRecord
 from harness.efficiency.store import Store
-from harness.records.cell import CellRecord
 from harness.step.spec import load_efficiency
 
 FORBIDDEN = ("lm_eval", "datasets", "snakemake")

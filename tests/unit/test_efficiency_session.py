@@ -88,7 +88,7 @@ def test_an_exception_is_an_error_row_that_names_it(tmp_path: Path) -> None:
 
 def test_out_of_memory_and_skipped_stand_as_rows(tmp_path: Path) -> None:
     body = (
-        "from harness.records.cell import OutOfMemory\n"
+        "from harness.efficiency.record import OutOfMemory\n"
         "    if job.cell.module == 'lora': return Reply(status='skipped', why='needs the package peft')\n"
         "    if job.do == 'timing': return Reply(status='oom', why='in phase backward: no memory',"
         " clean=job.named.variant != 'offload=resident',"

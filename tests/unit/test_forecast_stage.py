@@ -19,7 +19,7 @@ from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
 from harness.step.run import RandomBatches, build_model
 from harness.step.spec import Shape, load_efficiency
-from harness.study.config import ConfigError
+from harness.study.strict_yaml import ConfigError
 from torch import Tensor
 
 from baselines.method import StepFacts

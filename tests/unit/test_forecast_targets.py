@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from forecast_cells import study, true_size
-from harness.inputs.models import facts_of
 from harness.reporting.efficiency.published_table import MODELS
 from harness.reporting.published import load_published
+from harness.step.facts import facts_of
 from harness.step.run import build_model
 
 from baselines.method import ModelFacts

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from harness.inputs import models
-from harness.inputs.models import facts_of, load_model, load_tokenizer, make_model, model_folder
+from harness.inputs.models import load_model, load_tokenizer, make_model, model_folder
 from harness.inputs.pretrain import batches
 from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
+from harness.step.facts import facts_of
 from harness.study.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
 
 SHARED = Path(__file__).parents[2].parent / "shared"

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import study_files
 from harness.__main__ import main
-from harness.records.code import current_sha256
 from harness.study.config import load_study
 from harness.study.paths import Places
 from harness.study.plan import Plan, open_study, outputs, resolve_study
 from harness.study.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
+from harness.study.stale import current_sha256
 
 ROOT = Path(__file__).parents[2]
 # without a fixed rate and a task's own recipe; with an untrained row

@@ -19,7 +19,7 @@ from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_fr
 from harness.reporting.published import Number, load_published, measured
 from harness.reporting.tables import write_tables
 from harness.stages import tables as stage
-from harness.study.config import ConfigError
+from harness.study.strict_yaml import ConfigError
 
 ROOT = Path(__file__).parents[2]
 NAMES = (

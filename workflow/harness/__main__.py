@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     stage = importlib.import_module(f"harness.stages.{chosen.stage}")
     own = argparse.ArgumentParser(prog=f"python -m harness {chosen.stage}", description=stage.__doc__)
     stage.add_arguments(own)
-    from harness.study.config import ConfigError
+    from harness.study.strict_yaml import ConfigError
 
     try:
         return int(stage.run(own.parse_args(chosen.rest)))

@@ -1,7 +1,7 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
 
 A study runs several jobs side by side, whose bars would overwrite one another: there each job prints a line when it
-ends, with the share of the whole study that is done and the time left.
+ends (`harness.study.progress`).
 """
 
 from __future__ import annotations
@@ -9,14 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 from types import TracebackType
 
-from harness.study.paths import Places
-from harness.study.plan import outputs, resolve_study
-
-STUDY_FILE, STUDY_STARTED, STUDY_DONE = "GRASS_STUDY", "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
-"""Environment of a study's jobs: its config file, when it was started (s), and the work that was done by then."""
+STUDY_FILE = "GRASS_STUDY"
+"""Environment of a study's jobs: its config file."""
 
 LINE_EVERY_S = 20.0
 """Least time between two plain lines of one job: a short job says nothing until it ends."""
@@ -59,27 +55,6 @@ class Progress:
             left = duration((self.total - self._done) / rate)
             counted = f"{self._done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left} left"
             say(f"{self.label}: {counted}{', ' + note if note else ''}")
-
-
-def announce(what: str) -> None:
-    """Say that a job ended; within a study, also how far the study is."""
-    config = os.environ.get(STUDY_FILE)
-    if config is None:
-        say(what)
-        return
-    done, total = study_work(Path(config))
-    spent = time.time() - float(os.environ[STUDY_STARTED])
-    fresh = done - float(os.environ[STUDY_DONE])
-    left = f", about {duration(spent * (total - done) / fresh)} left" if fresh > 0 else ""
-    say(f"[{done / total:4.0%}, {duration(spent)} gone{left}] {what}")
-
-
-def study_work(config: Path) -> tuple[float, float]:
-    """Work done and work in all of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
-    from harness.study.config import load_study
-
-    listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Places())
-    return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)
 
 
 def say(line: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-from harness.records.cell import TimingBlock
+from harness.efficiency.record import TimingBlock
 
 PERIOD = 5
 """Steps between two draws while steps are timed: short, so that a few seconds see several draws."""

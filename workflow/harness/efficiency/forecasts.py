@@ -14,9 +14,9 @@ from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by
 from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.plan import Entry
 from harness.efficiency.process import TimeIsUpError, Worker
+from harness.efficiency.record import ForecastRecord
 from harness.efficiency.store import Store
 from harness.progress import duration, say
-from harness.records.cell import ForecastRecord
 
 PACKAGES = ("torch", "transformers", "peft")
 

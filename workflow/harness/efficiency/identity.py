@@ -49,8 +49,8 @@ def cell_sha256(cell: Cell, **more: Any) -> str:
 def code_sha256(sources: tuple[str, ...]) -> str:
     """Hash of code without comments, docstrings and blank lines, the same under every version of Python.
 
-    A forecast made on one machine is read beside a measurement made on another; `harness.records.provenance` hashes what
-    `ast.unparse` prints, which differs from version to version.
+    A forecast made on one machine is read beside a measurement made on another; `harness.records.provenance` hashes
+    what `ast.unparse` prints, which differs from version to version.
     """
     total = hashlib.sha256()
     for source in sorted(sources):

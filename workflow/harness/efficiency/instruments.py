@@ -17,7 +17,7 @@ from harness.measuring.gpu import lease_for
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
-from harness.records.cell import DeviceKind, DeviceRecord
+from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.run import GpuState
 
 LEFTOVER_BYTES = 16 * 2**20

@@ -4,16 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from harness.records.cell import (
-    DeviceKind,
-    DeviceRecord,
-    ForecastRecord,
-    MemoryBlock,
-    Named,
-    OutOfMemory,
-    StrictRecord,
-    TimingBlock,
-)
+from harness.efficiency.record import ForecastRecord, MemoryBlock, Named, OutOfMemory, TimingBlock
+from harness.records.device import DeviceKind, DeviceRecord, StrictRecord
 from harness.step.spec import Cell
 
 

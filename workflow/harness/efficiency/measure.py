@@ -12,8 +12,8 @@ import torch
 from harness.efficiency.instruments import Instruments
 from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.phases import PhasePeaks
+from harness.efficiency.record import MemoryBlock, OutOfMemory
 from harness.efficiency.timing import time_steps
-from harness.records.cell import MemoryBlock, OutOfMemory
 from harness.step.run import CannotRunError, CellRun, Phase
 from harness.step.worst_case import run_worst_draws
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from harness.records.cell import Block, DeviceKind, Named
+from harness.efficiency.record import Block, Named
+from harness.records.device import DeviceKind
 from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
 
 ANCHOR: dict[DeviceKind, str] = {"cuda": "llama-2-7b", "cpu": "tiny"}

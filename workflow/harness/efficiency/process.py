@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import IO
 
 from harness.efficiency.jobs import Hello, Job, Reply
-from harness.records.cell import DeviceKind, DeviceRecord
+from harness.records.device import DeviceKind, DeviceRecord
 
 START_S = 300.0
 """Time for imports and the device's context, on a slow disk."""

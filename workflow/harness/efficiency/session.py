@@ -11,9 +11,9 @@ from harness.efficiency.budget import Budget, Estimates
 from harness.efficiency.jobs import Job
 from harness.efficiency.plan import Group, Unit, units
 from harness.efficiency.process import TimeIsUpError, Worker
+from harness.efficiency.record import CellRecord
 from harness.efficiency.store import Asked, Store, is_done
 from harness.progress import say
-from harness.records.cell import CellRecord
 
 NO_TIME = "the budget was used up"
 

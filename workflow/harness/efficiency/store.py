@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
+from harness.efficiency.record import CellRecord, ForecastRecord, Predicted
 from harness.records import atomic
-from harness.records.cell import CellRecord, DeviceKind, DeviceRecord, ForecastRecord, Predicted
+from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 
 

@@ -17,8 +17,8 @@ from harness.efficiency.chance import by_chance
 from harness.efficiency.instruments import Instruments, StepMarks
 from harness.efficiency.jobs import Job
 from harness.efficiency.phases import PhasePeaks
+from harness.efficiency.record import TimingBlock
 from harness.efficiency.utilisation import utilisation
-from harness.records.cell import TimingBlock
 from harness.step.draws import Policy
 from harness.step.run import CellRun
 

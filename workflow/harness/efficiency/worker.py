@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from harness.efficiency.jobs import Hello, Job, Reply
-from harness.records.cell import DeviceKind
+from harness.records.device import DeviceKind
 
 Execute = Callable[[Job], Reply]
 _PR_SET_PDEATHSIG = 1

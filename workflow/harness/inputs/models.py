@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from baselines.method import ModelFacts, torch_dtype
-from grass.layers import find_layers
+from baselines.method import torch_dtype
 from harness.inputs.pretrain import pretrain
 from harness.records.atomic import sha256, write_json
 from harness.records.code import FOUND_MODEL, PRETRAINED_MODEL
@@ -106,27 +104,6 @@ def load_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def facts_of(model: nn.Module) -> ModelFacts:
-    """Count the parameters of a model by decoder layer, embedding, final norm and head; weights may be on `meta`."""
-    found = find_layers(model)
-    config: Any = model.config
-    head = _size(found.outside["head"])
-    return ModelFacts(
-        architecture=type(model).__name__,
-        layer_parameters=tuple(_size(layer.parameters()) for layer in found.layers),
-        embedding_parameters=_size(found.outside["embedding"]),
-        head_parameters=head,
-        final_norm_parameters=_size(found.outside["final_norm"]),
-        hidden_size=config.hidden_size,
-        tied_embeddings=head == 0,
-        tensor_parameters={name: p.numel() for name, p in model.named_parameters()},
-    )
-
-
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
 def _checked_files(folder: Path, *, asked: str) -> list[Path]:
     """The files that make up a model; raises ValueError naming the first kind that is missing."""
     if not folder.is_dir():
@@ -156,7 +133,7 @@ def _checked_files(folder: Path, *, asked: str) -> list[Path]:
 def _count_parameters(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    return _size(model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _fetch(source: HubModel, folder: Path) -> None:

@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 
 from baselines.method import find_method
-from harness.records.provenance import source_sha256
-from harness.study.plan import Output, Plan
 
 ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
 FOUND_MODEL = ("harness.inputs.models",)
@@ -69,18 +67,3 @@ def method_files(module: str) -> tuple[str, ...]:
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
         left += [i for i in imported - found if i.startswith("baselines.") and i != "baselines.method"]
     return tuple(sorted(found))
-
-
-def current_sha256(plan: Plan, output: Output) -> str:
-    """Hash that a record would carry if it were made by today's code."""
-    if output.kind == "model":
-        return source_sha256(PRETRAINED_MODEL if output.name in plan.pretrained else FOUND_MODEL)
-    if output.kind in ("rows", "suite"):
-        return source_sha256(ROWS)
-    if output.kind == "evaluate":
-        return source_sha256(EVALUATION)
-    if output.kind == "forecast":
-        return source_sha256(forecast(plan.forecasts[output.name].training.module))
-    if output.kind == "search":
-        return source_sha256((*training(plan.searches[output.name].training.module), "harness.training.search"))
-    return source_sha256(training(plan.runs[output.name].training.module))

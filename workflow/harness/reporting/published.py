@@ -14,8 +14,8 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import of_method
 from harness.reporting.stats import summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
-from harness.study.config import read_yaml, validate
 from harness.study.spec import Label
+from harness.study.strict_yaml import read_yaml, validate
 
 Metric = Literal[
     "accuracy", "accuracy_sd", "accuracy_difference", "peak_memory", "extra_memory", "throughput_ratio",

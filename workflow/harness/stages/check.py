@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import baselines
 from baselines.method import find_method
-from harness.study.config import Source, validate
+from harness.study.strict_yaml import Source, validate
 
 if TYPE_CHECKING:
     from harness.checking.contract import Finding

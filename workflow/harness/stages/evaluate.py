@@ -37,8 +37,8 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     import torch
 
     from harness.evaluating.score import evaluate
-    from harness.progress import announce
     from harness.study.paths import Places
+    from harness.study.progress import announce
     from harness.study.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)

@@ -15,10 +15,10 @@ def run(args: argparse.Namespace) -> int:
     """Write forecast.json beside the spec; needs no GPU."""
     from harness.forecasting.fit import GIB, foresee
     from harness.inputs.models import model_folder
-    from harness.progress import announce
     from harness.records import atomic
     from harness.records.run import ModelRecord
     from harness.study.paths import Places
+    from harness.study.progress import announce
     from harness.study.spec import FitJob
 
     job = FitJob.model_validate_json(args.spec.read_bytes())

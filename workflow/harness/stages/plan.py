@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
-    from harness.records.code import current_sha256
     from harness.study.config import load_study
     from harness.study.paths import Places
     from harness.study.plan import folder_bytes, outputs, resolve_study
+    from harness.study.stale import current_sha256
 
     places = Places()
     plan = resolve_study(load_study(args.config, inputs_needed=False))

@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from harness.inputs.models import make_model
-    from harness.progress import announce
+    from harness.study.progress import announce
     from harness.study.spec import ModelJob
 
     torch.set_num_threads(args.threads)

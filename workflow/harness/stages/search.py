@@ -34,10 +34,10 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
 
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
-    from harness.progress import announce
     from harness.records import atomic
     from harness.records.run import ModelRecord
     from harness.study.paths import Places
+    from harness.study.progress import announce
     from harness.training.loading import Inputs
     from harness.training.search import search
 

@@ -36,10 +36,10 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
-    from harness.progress import announce
     from harness.records import atomic
     from harness.records.run import ModelRecord, SearchRecord
     from harness.study.paths import Places
+    from harness.study.progress import announce
     from harness.training.loading import Inputs
     from harness.training.loop import train
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
-from harness.inputs.models import facts_of
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
+from harness.step.facts import facts_of
 from harness.step.loss import chunked_token_loss, token_loss
 from harness.step.spec import Cell, Geometry, Settings, Shape
-from harness.study.config import ConfigError
+from harness.study.strict_yaml import ConfigError
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
 STEPS_A_DRAW = 2
-"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period that a
-method's entry names decides no byte, and would make a run of every draw long."""
+"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period
+that a method's entry names decides no byte, and would make a run of every draw long."""
 
 
 class CannotRunError(ValueError):

@@ -13,8 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from baselines.method import Method, Recipe, Strict, find_method
-from harness.study.config import read_yaml, validate
 from harness.study.spec import Label
+from harness.study.strict_yaml import read_yaml, validate
 
 
 class Geometry(Strict):

@@ -55,7 +55,7 @@ def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
     A dry run writes nothing and does not need the input files: a study can be looked at before its data is fetched.
 
     Raises:
-        harness.study.config.ConfigError: anything wrong with the file, in one line.
+        harness.study.strict_yaml.ConfigError: anything wrong with the file, in one line.
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
     if not dry_run:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from baselines.method import Expectation, Method, ModelFacts, find_method
 from grass.layers import find_layers
-from harness.inputs.models import facts_of, load_model, load_tokenizer
+from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.run import DataUse
+from harness.step.facts import facts_of
 from harness.study.spec import Observation, Training
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch

@@ -13,8 +13,9 @@ from typing import Literal
 
 from harness.efficiency.identity import code_sha256, measured_by
 from harness.efficiency.plan import Entry, Group
+from harness.efficiency.record import CellRecord, ForecastRecord, Named, TimingBlock
 from harness.efficiency.store import Store, read_record
-from harness.records.cell import CellRecord, DeviceKind, ForecastRecord, Named, TimingBlock
+from harness.records.device import DeviceKind
 
 Source = Literal["measured", "forecast"]
 Quantity = Literal["peak memory", "tokens per second", "bound on tokens per second"]

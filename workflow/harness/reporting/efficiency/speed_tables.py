@@ -8,8 +8,8 @@ from typing import get_args
 from harness.efficiency.arithmetic import PERIOD, pool
 from harness.efficiency.chance import expected_reach
 from harness.efficiency.plan import RESIDENT
+from harness.efficiency.record import MFU_FORMULA
 from harness.efficiency.sheets import gib, percent, sheet
-from harness.records.cell import MFU_FORMULA
 from harness.reporting.efficiency.memory_table import (
     HOST,
     NOT_MEASURED,

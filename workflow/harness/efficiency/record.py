@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from harness.records.run import GpuRecord, GpuState, Provenance, Record, TransferRates
+from harness.records.device import DeviceRecord, StrictRecord
+from harness.records.run import GpuState, Provenance
 from harness.step.spec import Numerics, Settings, Shape
 
-DeviceKind = Literal["cuda", "cpu"]
 Block = Literal["memory", "timing"]
 Status = Literal["ok", "oom", "skipped", "error"]
 """`ok`, `oom` and `skipped` are outcomes; `error` is a bad program, and is tried again by the next run."""
@@ -24,12 +24,6 @@ MFU_FORMULA = (
     "with N weights, causal attention by half; forward, the gradients of the inputs of visited layers and of the "
     "weights that train; recomputation left out (harness.step.flops)"
 )
-
-
-class StrictRecord(Record):
-    """A record without conversions."""
-
-    model_config = ConfigDict(strict=True)
 
 
 class Named(StrictRecord):
@@ -50,23 +44,6 @@ class Named(StrictRecord):
     def name(self) -> str:
         """File name of its records."""
         return f"{self.model}--{self.settings}--{self.shape}--{self.label.replace('=', '-')}"
-
-
-class DeviceRecord(StrictRecord):
-    """What a cell ran on."""
-
-    kind: DeviceKind
-    name: str
-    total_bytes: int | None
-    total_bytes_why: str | None = None
-    compute_capability: str | None = Field(default=None, description="of CUDA; null on a CPU")
-    torch_cuda: str | None = Field(default=None, description="CUDA that torch was built with; null on a CPU")
-    alloc_conf: str = Field(description="PYTORCH_ALLOC_CONF; empty where it is not set")
-    threads: int
-    card: GpuRecord | None
-    card_why: str | None = None
-    transfer: TransferRates | None
-    transfer_why: str | None = None
 
 
 class MemoryBlock(StrictRecord):
