@@ -17,7 +17,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("fidelity", "unit")]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 OUT = ROOT / "docs" / "img" / "fidelity.png"
 STEPS = 50
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from house import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "add-a-baseline.md").read_text(encoding="utf-8")
 pytestmark = pytest.mark.pipeline
 

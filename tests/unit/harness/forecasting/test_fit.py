@@ -14,8 +14,7 @@ from harness.study.plan import outputs, resolve_study
 from harness.study.spec import FitJob, Training
 from harness.training.loading import Inputs
 from harness.training.loop import train
-
-ROOT = Path(__file__).parents[2]
+from house import ROOT
 
 
 @pytest.fixture(scope="module")

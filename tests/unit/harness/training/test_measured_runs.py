@@ -27,12 +27,12 @@ from harness.reporting.table import Table
 from harness.training import loop
 from harness.training.loading import Inputs
 from harness.training.logs import Log
+from house import ROOT
 from safetensors.torch import load_file
 
 from baselines.method import StepFacts
 from grass.offload.blocks import HostArena
 
-ROOT = Path(__file__).parents[2]
 GRASS = {"active_layers": 2, "sample_every": 3, "probe_steps": 2}
 ME, STRANGER = os.getpid(), 4711
 

@@ -9,8 +9,6 @@ from harness.study.config import load_study
 from harness.study.strict_yaml import ConfigError
 from study_files import complaint, load
 
-HOUSE = Path(__file__).parents[2]
-
 
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from house import ROOT
 
 from grass import Options
 from grass.sampling import NEEDS_PROBE
 
-PAGE = Path(__file__).parents[2] / "docs" / "grass.md"
+PAGE = ROOT / "docs" / "grass.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from harness.forecasting.forecast import Forecast, forecast
 from harness.step.spec import Cell, EfficiencyStudy, Geometry, Numerics, Settings, Shape, cell_of, load_efficiency
+from house import ROOT
 
 LAYERS, VOCABULARY, WIDTH, PARAMETERS = 3, 96, 32, 38624
 SHAPE = Shape(batch=2, length=24)
@@ -62,7 +62,7 @@ def small_forecast(method: str, settings: str, tensors: Literal["fake", "real"] 
 @cache
 def study() -> EfficiencyStudy:
     """The published efficiency study."""
-    return load_efficiency(Path(__file__).parents[2] / "config" / "efficiency.yaml")
+    return load_efficiency(ROOT / "config" / "efficiency.yaml")
 
 
 @cache

@@ -13,8 +13,8 @@ from harness.records.atomic import sha256
 from harness.records.run import RowsRecord
 from harness.study.paths import resolve
 from harness.study.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite, RowsJob, SuiteJob
+from house import SHARED
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")
 
 

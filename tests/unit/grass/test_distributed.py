@@ -27,6 +27,7 @@ from grass_ranks import (
     run_case,
 )
 from grass_tiny import llama, same, weights
+from house import ROOT
 from torch import Tensor, nn
 
 import grass
@@ -44,7 +45,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(grass.__file__).parents[1])}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, str(Path(__file__).with_name("grass_ranks.py")), str(folder)]
+    command = [sys.executable, str(ROOT / "tests" / "support" / "grass_ranks.py"), str(folder)]
     with (folder / "log").open("wb") as log:
         # a session of its own, so that no rank outlives a run that is given up
         script = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)

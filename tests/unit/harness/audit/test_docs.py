@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[2] / "docs" / "audit.md"
+from house import ROOT
+
+PAGE = ROOT / "docs" / "audit.md"
 
 
 def test_every_report_of_the_page_is_what_its_example_prints() -> None:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from house import ROOT
 from study_files import STUDY, complaint, load
-
-HOUSE = Path(__file__).parents[2]
 
 
 def test_the_study_that_is_broken_below_is_sound(tmp_path: Path) -> None:
@@ -259,7 +258,7 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2(tmp_path: Path) -
 def test_snakemake_shows_the_same_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(STUDY.replace("observation:", "observatoin:"))
-    command = [sys.executable, "-m", "snakemake", "-s", str(HOUSE / "Snakefile"), "-n", "--cores", "1"]
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", "--cores", "1"]
     done = subprocess.run(
         [*command, "--directory", str(tmp_path), "--configfile", str(path)],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,

@@ -13,11 +13,11 @@ from harness.inputs.prompts import Row, evaluation_prompt, training_prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import IGNORED, Encoded, collate, encode, encode_rows
+from house import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real files is not here")
 VARIANTS: tuple[Variant, ...] = ("two-step", "three-step", "choice")
 WORDS = build_tokenizer()

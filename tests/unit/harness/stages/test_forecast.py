@@ -20,11 +20,11 @@ from harness.forecasting.snippets import snippet
 from harness.step.run import RandomBatches, build_model
 from harness.step.spec import Shape, load_efficiency
 from harness.study.strict_yaml import ConfigError
+from house import ROOT
 from torch import Tensor
 
 from baselines.method import StepFacts
 
-HOUSE = Path(__file__).parents[2]
 STUDY = """\
 study: mine
 title: A study
@@ -141,7 +141,7 @@ def test_reading_a_study_needs_no_torch() -> None:
         "import sys; from pathlib import Path; from harness.step.spec import load_efficiency; "
         "load_efficiency(Path('config/efficiency.yaml')); assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=HOUSE)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # ------------------------------------------------------------ methods that cannot be forecast
@@ -175,7 +175,7 @@ def test_a_model_that_its_loss_refuses_cannot_be_forecast(tmp_path: Path, capsys
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     Gemma2Config(vocab_size=96, num_key_value_heads=1, head_dim=16, **sizes).save_pretrained(tmp_path)
-    words = ["--config", str(HOUSE / "config/efficiency.yaml"), "--model", str(tmp_path), "--method", "full"]
+    words = ["--config", str(ROOT / "config/efficiency.yaml"), "--model", str(tmp_path), "--method", "full"]
     code, out, _ = run(capsys, "forecast", *words, "--settings", "lean", "--length", "16")
     assert code == 0
     assert out.startswith("no forecast: Gemma2ForCausalLM changes its logits after the head")

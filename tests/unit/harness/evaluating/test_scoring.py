@@ -1,13 +1,12 @@
 """The extraction rules of the llm-adapters protocol, on worked examples and on the published files."""
 
 import json
-from pathlib import Path
 
 import pytest
 from harness.evaluating.score import chance, normalised
 from harness.tasks.protocol import check_gold, extract, is_correct, kept_text, score
+from house import SHARED
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 DATASETS = SHARED / "data" / "llm-adapters" / "dataset"
 needs_shared = pytest.mark.skipif(
     not DATASETS.is_dir(), reason="the published data files are not beside the repository"

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from house import ROOT
 
 from grass.bench import device as device_part
 from grass.bench.__main__ import main
@@ -42,7 +43,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The host part at the smallest sizes, in a process of its own: it changes how memory is freed."""
     path = tmp_path_factory.mktemp("bench") / "figures.json"
     command = [sys.executable, "-m", "grass.bench", "--parts", "host", *TINY_HOST, "--json", str(path)]
-    root = Path(__file__).resolve().parents[2]
+    root = ROOT
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads(path.read_text(encoding="utf-8"))["host"]

@@ -5,19 +5,18 @@ Clipping is on, two layers are active and the draw is the worst one. Ratios are 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from forecast_cells import study, true_size
 from harness.reporting.efficiency.published_table import MODELS
 from harness.reporting.published import load_published
 from harness.step.facts import facts_of
 from harness.step.run import build_model
+from house import ROOT
 
 from baselines.method import ModelFacts
 
 GIB, MAIN = 2**30, "llama-2-7b"
-PUBLISHED = Path(__file__).parents[2] / "config" / "published" / "grass.yaml"
+PUBLISHED = ROOT / "config" / "published" / "grass.yaml"
 
 
 def table4(model: str) -> dict[str, float]:

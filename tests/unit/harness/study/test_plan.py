@@ -17,8 +17,8 @@ from harness.study.paths import Places
 from harness.study.plan import Plan, open_study, outputs, resolve_study
 from harness.study.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
 from harness.study.stale import current_sha256
+from house import ROOT
 
-ROOT = Path(__file__).parents[2]
 # without a fixed rate and a task's own recipe; with an untrained row
 STUDY = (
     study_files.STUDY.replace("    recipe: {steps: 12}\n", "")

@@ -16,8 +16,8 @@ from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
 from harness.study.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
+from house import SHARED
 
-SHARED = Path(__file__).parents[2].parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real model is not here")
 CORPUS = Corpus(one_step_share=0.3, fact_share=0.8, guess_share=0.5)
 

@@ -20,8 +20,8 @@ from harness.reporting.published import Number, load_published, measured
 from harness.reporting.tables import write_tables
 from harness.stages import tables as stage
 from harness.study.strict_yaml import ConfigError
+from house import ROOT
 
-ROOT = Path(__file__).parents[2]
 NAMES = (
     "accuracy", "heldout_loss", "difference_accuracy", "difference_heldout_loss", "efficiency", "learning_rates",
     "runs", "published",

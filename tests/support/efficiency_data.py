@@ -16,8 +16,8 @@ from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 from harness.reporting.published import Published, load_published
 from harness.step.spec import EfficiencyStudy, load_efficiency
+from house import ROOT
 
-ROOT = Path(__file__).parents[2]
 GIB = 2**30
 CARD = "Test GPU"
 MAIN = "llama-2-7b"
