@@ -9,7 +9,8 @@ import pytest
 from defects import DEFECTS, Defect
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
 from harness.checking.contract import CHECKS, Case, promises_hold
-from harness.training import loading
+from harness.step import attach
+from harness.training.loading import Inputs
 
 import grass
 from baselines.method import find_method
@@ -24,7 +25,7 @@ DEFINITIONS: dict[str, tuple[Callable[[Case], str | None], ...]] = {
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_defect_is_caught(
     defect: Defect,
-    inputs: loading.Inputs,
+    inputs: Inputs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     record_property: Callable[[str, object], None],
@@ -32,7 +33,7 @@ def test_defect_is_caught(
     if defect.method is None:
         monkeypatch.setattr(grass, "Grass", defect.broken)
     else:
-        monkeypatch.setattr(loading, "find_method", lambda name: defect.method or find_method(name))
+        monkeypatch.setattr(attach, "find_method", lambda name: defect.method or find_method(name))
     case = Case(defect.recipe_module, defect.options, inputs, tmp_path)
     others = [check for check in CHECKS if check is not promises_hold]
     for check in (promises_hold, *DEFINITIONS.get(defect.recipe_module, ()), *others):

@@ -12,7 +12,7 @@ import torch
 from harness.checking.contract import Case
 from harness.checking.tiny import tiny_inputs
 from harness.measuring.clock import StepClock
-from harness.measuring.device import AllocatorMeter, NestedPeaks
+from harness.measuring.device import AllocatorMeter, PhasePeaks
 from harness.measuring.rates import transfer_rates
 
 from baselines.method import find_method
@@ -68,7 +68,7 @@ def test_a_process_that_already_computes_is_refused_a_lease(tmp_path: Path) -> N
 
 def test_peaks_within_peaks_are_the_allocators_own() -> None:
     meter = AllocatorMeter("cuda")
-    nested = NestedPeaks(AllocatorMeter.KINDS, meter.peaks, meter.restart)
+    nested = PhasePeaks(AllocatorMeter.KINDS, meter.peaks, meter.restart)
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
 

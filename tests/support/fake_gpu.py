@@ -175,6 +175,12 @@ class FakeCuda(ModuleType):
     def host_memory_stats(self) -> dict[str, int]:
         return {"allocated_bytes.peak": 4096}
 
+    def memory_allocated(self) -> int:
+        return self.now
+
+    def get_device_name(self) -> str:
+        return "Card A"
+
     def empty_cache(self) -> None:
         self.reserved = self.now
 

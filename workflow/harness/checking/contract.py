@@ -20,9 +20,10 @@ from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.atomic import read_jsonl, write_text
 from harness.records.run import TrainRecord
+from harness.step.attach import method_class
 from harness.study.spec import Observation
-from harness.training import loading
 from harness.training.batches import fixed_batches, mean_loss
+from harness.training.loading import Inputs
 from harness.training.loop import train
 
 STANDARD = "standard"
@@ -34,7 +35,7 @@ class Case:
 
     module: str
     options: dict[str, Any]
-    inputs: loading.Inputs
+    inputs: Inputs
     folder: Path
     """Scratch of this case."""
 
@@ -63,9 +64,8 @@ class Case:
         )
 
     def method_class(self) -> type[Method]:
-        """The class under test; through the run's own door, so that a planted defect is what is looked at."""
-        found: type[Method] = vars(loading)["find_method"](self.module)
-        return found
+        """The class under test."""
+        return method_class(self.module)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 from harness.efficiency.arithmetic import PERIOD
 from harness.efficiency.budget import BUDGET_S, Budget
 from harness.efficiency.forecasts import fill_forecasts
-from harness.efficiency.instruments import device_lease
 from harness.efficiency.plan import Entry, Group, plan, select
 from harness.efficiency.process import Worker
 from harness.efficiency.session import Outcome, measure_all
 from harness.efficiency.store import Asked, Store
-from harness.measuring.gpu import NoGpuError
+from harness.measuring.gpu import NoGpuError, lease_for
 from harness.progress import say
 from harness.records import atomic
 from harness.reporting.efficiency.report import every_group, write_report
@@ -33,7 +32,7 @@ def measure(args: argparse.Namespace) -> int:
     outcome = Outcome()
     if budget.left() > 0:
         try:
-            with device_lease(args.device), Worker(args.device) as worker:
+            with lease_for(args.device), Worker(args.device) as worker:
                 outcome = measure_all(groups, asked, store, budget, worker)
         except NoGpuError as error:
             raise ValueError(

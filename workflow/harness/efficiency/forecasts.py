@@ -24,8 +24,9 @@ PACKAGES = ("torch", "transformers", "peft")
 def make_forecast(job: Job) -> Reply:
     """One forecast, in this process; a cell that cannot be forecast is an answer."""
     from harness.forecasting.forecast import NoForecastError, forecast
+    from harness.step.cell import configuration
     from harness.step.flops import attention_width, step_cost
-    from harness.step.run import CannotRunError, configuration
+    from harness.step.outcomes import CannotRunError
 
     started = time.perf_counter()
     facts: dict[str, Any] = {

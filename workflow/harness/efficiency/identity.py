@@ -15,7 +15,7 @@ from typing import Any
 from harness.records.code import method_files
 from harness.step.spec import Cell
 
-_STEP = ("grass", "baselines.method", "harness.step.loss", "harness.step.run", "harness.step.draws")
+_STEP = ("grass", "baselines.method", "harness.step.loss", "harness.step.cell", "harness.step.draws")
 _MEASURING = (
     "harness.efficiency.arithmetic",
     "harness.efficiency.chance",

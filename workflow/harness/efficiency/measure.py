@@ -2,70 +2,62 @@
 
 from __future__ import annotations
 
-import re
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor
 
-from harness.efficiency.instruments import Instruments
 from harness.efficiency.jobs import Job, Reply
-from harness.efficiency.phases import PhasePeaks
 from harness.efficiency.record import MemoryBlock, OutOfMemory
 from harness.efficiency.timing import time_steps
-from harness.step.run import CannotRunError, CellRun, Phase
-from harness.step.worst_case import run_worst_draws
+from harness.measuring.census import state_bytes
+from harness.measuring.meters import Meters
+from harness.step.cell import CellRun, Phase
+from harness.step.outcomes import CannotRunError, is_out_of_memory, out_of_memory_why, requested_bytes
+from harness.step.worst_case import run_worst_case
 
 RECIPE_STEPS = 1000
 """Length of the run that the recipe speaks of; no byte hangs on it."""
 
-_REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|[KMGT]iB)")
-_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+class Attempt:
+    """What is known of a block while it runs: whatever ends it, the phase can be named and the model let go of."""
+
+    def __init__(self) -> None:
+        self.phase: Phase = "load"
+        self.run: CellRun | None = None
 
 
-def execute(job: Job, instruments: Instruments) -> Reply:
+def execute(job: Job, meters: Meters) -> Reply:
     """Measure, and leave the device as it was.
 
     Raises:
         Exception: whatever is wrong with the program; the process is to be given up then.
     """
-    instruments.begin()
-    taken: list[CellRun] = []
-    phases = PhasePeaks(instruments.allocator, lambda: taken[0].draws.taken[-1] if _has_drawn(taken) else None)
+    meters.clean()
+    meters.restart()
+    attempt = Attempt()
     try:
-        reply = (_memory if job.do == "memory" else _timing)(job, instruments, phases, taken)
+        reply = (_memory if job.do == "memory" else _timing)(job, meters, attempt)
     except CannotRunError as error:
         reply = Reply(status="skipped", why=str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        reply = _out_of_memory(job, phases.phase, error)
-    if instruments.foreign_why is not None:
-        reply = reply.model_copy(update={"memory": None, "timing": None, "why": f"void: {instruments.foreign_why}"})
-    taken.clear()
-    return reply.model_copy(update={"clean": instruments.clean()})
+        reply = _out_of_memory(job, attempt.phase, error)
+    if meters.foreign_why is not None:
+        reply = reply.model_copy(update={"memory": None, "timing": None, "why": f"void: {meters.foreign_why}"})
+    attempt.run = None
+    return reply.model_copy(update={"clean": meters.clean()})
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """The CPU's allocator and pinned memory have no exception of their own, only words."""
-    words = ("can't allocate memory", "CUDA error: out of memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
-
-
-def requested_bytes(message: str) -> int | None:
-    """Bytes that an allocator was asked for, out of its message."""
-    found = _REQUEST.search(message)
-    return None if found is None else round(float(found[1]) * _UNITS[found[2]])
-
-
-def _out_of_memory(job: Job, phase: str, error: Exception) -> Reply:
-    message = (str(error) or "host memory").splitlines()[0]
+def _out_of_memory(job: Job, phase: Phase, error: Exception) -> Reply:
     asked = requested_bytes(str(error))
     why = None if asked is not None else "the message names no number"
     return Reply(
         status="oom",
-        why=f"in phase {phase}: {message}",
+        why=out_of_memory_why(error, phase),
         oom=OutOfMemory(
             block="memory" if job.do == "memory" else "timing",
             phase=phase,
@@ -75,53 +67,105 @@ def _out_of_memory(job: Job, phase: str, error: Exception) -> Reply:
     )
 
 
-def _has_drawn(taken: list[CellRun]) -> bool:
-    return bool(taken) and bool(taken[0].draws.taken)
+class CellPhases:
+    """Tells the meters which phase of a cell is under way, and remembers where its peak was.
+
+    `first_step` is a phase beside the others, from the first forward pass to the second.
+
+    Args:
+        meters: told when a phase begins and ends.
+        draw: tells which layers are active.
+    """
+
+    def __init__(self, meters: Meters, draw: Callable[[], tuple[int, ...] | None] = lambda: None) -> None:
+        self.peak_bytes: int | None = None
+        """Largest allocated peak of all phases but `load`, which is no part of a step."""
+        self.peak_phase: str | None = None
+        self.peak_draw: tuple[int, ...] | None = None
+        self._meters, self._draw = meters, draw
+        self._phase: str = "load"
+        self._forwards = 0
+        meters.begin(self._phase)
+
+    def enter(self, phase: Phase) -> None:
+        """Another phase begins."""
+        self._end_phase()
+        if phase == "forward":
+            self._forwards += 1
+            if self._forwards == 1:
+                self._meters.begin("first_step")
+            elif self._forwards == 2:
+                self._meters.end("first_step")
+        self._phase = phase
+        self._meters.begin(phase)
+
+    def close(self) -> None:
+        """The last phase is over."""
+        self._end_phase()
+        if self._forwards == 1:
+            self._meters.end("first_step")
+
+    def _end_phase(self) -> None:
+        allocated = self._meters.end(self._phase).get("allocated")
+        if allocated is not None and self._phase != "load" and allocated > (self.peak_bytes or 0):
+            self.peak_bytes, self.peak_phase, self.peak_draw = allocated, self._phase, self._draw()
 
 
-def _memory(job: Job, instruments: Instruments, phases: PhasePeaks, taken: list[CellRun]) -> Reply:
+def _memory(job: Job, meters: Meters, attempt: Attempt) -> Reply:
     started = time.perf_counter()
-    before = instruments.allocated_bytes()
+    before = meters.allocated_bytes()
+    phases = CellPhases(meters, lambda: _last_draw(attempt.run))
 
     def enter(phase: Phase) -> None:
+        attempt.phase = phase
         phases.enter(phase)
-        if phase == "resample" and taken:
-            instruments.look_at_host(taken[0].method.pinned_bytes())
+        if phase == "resample" and attempt.run is not None:
+            meters.pinned(attempt.run.method.pinned_bytes())
 
-    with phases.unnoticed():
-        taken.append(CellRun(job.cell, steps=RECIPE_STEPS, device=job.device, enter=enter))
-        run = taken[0]
-        instruments.synchronise()
+    def on_device(tensor: Tensor) -> bool:
+        return tensor.device.type == job.device
+
+    with meters.peak_kept():
+        attempt.run = run = CellRun(job.cell, steps=RECIPE_STEPS, device=job.device, enter=enter)
+        meters.synchronise()
         loaded = time.perf_counter()
         run.prepare()
-        run_worst_draws(run, lambda: state_bytes(run.method.optimizer, job.device))
-        instruments.synchronise()
+        run_worst_case(run, held_bytes=lambda: state_bytes(run.method.optimizer, counts=on_device))
+        meters.synchronise()
         phases.close()
-    instruments.look()
-    instruments.look_at_host(run.method.pinned_bytes())
-    on_device = phases.peak_bytes is not None
+    meters.sample_driver()
+    meters.pinned(run.method.pinned_bytes())
+    memory = meters.record(state_peak_bytes=None)
+    reserved = [peak for peak in memory.device_reserved_peak_bytes.values() if peak is not None]
     block = MemoryBlock(
+        **dict(memory),
         allocated_peak_bytes=phases.peak_bytes,
-        reserved_peak_bytes=max(phases.reserved.values(), default=None),
+        reserved_peak_bytes=max(reserved, default=None),
         peak_phase=phases.peak_phase,
         worst_draw=phases.peak_draw,
-        allocated_by_phase_bytes=phases.allocated if on_device else None,
-        reserved_by_phase_bytes=phases.reserved if on_device else None,
         allocated_before_bytes=before,
-        device_state_bytes=state_bytes(run.method.optimizer, job.device) if on_device else None,
-        alloc_retries=instruments.retries(),
-        device_why=instruments.allocator.why,
-        **instruments.nvml_peaks(),
-        **instruments.host_peaks(),
+        device_state_bytes=state_bytes(run.method.optimizer, counts=on_device) if job.device == "cuda" else None,
         load_s=loaded - started,
         wall_s=time.perf_counter() - started,
     )
     return Reply(status="ok", memory=block, **_facts(run))
 
 
-def _timing(job: Job, instruments: Instruments, phases: PhasePeaks, taken: list[CellRun]) -> Reply:
-    block = time_steps(job, instruments, phases, taken)
-    return Reply(status="ok", timing=block, **_facts(taken[0]))
+def _last_draw(run: CellRun | None) -> tuple[int, ...] | None:
+    return run.draws.taken[-1] if run is not None and run.draws.taken else None
+
+
+def _timing(job: Job, meters: Meters, attempt: Attempt) -> Reply:
+    def enter(phase: Phase) -> None:
+        # nobody reads or restarts the peaks where steps are timed
+        attempt.phase = phase
+
+    def take(run: CellRun) -> None:
+        attempt.run = run
+
+    block = time_steps(job, meters, enter=enter, take=take)
+    assert attempt.run is not None
+    return Reply(status="ok", timing=block, **_facts(attempt.run))
 
 
 def _facts(run: CellRun) -> dict[str, Any]:
@@ -129,14 +173,3 @@ def _facts(run: CellRun) -> dict[str, Any]:
         "parameters": run.facts.total_parameters,
         "trainable_parameters": run.promise.trainable_parameters,
     }
-
-
-def state_bytes(optimizer: torch.optim.Optimizer | None, device: str) -> int:
-    """Bytes of an optimizer's states that lie on `device`, each storage once."""
-    values = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
-    held: dict[int, int] = {}
-    for value in values:
-        if isinstance(value, torch.Tensor) and value.device.type == device:
-            with suppress(NotImplementedError):  # a tensor without a storage holds nothing
-                held[value.untyped_storage()._cdata] = value.untyped_storage().nbytes()
-    return sum(held.values())

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from harness.records.device import DeviceRecord, StrictRecord
-from harness.records.run import GpuState, Provenance
+from harness.records.run import GpuState, Memory, Provenance
 from harness.step.spec import Numerics, Settings, Shape
 
 Block = Literal["memory", "timing"]
@@ -46,40 +46,20 @@ class Named(StrictRecord):
         return f"{self.model}--{self.settings}--{self.shape}--{self.label.replace('=', '-')}"
 
 
-class MemoryBlock(StrictRecord):
-    """Peaks of steps under the worst draw, by torch's allocator and by the driver."""
+class MemoryBlock(Memory):
+    """Peaks of steps under the worst draw: what the meters of every run say, and what a cell adds.
+
+    Phases: load, probe, resample, forward, backward, update; first_step is one beside the others.
+    """
+
+    model_config = ConfigDict(strict=True)
 
     allocated_peak_bytes: int | None = Field(description="of all phases but `load`: what methods are compared by")
     reserved_peak_bytes: int | None = Field(description="what the process held of the pool; depends on its history")
     peak_phase: str | None
     worst_draw: tuple[int, ...] | None = Field(description="active layers at the peak; null for methods that draw none")
-    allocated_by_phase_bytes: dict[str, int] | None
-    reserved_by_phase_bytes: dict[str, int] | None
     allocated_before_bytes: int | None = Field(description="alive as the cell began; within all figures above")
     device_state_bytes: int | None = Field(description="optimizer states on the device between two steps")
-    alloc_retries: int | None = Field(description="times the allocator ran out and emptied its cache")
-    device_why: str | None = Field(default=None, description="why the figures above are null")
-    nvml_process_peak_bytes: int | None
-    nvml_process_why: str | None = None
-    nvml_device_peak_bytes: int | None = Field(description="of the whole card, neighbours included")
-    nvml_device_why: str | None = None
-    nvml_poll_s: float | None
-    host_peak_bytes: int | None = Field(description="resident set of the process, the kernel's high-water mark")
-    host_peak_bytes_why: str | None = None
-    host_pss_peak_bytes: int | None = Field(description="proportional set, the highest of samples between the steps")
-    host_pss_why: str | None = None
-    cgroup_peak_bytes: int | None = Field(
-        description="of the whole control group since it was made, page cache and neighbours included"
-    )
-    cgroup_peak_why: str | None = None
-    method_pinned_peak_bytes: int | None = Field(
-        description="page-locked host memory, counted by the method from its own buffers between the steps"
-    )
-    method_pinned_why: str | None = None
-    torch_pinned_peak_bytes: int | None = Field(
-        description="torch's pool of page-locked memory, since the worker began"
-    )
-    torch_pinned_why: str | None = None
     load_s: float
     wall_s: float
 

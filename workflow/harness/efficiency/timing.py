@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from statistics import fmean, median
@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from grass.layers import find_layers
 from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
 from harness.efficiency.chance import by_chance
-from harness.efficiency.instruments import Instruments, StepMarks
 from harness.efficiency.jobs import Job
-from harness.efficiency.phases import PhasePeaks
 from harness.efficiency.record import TimingBlock
 from harness.efficiency.utilisation import utilisation
+from harness.measuring.clock import StepClock
+from harness.measuring.meters import Meters
+from harness.step.cell import CellRun, Phase
 from harness.step.draws import Policy
-from harness.step.run import CellRun
 
 DEFAULT_PERIOD = 50
 """Of methods whose entry leaves it open."""
 
 
-def time_steps(job: Job, instruments: Instruments, phases: PhasePeaks, taken: list[CellRun]) -> TimingBlock:
+def time_steps(
+    job: Job, meters: Meters, *, enter: Callable[[Phase], None], take: Callable[[CellRun], None]
+) -> TimingBlock:
     """Time one repeat.
 
     Before the clock starts, every set of layers that will be timed trains once: the first allocation of a layer's
@@ -34,17 +36,18 @@ def time_steps(job: Job, instruments: Instruments, phases: PhasePeaks, taken: li
 
     Args:
         job: what to time; its steps are whole periods.
-        instruments: of this process.
-        phases: told the phases, for the case that memory runs out.
-        taken: takes the run, so that the caller can let go of it whatever happens.
+        meters: of this process.
+        enter: told the phase that begins, for the case that memory runs out.
+        take: takes the run, so that the caller can let go of it whatever happens.
     """
     started, at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    steps = _Steps(job, phases, taken)
+    steps = _Steps(job, enter)
     run = steps.run
-    instruments.synchronise()
+    take(run)
+    meters.synchronise()
     before_probe = time.perf_counter()
     run.prepare()
-    instruments.synchronise()
+    meters.synchronise()
     probe_s, probe_batches = time.perf_counter() - before_probe, int(_own_option(job, "probe_steps") or 0)
 
     layers = list(find_layers(run.model).layers)
@@ -53,18 +56,18 @@ def time_steps(job: Job, instruments: Instruments, phases: PhasePeaks, taken: li
         steps.period()
     history = getattr(run.method.optimizer, "history", None)
     remembered = 0 if history is None else len(history)
-    marks = StepMarks(job.device)
-    instruments.synchronise()
-    marks.mark()
-    draws = [steps.period(marks) for _ in range(steps.draws)]
-    step_s = tuple(marks.seconds())
-    card, card_why = instruments.card_now()
+    clock = StepClock(job.device)
+    meters.synchronise()
+    clock.start()
+    draws = [steps.period(clock) for _ in range(steps.draws)]
+    step_s = tuple(clock.laps())
+    card, card_why = meters.card_now()
     own_period = int(_own_option(job, "sample_every") or DEFAULT_PERIOD) if steps.drawn else None
     tokens = job.cell.shape.batch * job.cell.shape.length
     tokens_per_s = tokens / mean_step_s(step_s, own_period)
     return TimingBlock(
         repeat=job.repeat,
-        clock=marks.clock,
+        clock=clock.kind,
         warmup_steps=job.warmup_steps,
         timed_steps=len(step_s),
         period_steps=PERIOD,
@@ -76,7 +79,7 @@ def time_steps(job: Job, instruments: Instruments, phases: PhasePeaks, taken: li
         tokens=tokens * len(step_s),
         window_tokens_per_s=tokens * len(step_s) / sum(step_s),
         tokens_per_s=tokens_per_s,
-        **utilisation(run, job.cell, tokens_per_s=tokens_per_s, card=instruments.name),
+        **utilisation(run, job.cell, tokens_per_s=tokens_per_s, card=meters.device_name),
         draws=tuple(draws) if steps.drawn else (),
         mean_reach=fmean(reached) / len(layers),
         **_copies(history, remembered),
@@ -98,7 +101,7 @@ def _own_option(job: Job, name: str) -> Any:
 class _Steps:
     """The steps of one repeat, in periods: those that cover every draw, the warm-up, and the timed ones."""
 
-    def __init__(self, job: Job, phases: PhasePeaks, taken: list[CellRun]) -> None:
+    def __init__(self, job: Job, enter: Callable[[Phase], None]) -> None:
         self.draws = job.timed_steps // PERIOD
         warmup = job.warmup_steps // PERIOD
         covering = list(range(self.draws))
@@ -110,11 +113,10 @@ class _Steps:
             job.cell,
             steps=len(self._schedule) * PERIOD,
             device=job.device,
-            enter=phases.name,
+            enter=enter,
             policy=self._policy(0),
             steps_a_draw=PERIOD,
         )
-        taken.append(self.run)
         self.drawn = self.run.promise.layers == "sampled"
         if not self.drawn:
             self._schedule = self._schedule[self.draws - 1 :]
@@ -134,13 +136,13 @@ class _Steps:
                     self._step()
         return reached
 
-    def period(self, marks: StepMarks | None = None) -> tuple[int, ...]:
-        """One period of steps, marked where they are timed; returns the layers that trained."""
+    def period(self, clock: StepClock | None = None) -> tuple[int, ...]:
+        """One period of steps, each a lap of the clock where they are timed; returns the layers that trained."""
         active: tuple[int, ...] = ()
         for place in range(PERIOD):
             self._step()
-            if marks is not None:
-                marks.mark()
+            if clock is not None:
+                clock.lap()
             if place == 0 and self.drawn:
                 active = self.run.draws.taken[-1]
         return active

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from harness.measuring.device import ON_THE_CPU
+from harness.step.cell import CellRun
 from harness.step.flops import attention_width, step_cost
-from harness.step.run import CellRun
 from harness.step.spec import Cell, Settings
 
 PEAK_FLOP_PER_S = {

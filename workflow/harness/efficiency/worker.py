@@ -49,12 +49,13 @@ def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
         from harness.efficiency.forecasts import make_forecast
 
         return Hello(device=None), make_forecast
-    from harness.efficiency.instruments import Instruments
+    from harness.measuring.meters import Meters
 
-    instruments = Instruments(device)
+    meters = Meters(device)  # before torch touches the device
     from harness.efficiency.measure import execute
 
-    return Hello(device=instruments.describe()), lambda job: execute(job, instruments)
+    meters.clean()
+    return Hello(device=meters.describe()), lambda job: execute(job, meters)
 
 
 def _own_stdout() -> IO[str]:

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.forecasting.forecast import Forecast, NoForecastError, forecast
+from harness.step.cell import configuration
 from harness.step.flops import StepCost, attention_width, step_cost
-from harness.step.run import CannotRunError, configuration
+from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
 
 CONTEXT_BYTES = round(0.6 * 2**30)

@@ -14,7 +14,7 @@ from harness.inputs.tokens import encode_rows
 from harness.records.code import forecast as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import FitRecord
-from harness.step.run import CannotRunError
+from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, Numerics, Settings, Shape
 from harness.study.spec import Training
 

@@ -6,7 +6,7 @@ import gc
 import importlib
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,9 +17,10 @@ from torch._subclasses import fake_tensor
 from baselines.method import Expectation, ModelFacts
 from harness.forecasting.fake_device import device_seams, fake_seams
 from harness.forecasting.tracker import Kind, Span, Tracker
-from harness.step.draws import CANDIDATES, Policy, covering
-from harness.step.run import STEPS_A_DRAW, CannotRunError, CellRun, Phase
+from harness.measuring.census import state_bytes, state_tensors
+from harness.step.cell import CellRun, Phase
 from harness.step.spec import Cell
+from harness.step.worst_case import run_worst_case
 
 NO_VALUES = (
     fake_tensor.DataDependentOutputException,
@@ -102,8 +103,6 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
         try:
             run = _Watched(cell, tracker)
             run.all_steps()
-        except CannotRunError:
-            raise
         except ValueError as error:
             raise NoForecastError(str(error)) from error
         except (RuntimeError, AssertionError) as error:
@@ -126,51 +125,23 @@ class _Watched:
         if run.promise.layers == "chosen" and run.promise.period_steps is not None:
             raise NoForecastError("it chooses tensors by itself, and a forecast cannot tell it the worst choice")
         self._drawn = run.promise.layers == "sampled"
-        self._steps = 0
         self._watch_loss(run.model)
 
     # ------------------------------------------------------------ steps
 
     def all_steps(self) -> None:
-        """Probe, visit every layer whose states stay on the device, then step under each candidate draw."""
+        """Probe, then the steps of the worst case."""
         run = self._run
         assert run is not None
         gc.freeze()  # the model is no garbage, and would be looked through at every border
         self._tracker.restart()
         run.prepare()
-        steps, visits = [CANDIDATES[0]], []
-        if self._drawn:
-            layers, count = run.facts.layers, run.promise.active_layers or 1
-            distinct = {policy(layers, count): policy for policy in reversed(CANDIDATES)}
-            steps = list(reversed(distinct.values()))
-            visits = covering(layers, count) if run.promise.state_of == "visited" else []
-        # every period trains what was drawn as the one before it ended; the first one, the first candidate
-        held = -1
-        for then in visits:
-            self._period(run.visit, then)
-            held, before = self._device_state_bytes(), held
-            if held == before:
-                break  # what falls asleep leaves the device: more visits would change nothing there
-        self._period(run.visit, steps[0])
-        for then in [*steps[1:], steps[-1]]:
-            self._period(run.step, then)
-        self._enter("load")
-
-    def _period(self, act: Callable[..., None], then: Policy) -> None:
-        """The steps from one draw to the next; `then` is the policy of the next."""
-        run = self._run
-        assert run is not None
-        for place in range(STEPS_A_DRAW):
-            last = place == STEPS_A_DRAW - 1
-            # whoever asks how much memory is taken acts upon what the first step shows; for any other method the first
-            # step only makes states, which a visit makes too
-            first = act if self._tracker.was_asked else run.visit
-            (act if last else first)(self._steps, then=then if last else None)
-            self._steps += 1
+        run_worst_case(run, held_bytes=self._device_state_bytes, watches_memory=lambda: self._tracker.was_asked)
         if self._drawn and not run.draws.taken:
             raise NoForecastError(
                 "it draws layers by itself: draw through grass.sampling.draw_layers, which can be told what to draw"
             )
+        self._enter("load")
 
     # ------------------------------------------------------------ what is made
 
@@ -181,21 +152,15 @@ class _Watched:
             parameters = list(run.module.parameters())
             tracker.mark("weights", [*parameters, *run.module.buffers()])
             tracker.mark("gradients", [p.grad for p in parameters if p.grad is not None])
-            tracker.mark("optimizer states", self._states())
+            tracker.mark("optimizer states", state_tensors(run.method.optimizer))
             label = str(list(run.draws.taken[-1])) if run.draws.taken else ""
         tracker.enter(phase, label)
         tracker.making = MAKES[phase]
 
-    def _states(self) -> list[Tensor]:
-        assert self._run is not None
-        optimizer = self._run.method.optimizer
-        values = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
-        return [value for value in values if isinstance(value, Tensor)]
-
     def _device_state_bytes(self) -> int:
-        """Bytes of states that count as device memory, each storage once."""
-        storages = [tensor.untyped_storage() for tensor in self._states() if self._tracker.holds(tensor)]
-        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+        """Bytes of states that count as device memory."""
+        assert self._run is not None
+        return state_bytes(self._run.method.optimizer, counts=self._tracker.holds)
 
     def _host_bytes(self) -> int:
         run = self._run

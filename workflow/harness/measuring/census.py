@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,28 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+def state_bytes(optimizer: torch.optim.Optimizer | None, *, counts: Callable[[Tensor], bool]) -> int:
+    """Bytes of an optimizer's states, each storage once; on fake tensors as on real ones.
+
+    Args:
+        optimizer: None holds nothing.
+        counts: whether a tensor of the states is to be counted.
+    """
+    held: dict[int, int] = {}
+    for tensor in state_tensors(optimizer):
+        if counts(tensor):
+            with suppress(NotImplementedError):  # a tensor without a storage holds nothing
+                storage = tensor.untyped_storage()
+                held[storage._cdata] = storage.nbytes()
+    return sum(held.values())
+
+
+def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
+    """All tensors in an optimizer's state."""
+    values = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def begin_census() -> None:

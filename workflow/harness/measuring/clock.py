@@ -1,4 +1,4 @@
-"""The clock of one step: CUDA events on the device, a monotonic counter elsewhere."""
+"""The one clock of steps: CUDA events on the device, a monotonic counter elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 
 class StepClock:
-    """Seconds from `start` to `stop`, without the time in `paused` blocks.
+    """Seconds from `start` to `stop`, without the time in `paused` blocks; or of laps that follow one another.
 
     On CUDA the marks are events on the stream that the model runs on: `stop` waits for that stream alone, so a method's
     own copies beside it run on into the next step, as they do in a loop of the user's. Elsewhere `time.perf_counter`.
@@ -27,6 +27,7 @@ class StepClock:
             cuda = torch.cuda
         self._cuda = cuda
         self._spans: list[tuple[Any, Any]] = []
+        self._laps: list[tuple[Any, Any]] = []
         self._began: Any = None
 
     def start(self) -> None:
@@ -41,13 +42,26 @@ class StepClock:
         yield
         self._began = self._mark()
 
+    def lap(self) -> None:
+        """The step ends and the next one begins at once; nothing is waited for, and `laps` tells the seconds later."""
+        self._laps.append((self._began, self._mark()))
+        self._began = self._laps[-1][1]
+
+    def laps(self) -> list[float]:
+        """Seconds of every lap since the clock was made; waits for the device."""
+        if self._laps and self.kind == "cuda events":
+            self._laps[-1][1].synchronize()
+        return [self._seconds(begin, end) for begin, end in self._laps]
+
     def stop(self) -> float:
         """The step ends; its seconds."""
         self._spans.append((self._began, self._mark()))
-        if self.kind == "perf_counter":
-            return float(sum(end - begin for begin, end in self._spans))
-        self._spans[-1][1].synchronize()
-        return float(sum(begin.elapsed_time(end) for begin, end in self._spans)) / 1000
+        if self.kind == "cuda events":
+            self._spans[-1][1].synchronize()
+        return sum(self._seconds(begin, end) for begin, end in self._spans)
+
+    def _seconds(self, begin: Any, end: Any) -> float:
+        return float(end - begin) if self.kind == "perf_counter" else float(begin.elapsed_time(end)) / 1000
 
     def _mark(self) -> Any:
         if self.kind == "perf_counter":

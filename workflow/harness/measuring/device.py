@@ -1,4 +1,4 @@
-"""Peaks of torch's CUDA allocator by phase, where phases lie within one another."""
+"""Torch's CUDA allocator, and peaks by phase where phases lie within one another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Peaks = Mapping[str, int | None]
 ON_THE_CPU = "the run was on the CPU"
 
 
-class NestedPeaks:
+class PhasePeaks:
     """Peak by phase of a counter that forgets its peak when it is reset, and is reset whenever a phase begins.
 
     What the counter says is handed to every open phase before each reset and at each end, so an outer phase's peak is
@@ -27,26 +27,36 @@ class NestedPeaks:
 
     def __init__(self, kinds: Sequence[str], read: Callable[[], Peaks], reset: Callable[[], None]) -> None:
         self._read, self._reset = read, reset
-        self._open: list[dict[str, int]] = []
+        self._open: dict[str, dict[str, int]] = {}
         self.by_phase: dict[str, dict[str, int | None]] = {kind: {} for kind in kinds}
         """Peak by kind and phase; a phase entered twice keeps its higher peak."""
+        self.highest: dict[str, int] = {}
+        """Highest value read so far, by kind, whatever the phase."""
+
+    def begin(self, name: str) -> None:
+        """A phase begins, inside those that are open."""
+        if self._open:
+            self._hand_on()
+        self._reset()
+        self._open[name] = {}
+
+    def end(self, name: str) -> Mapping[str, int]:
+        """An open phase ends; its peaks since it began, by kind (none where nothing can be read)."""
+        self._hand_on()
+        own = self._open.pop(name)
+        for kind, phases in self.by_phase.items():
+            known = [peak for peak in (own.get(kind), phases.get(name)) if peak is not None]
+            phases[name] = max(known, default=None)
+        return own
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Peaks inside the block go under `name`, and to the phases around it."""
-        if self._open:
-            self._hand_on()
-        self._reset()
-        own: dict[str, int] = {}
-        self._open.append(own)
+        self.begin(name)
         try:
             yield
         finally:
-            self._hand_on()
-            self._open.pop()
-            for kind, phases in self.by_phase.items():
-                known = [peak for peak in (own.get(kind), phases.get(name)) if peak is not None]
-                phases[name] = max(known, default=None)
+            self.end(name)
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
@@ -58,8 +68,8 @@ class NestedPeaks:
     def _hand_on(self) -> None:
         for kind, peak in self._read().items():
             if peak is not None:
-                for phase in self._open:
-                    phase[kind] = max(peak, phase.get(kind, 0))
+                for peaks in (self.highest, *self._open.values()):
+                    peaks[kind] = max(peak, peaks.get(kind, 0))
 
 
 class AllocatorMeter:
@@ -80,6 +90,11 @@ class AllocatorMeter:
             import torch
 
             self._cuda = torch.cuda if cuda is None else cuda
+            self.begin()
+
+    def begin(self) -> None:
+        """From here on retries are counted."""
+        if self.why is None:
             self._retries_before = self._count_retries()
 
     def restart(self) -> None:
@@ -95,7 +110,7 @@ class AllocatorMeter:
         return {kind: int(counters[f"{kind}_bytes"]["all"]["peak"]) for kind in self.KINDS}
 
     def retries(self) -> int | None:
-        """Times that the allocator ran out and emptied its cache, since this meter was made."""
+        """Times that the allocator ran out and emptied its cache, since `begin`."""
         return None if self.why is not None else self._count_retries() - self._retries_before
 
     def pinned_peak(self) -> tuple[int | None, str | None]:
@@ -107,10 +122,33 @@ class AllocatorMeter:
         peak = self._cuda.host_memory_stats().get("allocated_bytes.peak")
         return (None, "torch's statistics of pinned memory name no peak") if peak is None else (int(peak), None)
 
-    def give_back(self) -> None:
+    def allocated(self) -> int | None:
+        """Bytes of live tensors now."""
+        return int(self._cuda.memory_allocated()) if self.why is None else None
+
+    @property
+    def device_name(self) -> str:
+        """The card's name, or `cpu`."""
+        return str(self._cuda.get_device_name()) if self.why is None else "cpu"
+
+    def synchronise(self) -> None:
+        """Wait for the device."""
+        if self.why is None:
+            self._cuda.synchronize()
+
+    def empty_cache(self) -> None:
         """Return unused memory to the driver: what the harness used for itself must not stand in the run's figures."""
         if self.why is None:
             self._cuda.empty_cache()
+
+    def drop_workspaces(self) -> None:
+        """Every handle of a matrix library keeps a buffer of its own from torch's pool: let go of them."""
+        if self.why is None:
+            import torch
+
+            drop = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+            if drop is not None:
+                drop()
 
     def _count_retries(self) -> int:
         return int(self._cuda.memory_stats_as_nested_dict().get("num_alloc_retries", 0))

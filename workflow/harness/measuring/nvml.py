@@ -117,6 +117,15 @@ class NvmlMeter:
         if others:
             self._foreign(f"another compute process was on the GPU during the run (pid {others[0]})")
 
+    def sample_now(self) -> None:
+        """Look once, if anything can be looked at; a failure is a reason from here on."""
+        if self._card is not None and self.why is None:
+            self._sample_or_void()
+
+    def restart(self) -> None:
+        """Forget the peaks, and who was seen."""
+        self.process_peak_bytes = self.device_peak_bytes = self.foreign_why = None
+
     def _foreign(self, why: str) -> None:
         self.foreign_why = self.foreign_why or why
 
@@ -127,8 +136,7 @@ class NvmlMeter:
             return
         self._thread.join(timeout=10)
         self._thread = None
-        if self.why is None:
-            self._sample_or_void()
+        self.sample_now()
         assert self._card is not None
         limit = FOREIGN_BYTES if self._card.reserved_apart else FOREIGN_WITH_RESERVED_BYTES
         if not self._seen and self._before is not None and self._before > limit:

@@ -6,6 +6,7 @@ reason under the same key + `_why`; never 0, never a sentinel.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -84,6 +85,12 @@ class DataUse(Record):
     dropped_rows: int = Field(description="no answer token left after cutting")
     mean_tokens: float
     answer_tokens_share: float
+
+
+def largest(by_phase: Mapping[str, int | None], *, without: str = "") -> int | None:
+    """The highest peak of all phases but the one named; None where nothing is known."""
+    known = [peak for phase, peak in by_phase.items() if peak is not None and phase != without]
+    return max(known, default=None)
 
 
 class Memory(Record):

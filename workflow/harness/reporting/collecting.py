@@ -10,7 +10,7 @@ import pandas as pd
 from harness.records.atomic import read_jsonl
 from harness.records.code import training
 from harness.records.provenance import source_sha256
-from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord
+from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
 from harness.reporting.frames import Frames, rows_to_frame
 from harness.study.paths import Places
 from harness.study.plan import Plan
@@ -78,11 +78,11 @@ def _run_row(record: TrainRecord) -> dict[str, Any]:
         "throughput_tokens_per_s": timing and timing.throughput_tokens_per_s,
         "throughput_total_tokens_per_s": timing and timing.throughput_total_tokens_per_s,
         "throughput_why": timing and timing.throughput_why,
-        "host_peak_bytes": memory and _peak(memory.host_peak_bytes),
-        "host_pss_bytes": memory and _peak(memory.host_pss_bytes),
+        "host_peak_bytes": memory and largest(memory.host_peak_bytes, without=EVALUATION),
+        "host_pss_bytes": memory and largest(memory.host_pss_bytes, without=EVALUATION),
         "method_pinned_peak_bytes": memory and memory.method_pinned_peak_bytes,
-        "device_allocated_peak_bytes": memory and _peak(memory.device_allocated_peak_bytes),
-        "device_reserved_peak_bytes": memory and _peak(memory.device_reserved_peak_bytes),
+        "device_allocated_peak_bytes": memory and largest(memory.device_allocated_peak_bytes, without=EVALUATION),
+        "device_reserved_peak_bytes": memory and largest(memory.device_reserved_peak_bytes, without=EVALUATION),
         "device_why": memory and memory.device_why,
         "alloc_retries": memory and memory.alloc_retries,
         "nvml_process_peak_bytes": memory and memory.nvml_process_peak_bytes,
@@ -104,11 +104,6 @@ def _run_row(record: TrainRecord) -> dict[str, Any]:
 def _step_row(run: str, row: dict[str, Any]) -> dict[str, Any]:
     """A run made before padding was counted has no total."""
     return {"run": run, "total_tokens": None, **row}
-
-
-def _peak(by_phase: dict[str, int | None]) -> int | None:
-    """Highest of the phases of training; evaluating is none."""
-    return max((v for phase, v in by_phase.items() if v is not None and phase != EVALUATION), default=None)
 
 
 def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:

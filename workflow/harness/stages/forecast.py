@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
 
     from harness.forecasting.forecast import NoForecastError, forecast
     from harness.forecasting.show import as_json, as_text
-    from harness.step.run import CannotRunError
+    from harness.step.outcomes import CannotRunError
 
     try:
         found, reason = forecast(cell), None

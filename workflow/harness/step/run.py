@@ -1,200 +1,67 @@
-"""One cell, from its description to training steps: the same code on fake tensors, on a CPU and on a GPU.
+"""One optimizer step of an attached method: the same code in training, in a forecast, and where it is measured.
 
-Whoever runs a cell is told when a phase begins, and owns clock and meters; nothing here measures.
+Who runs a step owns clock, meters and batches; nothing here measures, and nothing here asks which method it is.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from baselines.method import torch_dtype
-from harness.step.draws import ForcedDraws, Policy, bottom_and_top
-from harness.step.facts import facts_of
-from harness.step.loss import chunked_token_loss, token_loss
-from harness.step.spec import Cell, Geometry, Settings, Shape
-from harness.study.strict_yaml import ConfigError
+from baselines.method import StepFacts
+from harness.step.attach import Attached
 
-Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
-STEPS_A_DRAW = 2
-"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period
-that a method's entry names decides no byte, and would make a run of every draw long."""
+Batch = Mapping[str, Tensor]
+Part = Literal["begin", "forward", "backward", "update"]
+"""Of a step. In `begin` the method freezes and draws, if it does so before the step and not after the last one."""
 
 
-class CannotRunError(ValueError):
-    """The method cannot run this cell: an answer, not a failure."""
-
-
-def configuration(model: Geometry | Path) -> Any:
-    """The model's configuration, of transformers.
-
-    Raises:
-        ConfigError: a folder whose config.json transformers cannot read.
-    """
-    if isinstance(model, Path):
-        try:
-            return AutoConfig.from_pretrained(model)
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{model}/config.json: {str(error).splitlines()[0]}") from error
-    return AutoConfig.for_model(model.architecture, **model.fields())
-
-
-def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"], device: str) -> nn.Module:
-    """A causal language model with random weights, in training mode, every parameter requiring a gradient.
-
-    Raises:
-        ConfigError: a geometry whose model has not the published number of parameters.
-    """
-    with torch.device(device):
-        built: nn.Module = AutoModelForCausalLM.from_config(
-            configuration(model), dtype=torch_dtype(weight_dtype), attn_implementation="sdpa"
-        )
-    count = sum(p.numel() for p in built.parameters())
-    if isinstance(model, Geometry) and count != model.parameters:
-        raise ConfigError(f"this geometry makes {count:,} parameters, and its `parameters` says {model.parameters:,}")
-    return built.train()
-
-
-def apply_settings(model: Any, settings: Settings) -> None:
-    """What is switched on before a method is attached."""
-    if settings.activation_checkpointing:
-        # as in a training run: the hook that transformers puts on the embedding would make backward visit every layer
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.disable_input_require_grads()
-
-
-class RandomBatches:
-    """Batches of random tokens without padding, all of them targets; `baselines.method.Calibration` as well."""
-
-    def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, device: str, seed: int) -> None:
-        self._shape, self._vocabulary, self._device, self._seed = shape, vocabulary, device, seed
-        self._loss = chunked_token_loss if chunked else token_loss
-
-    def batch(self, number: int) -> dict[str, Tensor]:
-        """Batch `number`, the same one at every call."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
-        size = (self._shape.batch, self._shape.length)
-        ids = torch.randint(0, self._vocabulary, size, generator=generator).to(self._device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-    def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
-        """The first `count` batches of calibration."""
-        return (self.batch(-1 - number) for number in range(count))
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss per target; every token but a row's first is one, which spares reading the labels."""
-        return self._loss(model, batch) / (self._shape.batch * (self._shape.length - 1))
-
-
-class CellRun:
-    """A cell with its model built and its method attached, on one device.
+def run_step(
+    attached: Attached,
+    step: int,
+    *,
+    lr_factor: float,
+    micro_batches: Callable[[], Sequence[Batch]],
+    loss: Callable[[nn.Module, Batch], Tensor],
+    part: Callable[[Part], AbstractContextManager[None]],
+    begun: Callable[[], None] = lambda: None,
+    after_backward: Callable[[Tensor], None] = lambda loss: None,
+    before_update: Callable[[], None] = lambda: None,
+) -> StepFacts:
+    """Forward and backward over every micro-batch, then one update.
 
     Args:
-        cell: what to run.
-        steps: that will be made, for the recipe.
-        device: `cpu` or `cuda`.
-        enter: told the phase that begins; `resample` also begins inside `update` where a method draws there.
-        policy: of the draws that are made before the first step.
-        steps_a_draw: steps between two draws, whatever the method's entry says.
-
-    Raises:
-        CannotRunError: a package is missing, or the method refuses; the message is the reason.
+        attached: the method on its model.
+        step: number of the step, from 0.
+        lr_factor: factor of every group's own learning rate.
+        micro_batches: makes the step's batches, when the method has begun the step.
+        loss: of one micro-batch, divided so that the sum over all is the step's loss (scalar).
+        part: brackets each part of the step.
+        begun: called when the method has begun the step.
+        after_backward: told each micro-batch's loss, detached.
+        before_update: called when all gradients are there.
     """
+    method, module = attached.method, attached.module
+    with part("begin"):
+        method.set_lr_factor(lr_factor)
+        method.begin_step(step)
+    begun()
+    batches = micro_batches()
+    for number, batch in enumerate(batches, start=1):
+        with part("forward"):
+            scalar = loss(module, batch)
+        with part("backward"):
+            method.backward(scalar, last=number == len(batches))
+        after_backward(scalar.detach())
+        # the next forward pass must not find this one's graph alive
+        del scalar
+    before_update()
 
-    def __init__(
-        self,
-        cell: Cell,
-        *,
-        steps: int,
-        device: Literal["cpu", "cuda"],
-        enter: Callable[[Phase], None],
-        policy: Policy = bottom_and_top,
-        steps_a_draw: int = STEPS_A_DRAW,
-    ) -> None:
-        self._enter = enter
-        # gradients of the first are alive in the second, and a third shows nothing new
-        self._micro_batches = min(2, cell.micro_batches)
-        method_class = cell.method_class()
-        missing = [package for package in method_class.REQUIRES if importlib.util.find_spec(package) is None]
-        if missing:
-            raise CannotRunError(f"needs the package {', '.join(missing)}")
-        options = dict(cell.options)
-        if "sample_every" in method_class.Config.model_fields:
-            options |= {"sample_every": steps_a_draw}
-            options |= {"refresh_every": None} if "refresh_every" in method_class.Config.model_fields else {}
-        self.method = method_class(
-            method_class.Config.model_validate(options, strict=False),
-            recipe=cell.recipe(steps=steps, device=device),
-            lr=cell.lr,
-            seed=cell.seed,
-        )
-        self.draws = ForcedDraws(policy, on_draw=lambda: enter("resample"))
-        enter("load")
-        self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
-        apply_settings(self.model, cell.settings)
-        self.facts = facts_of(self.model)
-        reason = self.method.skip(self.facts)
-        if reason is not None:
-            raise CannotRunError(reason)
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self.batches = RandomBatches(
-            cell.shape, vocabulary=vocabulary, chunked=cell.settings.chunked_loss, device=device, seed=cell.seed
-        )
-        self.method.calibration = self.batches
-        with self.draws.in_force():
-            self.module = self.method.attach(self.model).train()
-        self.promise = self.method.expect(self.facts)
-        enter("load")
+    def replay() -> Iterator[Tensor]:
+        return (loss(module, batch) for batch in batches)
 
-    def prepare(self) -> None:
-        """The method's own measurements before the first step."""
-        self._enter("probe")
-        with self.draws.in_force():
-            self.method.prepare(self.batches)
-
-    def step(self, number: int, *, then: Policy | None = None) -> None:
-        """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
-        with self.draws.in_force():
-            self._begin(number)
-            batch = self.batches.batch(number)
-            for left in reversed(range(self._micro_batches)):
-                self._enter("forward")
-                loss = self.batches.loss(self.module, batch)
-                self._enter("backward")
-                self.method.backward(loss, last=not left)
-                del loss
-            self._end(batch, then)
-
-    def visit(self, number: int, *, then: Policy | None = None) -> None:
-        """Step `number` with zero gradients and no forward and backward pass: its states come to be all the same.
-
-        Matrices that have states already are left out, to be quick; vectors never, so that no step is empty. A method
-        that uses gradients up in backward makes a whole step: none is left for a visit to take the place of.
-        """
-        if self.promise.gradients == "consumed":
-            self.step(number, then=then)
-            return
-        with self.draws.in_force():
-            self._begin(number)
-            self._enter("update")
-            states = {} if self.method.optimizer is None else self.method.optimizer.state
-            for parameter in self.module.parameters():
-                if parameter.requires_grad and (parameter.dim() == 1 or parameter not in states):
-                    parameter.grad = torch.zeros_like(parameter)
-            self._end(self.batches.batch(number), then)
-
-    def _begin(self, number: int) -> None:
-        self._enter("resample")
-        self.method.set_lr_factor(1.0)
-        self.method.begin_step(number)
-
-    def _end(self, batch: Mapping[str, Tensor], then: Policy | None) -> None:
-        self._enter("update")
-        self.draws.policy = then or self.draws.policy
-        self.method.end_step(lambda: (self.batches.loss(self.module, b) for b in (batch,)))
+    with part("update"):
+        return method.end_step(replay)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,28 +17,26 @@ from torch import Tensor
 
 from harness.inputs.models import load_tokenizer
 from harness.measuring.clock import StepClock
-from harness.measuring.meters import MemoryMeters
+from harness.measuring.meters import Meters
 from harness.progress import Progress
 from harness.records import atomic
 from harness.records.code import training as sources_of
 from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
 from harness.step.loss import label_tokens, token_loss
+from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
+from harness.step.run import Part, run_step
 from harness.study.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
 from harness.training.engagement import Period
-from harness.training.loading import CannotRunError, Inputs, Loaded, load
+from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.schedule import lr_factor
 from harness.training.verdict import verdict
 
 FALLBACK_PERIODS = 4
 """Periods in which methods without a period of their own are watched."""
-
-
-class DivergedError(Exception):
-    """The loss or the gradient norm is not finite any more."""
 
 
 def train(
@@ -76,7 +74,8 @@ def train(
     if status == "ok" and not all(check.ok for check in run.checks):
         status = "disengaged"
         why = "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in run.checks if not c.ok)
-    loaded, on_gpu = run.loaded, training.recipe.device == "cuda"
+    loaded = run.loaded
+    run.meters.close()
     memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
     gpu, gpu_why = run.meters.gpu_record()
     run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
@@ -119,7 +118,7 @@ def train(
         provenance=provenance(
             sources=sources_of(training.module),
             inputs=inputs.files(),
-            device=torch.cuda.get_device_name() if on_gpu else "cpu",
+            device=run.meters.device_name,
         ),
     )
 
@@ -133,7 +132,7 @@ class _Run:
         self.refusal = refusal
         self.training, self.recipe, self.name = training, training.recipe, name
         self.inputs, self.observation = inputs, observation
-        self.meters, self.clock = MemoryMeters(self.recipe.device), StepClock(self.recipe.device)
+        self.meters, self.clock = Meters(self.recipe.device), StepClock(self.recipe.device)
         self.log = Log()
         self.loaded: Loaded | None = None
         self.load_s = 0.0
@@ -160,7 +159,7 @@ class _Run:
             self._train(run, first_step, state_folder, checkpoint_every)
             with self._in_phase(EVALUATION):
                 self._validate(run)
-            self.meters.give_back()
+            self.meters.empty_cache()
             with self._in_phase("save"):
                 self._export(run, folder)
         except CannotRunError as error:
@@ -168,9 +167,9 @@ class _Run:
         except DivergedError as error:
             return "diverged", str(error)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
-            return "oom", f"in phase {self._phase}: {(str(error) or 'host memory').splitlines()[0]}"
+            return "oom", out_of_memory_why(error, self._phase)
         return "ok", None
 
     # ------------------------------------------------------------ before the first step
@@ -195,7 +194,7 @@ class _Run:
             with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._on_gpu else []):
                 assert run.method.calibration is not None
                 run.method.prepare(run.method.calibration)
-            self._synchronise()
+            self.meters.synchronise()
             self.log.prepare_s = time.perf_counter() - started
         self._observe(run, 0)
 
@@ -222,32 +221,54 @@ class _Run:
         self.checks = verdict(run.promise, run.facts, self.periods, coarse_weights=coarse)
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
-        """One optimizer step; returns the mean loss per label token."""
+        """One optimizer step on the clock; returns the mean loss per label token."""
         starts_period, ends_period = step % period == 0, (step + 1) % period == 0
-        part = self.meters.parts(step, period)
-        self.clock.start()
+        told_apart = self.meters.parts(step, period)
         factor = lr_factor(step, self.recipe)
-        run.method.set_lr_factor(factor)
-        run.method.begin_step(step)
-        trace = run.method.trace()
-        self.log.belief(step, trace)
-        if starts_period:
-            with self.clock.paused(), self.meters.left_out():
-                run.watch.start_period(step, trace)
-        micro_batches = run.batches.step(step)
-        targets = sum(label_tokens(batch) for batch in micro_batches)
+        micro_batches: list[dict[str, Tensor]] = []
+        targets = 0
         total = torch.zeros((), device=self.recipe.device)
-        for number, batch in enumerate(micro_batches):
-            with part("forward"):
-                loss = token_loss(run.module, batch) / targets
-            with part("backward"):
-                run.method.backward(loss, last=number == len(micro_batches) - 1)
-            total += loss.detach()
-        if starts_period:
-            with self.clock.paused():
-                run.watch.before_update()
-        with part("resample" if ends_period and run.promise.period_steps else "update"):
-            facts = run.method.end_step(lambda: _replay(run, micro_batches, targets))
+
+        def part(name: Part) -> AbstractContextManager[None]:
+            if name == "begin":
+                return nullcontext()
+            draws = name == "update" and ends_period and run.promise.period_steps is not None
+            return told_apart("resample" if draws else name)
+
+        def begun() -> None:
+            trace = run.method.trace()
+            self.log.belief(step, trace)
+            if starts_period:
+                with self.clock.paused(), self.meters.left_out():
+                    run.watch.start_period(step, trace)
+
+        def batches() -> list[dict[str, Tensor]]:
+            nonlocal micro_batches, targets
+            micro_batches = run.batches.step(step)
+            targets = sum(label_tokens(batch) for batch in micro_batches)
+            return micro_batches
+
+        def add(loss: Tensor) -> None:
+            nonlocal total
+            total += loss
+
+        def before_update() -> None:
+            if starts_period:
+                with self.clock.paused():
+                    run.watch.before_update()
+
+        self.clock.start()
+        facts = run_step(
+            run,
+            step,
+            lr_factor=factor,
+            micro_batches=batches,
+            loss=lambda module, batch: token_loss(module, batch) / targets,
+            part=part,
+            begun=begun,
+            after_backward=add,
+            before_update=before_update,
+        )
         seconds = self.clock.stop()
         mean = float(total)
         if not math.isfinite(mean) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
@@ -255,14 +276,15 @@ class _Run:
         self.log.step(step, loss=mean, factor=factor, facts=facts, batches=micro_batches, seconds=seconds)
         if starts_period:
             # the harness's own tensors of this step must not be counted as the method's
-            del loss, batch, micro_batches, total
+            micro_batches.clear()
+            del total
             run.watch.after_update()
         return mean
 
     def _observe(self, run: Loaded, done: int) -> None:
         if self.observation is not None:
             rms, loss = run.observer.observe(run.module, run.observed)
-            self.meters.give_back()
+            self.meters.empty_cache()
             self.log.observed.append({"step": done, "gradient_rms": rms, "validation_loss": loss})
 
     def _save(self, run: Loaded, folder: Path, done: int) -> None:
@@ -308,16 +330,3 @@ class _Run:
         self._phase = name
         with self.meters.phase(name):
             yield
-
-    def _synchronise(self) -> None:
-        if self._on_gpu:
-            torch.cuda.synchronize()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """The CPU allocator has no exception of its own, only words."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
-
-
-def _replay(run: Loaded, micro_batches: Sequence[dict[str, Tensor]], targets: int) -> Iterator[Tensor]:
-    return (token_loss(run.module, batch) / targets for batch in micro_batches)

@@ -7,14 +7,16 @@ from typing import Any
 import efficiency_data as data
 import pytest
 import torch
-from harness.efficiency.instruments import LEFTOVER_BYTES, Instruments
-from harness.efficiency.measure import execute, state_bytes
-from harness.efficiency.phases import PhasePeaks
+from fake_gpu import FakeCuda, FakeNvml
+from harness.efficiency.measure import CellPhases, execute
 from harness.efficiency.plan import Entry
 from harness.efficiency.timing import watched_reach
 from harness.efficiency.utilisation import utilisation
-from harness.step.run import CellRun
-from harness.step.worst_case import run_worst_draws
+from harness.measuring.census import state_bytes
+from harness.measuring.clock import StepClock
+from harness.measuring.meters import LEFTOVER_BYTES, Meters
+from harness.step.cell import CellRun, Phase
+from harness.step.worst_case import run_worst_case
 
 from baselines.lora import Lora
 
@@ -25,17 +27,15 @@ def entries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Entry]:
 
 
 @pytest.fixture(scope="module")
-def instruments() -> Instruments:
-    return Instruments("cpu")
+def meters() -> Meters:
+    return Meters("cpu")
 
 
 # ---------------------------------------------------------------- timing
 
 
-def test_a_timing_block_has_whole_periods_and_says_what_it_saw(
-    entries: dict[str, Entry], instruments: Instruments
-) -> None:
-    block = execute(data.job(entries["grass-decoder"], "timing"), instruments).timing
+def test_a_timing_block_has_whole_periods_and_says_what_it_saw(entries: dict[str, Entry], meters: Meters) -> None:
+    block = execute(data.job(entries["grass-decoder"], "timing"), meters).timing
     assert block is not None
     assert (block.clock, block.timed_steps, len(block.step_s), block.period_steps) == ("perf_counter", 10, 10, 5)
     assert block.own_period_steps == 50
@@ -50,9 +50,9 @@ def test_a_timing_block_has_whole_periods_and_says_what_it_saw(
     assert (block.mfu_share, block.mfu_why) == (None, "the run was on the CPU")
 
 
-def test_methods_meet_the_same_draws_whenever_they_draw(entries: dict[str, Entry], instruments: Instruments) -> None:
+def test_methods_meet_the_same_draws_whenever_they_draw(entries: dict[str, Entry], meters: Meters) -> None:
     """GRASS draws as a period ends, LISA as the next one begins."""
-    blocks = [execute(data.job(entries[m], "timing", repeat=1), instruments).timing for m in ("grass-decoder", "lisa")]
+    blocks = [execute(data.job(entries[m], "timing", repeat=1), meters).timing for m in ("grass-decoder", "lisa")]
     assert blocks[0] is not None
     assert blocks[1] is not None
     assert blocks[0].draws == blocks[1].draws
@@ -60,8 +60,8 @@ def test_methods_meet_the_same_draws_whenever_they_draw(entries: dict[str, Entry
     assert blocks[1].mean_reach == 1.0  # its embedding trains
 
 
-def test_a_method_that_draws_nothing_has_no_period(entries: dict[str, Entry], instruments: Instruments) -> None:
-    block = execute(data.job(entries["lora"], "timing"), instruments).timing
+def test_a_method_that_draws_nothing_has_no_period(entries: dict[str, Entry], meters: Meters) -> None:
+    block = execute(data.job(entries["lora"], "timing"), meters).timing
     assert block is not None
     assert (block.draws, block.own_period_steps, block.mean_reach) == ((), None, 1.0)
     assert block.tokens_per_s == pytest.approx(block.window_tokens_per_s)
@@ -107,131 +107,118 @@ def test_every_candidate_draw_is_stepped_after_every_layer_was_visited(entries: 
     held: list[int] = []
 
     def count() -> int:
-        held.append(state_bytes(run.method.optimizer, "cpu"))
+        held.append(state_bytes(run.method.optimizer, counts=lambda tensor: tensor.device.type == "cpu"))
         return held[-1]
 
-    run_worst_draws(run, count)
+    run_worst_case(run, held_bytes=count)
     assert held == sorted(held)
-    assert state_bytes(run.method.optimizer, "cpu") == 4 * 35104  # two bf16 moments of every parameter
-    assert state_bytes(run.method.optimizer, "cuda") == 0
+    assert (
+        state_bytes(run.method.optimizer, counts=lambda tensor: tensor.device.type == "cpu") == 4 * 35104
+    )  # two bf16 moments of every parameter
+    assert state_bytes(run.method.optimizer, counts=lambda tensor: tensor.device.type == "cuda") == 0
     stepped = run.draws.taken[-phases.count("forward") // 2 :]
     assert set(stepped) == {(0, 3), (0, 1), (2, 3)}
 
 
-class Counter:
-    """An allocator with a script of peaks."""
-
-    why = None
-
-    def __init__(self, *peaks: int) -> None:
-        self.script = list(peaks)
-        self.restarts = 0
-
-    def peaks(self) -> dict[str, int | None]:
-        peak = self.script.pop(0)
-        return {"allocated": peak, "reserved": 2 * peak}
-
-    def restart(self) -> None:
-        self.restarts += 1
+STEPS: tuple[tuple[Phase, int], ...] = (
+    ("probe", 10), ("forward", 20), ("backward", 30), ("update", 25), ("forward", 40), ("backward", 90), ("update", 35),
+)  # fmt: skip
+"""Phases of two steps, and the most that is held in each."""
 
 
 def test_peaks_go_to_the_phase_that_ends() -> None:
     """Two steps; loading peaks highest and does not count; the first step is a phase beside the others."""
+    cuda = FakeCuda()
+    meters = Meters("cuda", cuda=cuda, nvml=FakeNvml())
     draw = [(0, 3)]
-    counter = Counter(95, 10, 20, 30, 25, 40, 90, 35)
-    phases = PhasePeaks(counter, lambda: draw[-1])
-    for phase in ("probe", "forward", "backward", "update", "forward", "backward", "update"):
-        draw.append((1, 2)) if phase == "forward" and len(phases.allocated) > 3 else None
+    phases = CellPhases(meters, lambda: draw[-1])
+    cuda.use(95)
+    cuda.use(0)
+    for number, (phase, held) in enumerate(STEPS):
         phases.enter(phase)
+        if number == 4:
+            draw.append((1, 2))
+        cuda.use(held)
+        cuda.use(0)
     phases.close()
-    assert phases.allocated == {
+    assert meters.record(state_peak_bytes=None).device_allocated_peak_bytes == {
         "load": 95, "probe": 10, "forward": 40, "backward": 90, "update": 35, "first_step": 30,
     }  # fmt: skip
-    assert phases.reserved["backward"] == 180
     assert (phases.peak_bytes, phases.peak_phase, phases.peak_draw) == (90, "backward", (1, 2))
-    assert counter.restarts == 8
 
 
-class FakeCuda:
-    """`torch.cuda` as far as the instruments ask it, over a count that the test sets; peaks fall back when reset."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = self.peak = 100
-        self.emptied = 0
-        for name in ("memory_stats_as_nested_dict", "reset_peak_memory_stats", "memory_allocated", "empty_cache"):
-            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
-        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: self.peak)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.peak": 77}, raising=False)
-        monkeypatch.setattr("harness.efficiency.instruments.transfer_rates", lambda: None)
-
-    def hold(self, nbytes: int) -> None:
-        self.now = nbytes
-        self.peak = max(self.peak, nbytes)
-
-    def memory_stats_as_nested_dict(self) -> dict[str, Any]:
-        return {
-            "allocated_bytes": {"all": {"peak": self.peak}},
-            "reserved_bytes": {"all": {"peak": 2 * self.peak}},
-            "num_alloc_retries": 3,
-        }
-
-    def reset_peak_memory_stats(self) -> None:
-        self.peak = self.now
-
-    def memory_allocated(self) -> int:
-        return self.now
-
-    def empty_cache(self) -> None:
-        self.emptied += 1
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, Meters]:
+    """Meters that believe in a GPU on which 100 bytes are held already."""
+    cuda = FakeCuda()
+    cuda.use(100)
+    cuda.retries = 3
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: cuda.peak)
+    return cuda, Meters("cuda", cuda=cuda, nvml=FakeNvml())
 
 
 def test_on_a_gpu_the_record_has_peaks_by_phase(entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the GPU's counters: backward holds 900 bytes, the update 700, everything else 100."""
-    cuda = FakeCuda(monkeypatch)
-    instruments = Instruments("cuda")
+    cuda, meters = fake_gpu(monkeypatch)
     seen: list[int] = []
 
     def backward(method: Lora, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
-        cuda.hold(900)
-        cuda.hold(100)
+        cuda.use(900)
+        cuda.use(100)
 
     def end_step(method: Lora, replay: Any) -> None:
-        cuda.hold(700)
+        cuda.use(700)
         seen.append(torch.cuda.max_memory_allocated())
-        cuda.hold(100)
+        cuda.use(100)
 
     monkeypatch.setattr(Lora, "backward", backward)
     monkeypatch.setattr(Lora, "end_step", end_step)
-    reply = execute(data.job(entries["lora"]), instruments)
+    reply = execute(data.job(entries["lora"]), meters)
     assert reply.clean
     block = reply.memory
     assert block is not None
-    assert block.allocated_by_phase_bytes == {
+    assert block.device_allocated_peak_bytes == {
         "load": 100, "probe": 100, "resample": 100, "forward": 100, "backward": 900, "update": 700, "first_step": 900,
     }  # fmt: skip
-    assert (block.allocated_peak_bytes, block.reserved_peak_bytes, block.peak_phase) == (900, 1800, "backward")
+    assert (block.allocated_peak_bytes, block.reserved_peak_bytes, block.peak_phase) == (900, 900, "backward")
     assert (block.allocated_before_bytes, block.alloc_retries, block.device_why) == (100, 0, None)
-    assert block.torch_pinned_peak_bytes == 77
-    assert seen == [900, 900]  # the meter's resets are hidden from the method
-    assert cuda.emptied >= 3
+    assert block.torch_pinned_peak_bytes == 4096
+    # once memory was at 900, the meter's resets are hidden from the method
+    assert [peak for peak in seen if peak != 700] == [900, 900]
+    again = execute(data.job(entries["lora"]), meters).memory
+    assert again is not None
+    assert again.device_allocated_peak_bytes == block.device_allocated_peak_bytes, "each cell begins anew"
 
 
 def test_what_a_cell_leaves_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda(monkeypatch)
-    instruments = Instruments("cuda")
-    cuda.hold(100 + LEFTOVER_BYTES)
-    assert instruments.clean()
-    cuda.hold(101 + LEFTOVER_BYTES)
-    assert not instruments.clean()
+    cuda, meters = fake_gpu(monkeypatch)
+    assert meters.clean(), "what is there at first was there before"
+    cuda.use(100 + LEFTOVER_BYTES)
+    assert meters.clean()
+    cuda.use(101 + LEFTOVER_BYTES)
+    assert not meters.clean()
 
 
 def test_a_method_does_not_see_the_peak_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: 7)
-    phases = PhasePeaks(Counter(50, 10))
-    with phases.unnoticed():
-        assert torch.cuda.max_memory_allocated() == 7
-        phases.enter("probe")
-        assert torch.cuda.max_memory_allocated("cuda") == 50
-    assert torch.cuda.max_memory_allocated() == 7
+    cuda, meters = fake_gpu(monkeypatch)
+    with meters.peak_kept():
+        assert torch.cuda.max_memory_allocated() == 100
+        with meters.phase("probe"):
+            cuda.use(500)
+            cuda.use(70)
+        meters.begin("forward")
+        assert cuda.peak == 70
+        assert torch.cuda.max_memory_allocated("cuda") == 500
+    assert torch.cuda.max_memory_allocated() == 70
+
+
+def test_laps_are_read_when_all_is_over() -> None:
+    cuda = FakeCuda()
+    clock = StepClock("cuda", cuda)
+    clock.start()
+    for milliseconds in (30, 12, 5):
+        cuda.work(milliseconds)
+        clock.lap()
+    assert cuda.waited == 0, "nothing is waited for between the steps"
+    assert clock.laps() == pytest.approx([0.030, 0.012, 0.005])
+    assert cuda.waited == 1

@@ -27,9 +27,9 @@ from forecast_cells import (
 from harness.forecasting.fake_device import device_seams
 from harness.forecasting.forecast import Forecast, forecast
 from harness.forecasting.tracker import Tracker
+from harness.step.cell import CellRun
 from harness.step.draws import top
 from harness.step.loss import token_loss
-from harness.step.run import CellRun
 from harness.step.spec import Cell
 from torch import nn
 
@@ -122,7 +122,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
     "the hook on the embedding stays": (
         "decoder-move", "lean",
         [
-            ("harness.step.run.apply_settings", _hook_stays),
+            ("harness.step.cell.apply_settings", _hook_stays),
             ("grass.optimizer.stop_at_lowest_layer", _forget_nothing),
         ],
     ),
@@ -181,7 +181,7 @@ def test_no_storage_has_an_entry_for_every_word_and_token_with_the_chunked_loss(
 
 def test_a_loss_that_is_not_chunked_shows_as_a_difference() -> None:
     real = forecast(large("full", "lean"), tensors="real")
-    with patch("harness.step.run.chunked_token_loss", token_loss):
+    with patch("harness.step.cell.chunked_token_loss", token_loss):
         defect = forecast(large("full", "lean"))
     assert defect.largest_elements >= LOGITS > real.largest_elements
     assert (defect.peak_bytes, defect.by_kind["loss"]) > (real.peak_bytes, real.by_kind["loss"])

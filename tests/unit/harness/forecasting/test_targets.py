@@ -9,8 +9,8 @@ import pytest
 from forecast_cells import study, true_size
 from harness.reporting.efficiency.published_table import MODELS
 from harness.reporting.published import load_published
+from harness.step.cell import build_model
 from harness.step.facts import facts_of
-from harness.step.run import build_model
 from house import ROOT
 
 from baselines.method import ModelFacts

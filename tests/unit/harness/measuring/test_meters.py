@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from fake_gpu import MIB, FakeCuda, FakeNvml
 from harness.measuring.clock import StepClock
-from harness.measuring.device import AllocatorMeter, NestedPeaks, allocator_settings
+from harness.measuring.device import AllocatorMeter, PhasePeaks, allocator_settings
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
-from harness.measuring.meters import MemoryMeters, is_watched
+from harness.measuring.meters import Meters, is_watched
 from harness.measuring.rates import transfer_rates, with_rates
 from harness.records.provenance import provenance
 from harness.records.run import TrainRecord
@@ -46,7 +46,7 @@ def test_a_host_peak_is_that_of_its_own_phase() -> None:
 
 
 def test_a_phase_keeps_its_own_peak_and_the_higher_of_two_visits() -> None:
-    meters = MemoryMeters("cpu")
+    meters = Meters("cpu")
     if HostMeter().why is not None:
         pytest.skip(str(HostMeter().why))
     with meters.phase("small"):
@@ -66,7 +66,7 @@ def test_a_phase_keeps_its_own_peak_and_the_higher_of_two_visits() -> None:
 
 
 def test_a_phase_that_fails_is_measured_too() -> None:
-    meters = MemoryMeters("cpu")
+    meters = Meters("cpu")
     with pytest.raises(MemoryError), meters.phase("load"):
         raise MemoryError
     assert "load" in meters.record(state_peak_bytes=None).host_peak_bytes
@@ -123,9 +123,9 @@ def test_a_control_group_without_a_peak_is_null_with_a_reason(tmp_path: Path) ->
 # ---------------------------------------------------------------- phases within phases
 
 
-def peaks_of(cuda: FakeCuda) -> NestedPeaks:
+def peaks_of(cuda: FakeCuda) -> PhasePeaks:
     meter = AllocatorMeter("cuda", cuda)
-    return NestedPeaks(AllocatorMeter.KINDS, meter.peaks, meter.restart)
+    return PhasePeaks(AllocatorMeter.KINDS, meter.peaks, meter.restart)
 
 
 def test_an_inner_phase_takes_nothing_from_the_peak_of_the_outer_one() -> None:
@@ -226,7 +226,7 @@ def test_the_parts_of_a_step_are_told_apart_only_where_no_method_looks_at_the_al
 
 
 def test_on_the_cpu_the_parts_of_a_step_cost_nothing_and_leave_no_trace() -> None:
-    meters = MemoryMeters("cpu")
+    meters = Meters("cpu")
     with meters.phase("steady"), meters.parts(6, 5)("forward"):
         pass
     record = meters.record(state_peak_bytes=None)
@@ -238,8 +238,8 @@ def test_on_the_cpu_the_parts_of_a_step_cost_nothing_and_leave_no_trace() -> Non
 # ---------------------------------------------------------------- all meters of a run
 
 
-def gpu_meters(cuda: FakeCuda, nvml: FakeNvml | None = None) -> MemoryMeters:
-    return MemoryMeters("cuda", cuda=cuda, nvml=nvml if nvml is not None else FakeNvml())
+def gpu_meters(cuda: FakeCuda, nvml: FakeNvml | None = None) -> Meters:
+    return Meters("cuda", cuda=cuda, nvml=nvml if nvml is not None else FakeNvml())
 
 
 def test_a_runs_record_has_outer_phases_parts_of_steps_and_the_allocators_state(
@@ -281,7 +281,7 @@ def test_a_runs_record_has_outer_phases_parts_of_steps_and_the_allocators_state(
 
 
 def test_on_the_cpu_every_device_figure_is_null_with_a_reason() -> None:
-    meters = MemoryMeters("cpu")
+    meters = Meters("cpu")
     with meters.phase("steady"):
         pass
     record = meters.record(state_peak_bytes=12)

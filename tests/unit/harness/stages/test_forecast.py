@@ -17,7 +17,7 @@ from harness.__main__ import main
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
-from harness.step.run import RandomBatches, build_model
+from harness.step.cell import RandomBatches, build_model
 from harness.step.spec import Shape, load_efficiency
 from harness.study.strict_yaml import ConfigError
 from house import ROOT

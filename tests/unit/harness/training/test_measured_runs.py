@@ -15,10 +15,10 @@ import reporting_data as data
 import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.measuring.meters import MemoryMeters
+from harness.measuring.meters import Meters
 from harness.records.atomic import read_jsonl
 from harness.records.columns import ADDED, FRAMES
-from harness.records.run import EvalRecord, SearchRecord, TrainRecord
+from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
 from harness.reporting import collecting
 from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.run_tables import efficiency_table
@@ -62,8 +62,8 @@ def train(
 ) -> TrainRecord:
     """A run on the CPU whose meters believe that it is on a GPU, where `nvml` is given."""
     if nvml is not None:
-        meters = MemoryMeters("cuda", cuda=cuda or RunningCuda(), nvml=nvml)
-        monkeypatch.setattr(loop, "MemoryMeters", lambda device: meters)
+        meters = Meters("cuda", cuda=cuda or RunningCuda(), nvml=nvml)
+        monkeypatch.setattr(loop, "Meters", lambda device: meters)
     return loop.train(
         tiny_training(module, options), name="run", lr=LR, lr_searched=False, seed=0, inputs=inputs, folder=folder
     )
@@ -312,8 +312,8 @@ def test_a_speed_beside_an_emptied_cache_is_marked(frames: Frames) -> None:
 
 
 def test_evaluation_is_no_part_of_a_runs_peak() -> None:
-    assert collecting._peak({"load": 5, "steady": 9, "eval": 50, "save": None}) == 9
-    assert collecting._peak({"eval": 50}) is None
+    assert largest({"load": 5, "steady": 9, "eval": 50, "save": None}, without=EVALUATION) == 9
+    assert largest({"eval": 50}, without=EVALUATION) is None
 
 
 # ---------------------------------------------------------------- what was written before

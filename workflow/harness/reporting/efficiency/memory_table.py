@@ -8,16 +8,12 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from harness.efficiency.sheets import gib, sheet
+from harness.records.run import Memory, largest
 from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 
 REFERENCE = "lora"
 NOT_MEASURED = "not measured on a GPU"
-HOST = (
-    "host_peak_bytes", "host_pss_peak_bytes", "cgroup_peak_bytes", "method_pinned_peak_bytes",
-    "torch_pinned_peak_bytes",
-)  # fmt: skip
-"""Fields of a memory block about the host; each has its reason beside it in the record where it is null."""
 
 
 def memory_table(rows: Rows) -> Table:
@@ -46,7 +42,7 @@ def memory_table(rows: Rows) -> Table:
                 "measured_ratio_to_lora": ratios["measured"],
                 "measured_reserved_peak_bytes": None if memory is None else memory.reserved_peak_bytes,
                 "measured_nvml_process_peak_bytes": None if memory is None else memory.nvml_process_peak_bytes,
-                **{f"measured_{key}": getattr(memory, key, None) for key in HOST},
+                **{f"measured_{key}": value for key, value in host_columns(memory).items()},
                 "measured_peak_phase": None if memory is None else memory.peak_phase,
                 "forecast_relative_error": error,
             }
@@ -61,7 +57,7 @@ def memory_table(rows: Rows) -> Table:
                 "measured to LoRA": number(ratios["measured"], 3),
                 "reserved, GiB": gib(None if memory is None else memory.reserved_peak_bytes),
                 "NVML process, GiB": gib(None if memory is None else memory.nvml_process_peak_bytes)
-                + (notes.mark(f"{memory.nvml_process_why}.") if memory is not None and memory.nvml_process_why else ""),
+                + (notes.mark(f"{memory.nvml_why}.") if memory is not None and memory.nvml_why else ""),
                 "forecast off by": UNKNOWN if error is None else f"{signed(100 * error, 1)} %",
                 "peak in": str((memory and memory.peak_phase) or (row.forecast and row.forecast.peak_phase) or UNKNOWN),
             }
@@ -85,6 +81,16 @@ def memory_table(rows: Rows) -> Table:
 
 
 # ---------------------------------------------------------------- columns
+
+
+def host_columns(memory: Memory | None) -> dict[str, int | None]:
+    """Raw columns of what the host held; each null has its reason beside it in the record."""
+    pinned = ("cgroup_peak_bytes", "method_pinned_peak_bytes", "torch_pinned_peak_bytes")
+    return {
+        "host_peak_bytes": None if memory is None else largest(memory.host_peak_bytes),
+        "host_pss_peak_bytes": None if memory is None else largest(memory.host_pss_bytes),
+        **{key: getattr(memory, key, None) for key in pinned},
+    }
 
 
 def labels(row: Row) -> dict[str, Any]:

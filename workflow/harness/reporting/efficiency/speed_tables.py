@@ -11,10 +11,10 @@ from harness.efficiency.plan import RESIDENT
 from harness.efficiency.record import MFU_FORMULA
 from harness.efficiency.sheets import gib, percent, sheet
 from harness.reporting.efficiency.memory_table import (
-    HOST,
     NOT_MEASURED,
     REFERENCE,
     beware,
+    host_columns,
     labels,
     outcome,
     shown_labels,
@@ -158,7 +158,7 @@ def rehearsal_table(rows: Rows) -> Table:
             labels(row)
             | {"status": record.status, "status_why": record.status_why, "cpu_tokens_per_s": _median(speeds)}
             | {"repeats": len(speeds), "device_memory_why": memory and memory.device_why}
-            | {key: getattr(memory, key, None) for key in HOST}
+            | host_columns(memory)
         )
         display.append(
             shown_labels(row)
@@ -166,7 +166,7 @@ def rehearsal_table(rows: Rows) -> Table:
                 "status": record.status + (notes.mark(f"{record.status_why}.") if record.status_why else ""),
                 "tokens/s of the CPU": number(_median(speeds), 0),
                 "repeats": str(len(speeds)),
-                "host PSS peak, GiB": gib(None if memory is None else memory.host_pss_peak_bytes),
+                "host PSS peak, GiB": gib(host_columns(memory)["host_pss_peak_bytes"]),
             }
         )
     notes.add(f"Device memory, NVML's figures and MFU: {NOT_MEASURED}.")

@@ -5,6 +5,7 @@ The goals are those of the project's performance note; a goal is a ratio between
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -158,19 +159,20 @@ def _probe_peak(rows: Rows) -> Target:
         name=f"memory of probing beyond the step's peak, {LIGHT}, lean 4x1024",
         better="smaller",
         best=0.0,
-        measured=_beyond(None if memory is None else memory.allocated_by_phase_bytes),
+        measured=_beyond(None if memory is None else memory.device_allocated_peak_bytes),
         forecast=_beyond(forecast),
         digits=2,
         unit=" GiB",
     )
 
 
-def _beyond(by_phase: dict[str, int] | None) -> float | None:
+def _beyond(by_phase: Mapping[str, int | None] | None) -> float | None:
     """GiB of the probe's peak beyond that of all other phases of a step."""
-    if by_phase is None or "probe" not in by_phase:
+    known = {phase: peak for phase, peak in (by_phase or {}).items() if peak is not None}
+    if "probe" not in known:
         return None
-    others = [peak for phase, peak in by_phase.items() if phase not in ("probe", "load")]
-    return max(0, by_phase["probe"] - max(others)) / GIB
+    others = [peak for phase, peak in known.items() if phase not in ("probe", "load")]
+    return max(0, known["probe"] - max(others)) / GIB
 
 
 def _middle(values: list[float]) -> float | None:

@@ -1,0 +1,85 @@
+"""From a method's name and a model to something that can make steps: the one place where a method is attached."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from baselines.method import Expectation, Method, ModelFacts, Recipe, find_method
+from harness.step.facts import facts_of
+from harness.step.outcomes import CannotRunError
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A model with a method on it."""
+
+    method: Method
+    module: nn.Module
+    """What trains: the model, perhaps wrapped."""
+    facts: ModelFacts
+    """Of the model before the method touched it."""
+    promise: Expectation
+
+
+def method_class(module: str) -> type[Method]:
+    """The method in `baselines.<module>`; every run and every check finds its method through here.
+
+    Raises:
+        LookupError: no such file, or not exactly one method in it.
+    """
+    return find_method(module)
+
+
+def new_method(module: str, options: Mapping[str, Any], *, recipe: Recipe, lr: float | None, seed: int) -> Method:
+    """A method that is not attached yet.
+
+    Args:
+        module: file under `baselines/`, without its ending.
+        options: of the method, as in its config entry; what is left out takes its default.
+        recipe: of the run.
+        lr: peak learning rate; None for a method that takes no step.
+        seed: for the method's own draws.
+
+    Raises:
+        CannotRunError: a package that the method needs is missing.
+    """
+    found = method_class(module)
+    missing = [package for package in found.REQUIRES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise CannotRunError(f"needs the package {', '.join(missing)}")
+    return found(found.Config.model_validate(options, strict=False), recipe=recipe, lr=lr or 0.0, seed=seed)
+
+
+def attach(method: Method, model: nn.Module) -> Attached:
+    """Attach `method` to `model`, in training mode, with activation checkpointing if the recipe asks for it.
+
+    Args:
+        method: with the recipe that is to be run.
+        model: a causal language model of transformers on its device, every parameter requiring a gradient.
+
+    Raises:
+        CannotRunError: the method refuses; the message is the reason.
+    """
+    switch_on_checkpointing(model, method.recipe.activation_checkpointing)
+    facts = facts_of(model)
+    reason = method.skip(facts)
+    if reason is not None:
+        raise CannotRunError(reason)
+    module = method.attach(model).train()
+    return Attached(method, module, facts, method.expect(facts))
+
+
+def switch_on_checkpointing(model: Any, asked: bool) -> None:
+    """Non-reentrant activation checkpointing of a model of transformers.
+
+    transformers also puts a hook on the embedding that the re-entrant kind needs; it would force backward to visit
+    every layer below the lowest active one, so it is taken off again.
+    """
+    if asked:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()

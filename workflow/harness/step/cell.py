@@ -1,0 +1,182 @@
+"""One cell, from its description to training steps: the same code on fake tensors, on a CPU and on a GPU.
+
+Whoever runs a cell is told when a phase begins, and owns clock and meters; nothing here measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from baselines.method import torch_dtype
+from harness.step.attach import attach, new_method
+from harness.step.draws import ForcedDraws, Policy, bottom_and_top
+from harness.step.loss import chunked_token_loss, token_loss
+from harness.step.run import Part, run_step
+from harness.step.spec import Cell, Geometry, Shape
+from harness.study.strict_yaml import ConfigError
+
+Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
+STEPS_A_DRAW = 2
+"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period
+that a method's entry names decides no byte, and would make a run of every draw long."""
+
+
+def configuration(model: Geometry | Path) -> Any:
+    """The model's configuration, of transformers.
+
+    Raises:
+        ConfigError: a folder whose config.json transformers cannot read.
+    """
+    if isinstance(model, Path):
+        try:
+            return AutoConfig.from_pretrained(model)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"{model}/config.json: {str(error).splitlines()[0]}") from error
+    return AutoConfig.for_model(model.architecture, **model.fields())
+
+
+def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"], device: str) -> nn.Module:
+    """A causal language model with random weights, in training mode, every parameter requiring a gradient.
+
+    Raises:
+        ConfigError: a geometry whose model has not the published number of parameters.
+    """
+    with torch.device(device):
+        built: nn.Module = AutoModelForCausalLM.from_config(
+            configuration(model), dtype=torch_dtype(weight_dtype), attn_implementation="sdpa"
+        )
+    count = sum(p.numel() for p in built.parameters())
+    if isinstance(model, Geometry) and count != model.parameters:
+        raise ConfigError(f"this geometry makes {count:,} parameters, and its `parameters` says {model.parameters:,}")
+    return built.train()
+
+
+class RandomBatches:
+    """Batches of random tokens without padding, all of them targets; `baselines.method.Calibration` as well."""
+
+    def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, device: str, seed: int) -> None:
+        self._shape, self._vocabulary, self._device, self._seed = shape, vocabulary, device, seed
+        self._loss = chunked_token_loss if chunked else token_loss
+
+    def batch(self, number: int) -> dict[str, Tensor]:
+        """Batch `number`, the same one at every call."""
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        size = (self._shape.batch, self._shape.length)
+        ids = torch.randint(0, self._vocabulary, size, generator=generator).to(self._device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
+        """The first `count` batches of calibration."""
+        return (self.batch(-1 - number) for number in range(count))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Mean loss per target; every token but a row's first is one, which spares reading the labels."""
+        return self._loss(model, batch) / (self._shape.batch * (self._shape.length - 1))
+
+
+class CellRun:
+    """A cell with its model built and its method attached, on one device.
+
+    Args:
+        cell: what to run.
+        steps: that will be made, for the recipe.
+        device: `cpu` or `cuda`.
+        enter: told the phase that begins; `resample` also begins inside `update` where a method draws there.
+        policy: of the draws that are made before the first step.
+        steps_a_draw: steps between two draws, whatever the method's entry says.
+
+    Raises:
+        CannotRunError: a package is missing, or the method refuses; the message is the reason.
+    """
+
+    def __init__(
+        self,
+        cell: Cell,
+        *,
+        steps: int,
+        device: Literal["cpu", "cuda"],
+        enter: Callable[[Phase], None],
+        policy: Policy = bottom_and_top,
+        steps_a_draw: int = STEPS_A_DRAW,
+    ) -> None:
+        self._enter = enter
+        # gradients of the first are alive in the second, and a third shows nothing new
+        self._micro_batches = min(2, cell.micro_batches)
+        known = cell.method_class().Config.model_fields
+        options = dict(cell.options)
+        if "sample_every" in known:
+            options |= {"sample_every": steps_a_draw}
+            options |= {"refresh_every": None} if "refresh_every" in known else {}
+        recipe = cell.recipe(steps=steps, device=device)
+        self.method = new_method(cell.module, options, recipe=recipe, lr=cell.lr, seed=cell.seed)
+        self.draws = ForcedDraws(policy, on_draw=lambda: enter("resample"))
+        enter("load")
+        self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
+        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self.batches = RandomBatches(
+            cell.shape, vocabulary=vocabulary, chunked=cell.settings.chunked_loss, device=device, seed=cell.seed
+        )
+        self.method.calibration = self.batches
+        with self.draws.in_force():
+            self._attached = attach(self.method, self.model)
+        self.module, self.facts = self._attached.module, self._attached.facts
+        self.promise = self._attached.promise
+        enter("load")
+
+    def prepare(self) -> None:
+        """The method's own measurements before the first step."""
+        self._enter("probe")
+        with self.draws.in_force():
+            self.method.prepare(self.batches)
+
+    def step(self, number: int, *, then: Policy | None = None) -> None:
+        """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
+        with self.draws.in_force():
+            run_step(
+                self._attached,
+                number,
+                lr_factor=1.0,
+                micro_batches=lambda: [self.batches.batch(number)] * self._micro_batches,
+                loss=self.batches.loss,
+                part=self._part,
+                before_update=lambda: self._then(then),
+            )
+
+    def visit(self, number: int, *, then: Policy | None = None) -> None:
+        """Step `number` with zero gradients and no forward and backward pass: its states come to be all the same.
+
+        Matrices that have states already are left out, to be quick; vectors never, so that no step is empty. A method
+        that uses gradients up in backward makes a whole step: none is left for a visit to take the place of.
+        """
+        if self.promise.gradients == "consumed":
+            self.step(number, then=then)
+            return
+        with self.draws.in_force():
+            self._enter("resample")
+            self.method.set_lr_factor(1.0)
+            self.method.begin_step(number)
+            self._enter("update")
+            states = {} if self.method.optimizer is None else self.method.optimizer.state
+            for parameter in self.module.parameters():
+                if parameter.requires_grad and (parameter.dim() == 1 or parameter not in states):
+                    parameter.grad = torch.zeros_like(parameter)
+            batch = self.batches.batch(number)
+            self._enter("update")
+            self._then(then)
+            self.method.end_step(lambda: (self.batches.loss(self.module, b) for b in (batch,)))
+
+    @contextmanager
+    def _part(self, part: Part) -> Iterator[None]:
+        self._enter("resample" if part == "begin" else part)
+        yield
+
+    def _then(self, policy: Policy | None) -> None:
+        """The policy of the draws that the step makes as it ends."""
+        self.draws.policy = policy or self.draws.policy
