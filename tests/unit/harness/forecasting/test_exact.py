@@ -77,8 +77,8 @@ def _forget_nothing(*_: Any, **__: Any) -> None:
     """In the place of what frees something."""
 
 
-def _hook_stays(model: Any, settings: Any) -> None:
-    if settings.activation_checkpointing:
+def _hook_stays(model: Any, asked: bool) -> None:
+    if asked:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
 
@@ -122,7 +122,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
     "the hook on the embedding stays": (
         "decoder-move", "lean",
         [
-            ("harness.step.cell.apply_settings", _hook_stays),
+            ("harness.step.attach.switch_on_checkpointing", _hook_stays),
             ("grass.optimizer.stop_at_lowest_layer", _forget_nothing),
         ],
     ),
