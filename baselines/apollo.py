@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from baselines.galore import adam_direction, matrices_of, project, rank_too_large
+from baselines.matrices import adam_direction, matrices_of, project, rank_too_large, refuse_rank, update_before_step
 from baselines.method import Expectation, Method, ModelFacts, Options, adamw, moment_bytes, torch_dtype
 
 if TYPE_CHECKING:
@@ -73,17 +73,12 @@ class Apollo(Method):
 
         self.model = model.requires_grad_(True)
         matrices = matrices_of(model, self.options.targets)
-        for p in matrices:
-            if self.options.rank > min(p.shape):
-                raise ValueError(
-                    f"rank {self.options.rank} is above the smaller side of a matrix of shape {tuple(p.shape)}: "
-                    "lower it"
-                )
+        refuse_rank(self.options.rank, matrices)
         self.numbers = {p: number for number, p in enumerate(matrices)}
         # its random bits, those of one matrix at one count, are what a projection needs as well
         self.bits = Rounding(self.seed)
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
-        self.optimizer.register_step_pre_hook(self._update_matrices)
+        update_before_step(self.optimizer, matrices, self._update)
         return model
 
     def projection(self, weight: Tensor, draw: int) -> Tensor:
@@ -115,17 +110,6 @@ class Apollo(Method):
             state_of="constant",
             state_bytes=(facts.total_parameters - projected + low) * moment_bytes(self.recipe) + 4 * len(self.numbers),
         )
-
-    def _update_matrices(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        import torch
-
-        with torch.no_grad():
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p in self.numbers and p.grad is not None:
-                        self._update(p, optimizer.state[p], group)
-                        # the optimizer's own update leaves alone what has no gradient
-                        p.grad = None
 
     def _update(self, weight: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         """One step of a matrix (m, n); temporaries of its full size in fp32."""

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from baselines.matrices import copied_bytes, give_gradients, round_into_weights
 from baselines.method import Expectation, LayerTrace, Method, ModelFacts, Options, StepFacts, adamw, moment_bytes
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from baselines.method import Recipe
-
-MASTER_BYTES = 4
-"""Of the fp32 copy, a parameter."""
 
 
 class BadamOptions(Options):
@@ -117,17 +115,11 @@ class Badam(Method):
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
         """With bf16 weights: their gradients go to the fp32 copies, which are updated and rounded into them."""
-        import torch
-
         # no copies with fp32 weights
         pairs = list(zip(self.blocks[self.block], self.masters, strict=True)) if self.masters else []
-        for weight, master in pairs:
-            if weight.grad is not None:
-                master.grad, weight.grad = weight.grad.float(), None
+        give_gradients(pairs)
         facts = super().end_step(replay)
-        with torch.no_grad():
-            for weight, master in pairs:
-                weight.copy_(master)
+        round_into_weights(pairs)
         return facts
 
     def trace(self) -> LayerTrace:
@@ -141,13 +133,12 @@ class Badam(Method):
 
     def expect(self, facts: ModelFacts) -> Expectation:
         """One block moves in every period and has state; nothing else has."""
-        copies = MASTER_BYTES if self.recipe.weight_dtype == "bf16" else 0
         return Expectation(
             layers="chosen" if self._has_other_blocks else "sampled",
             active_layers=None if self._has_other_blocks else 1,
             period_steps=self.options.sample_every,
             trainable_parameters=max(sum(p.numel() for p in block) for block in self.blocks),
-            state_bytes_per_parameter=moment_bytes(self.recipe) + copies,
+            state_bytes_per_parameter=moment_bytes(self.recipe) + copied_bytes(self.recipe),
             state_of="active",
         )
 

@@ -25,10 +25,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from baselines.matrices import by_layer, gradients_used_up, layer_tensors, train_only
 from baselines.method import (
     Calibration,
     Expectation,
@@ -78,10 +80,7 @@ class BlockLLM(Method):
     def skip(self, facts: ModelFacts) -> str | None:
         """A share that the largest tensor fills by itself would leave the set empty where that tensor leads."""
         keep = self._keep(sum(facts.layer_parameters) + facts.final_norm_parameters)
-        in_layers = [
-            n for name, n in facts.tensor_parameters.items() if any(part.isdigit() for part in name.split("."))
-        ]
-        largest = max(in_layers, default=0)
+        largest = max(layer_tensors(facts).values(), default=0)
         if largest >= keep:
             return (
                 f"sparsity {self.options.sparsity} lets fewer than {keep:,} parameters train, and the largest tensor "
@@ -101,7 +100,6 @@ class BlockLLM(Method):
         self.layer_of = [i for i, parameters in enumerate(found.layer_parameters()) for _ in parameters]
         self.tensors = [p for parameters in found.layer_parameters() for p in parameters] + found.outside["final_norm"]
         self.names = [names[id(p)] for p in self.tensors]
-        self.layers = len(found.layers)
         self.keep = self._keep(sum(p.numel() for p in self.tensors))
         self.norms: dict[int, Tensor] = {}
         """Last gradient norm seen, by tensor, on the device."""
@@ -155,19 +153,17 @@ class BlockLLM(Method):
         self.loss.zero_()
         recent = self.history[-self.options.patience :]
         self.history.append(loss)
-        if self.options.variant == "paper" and len(recent) == self.options.patience and loss > _mean(recent):
+        if self.options.variant == "paper" and len(recent) == self.options.patience and loss > fmean(recent):
             self._choose_by_direction(replay())
         return facts
 
     def trace(self) -> LayerTrace:
         """Tensors that train; a layer's importance is the mean of its tensors' scores at the last choice."""
-        layers, scores, importance = range(max(self.layer_of) + 1), self.scores, None
-        if scores is not None:
-            importance = tuple(_mean([scores[i] for i, at in enumerate(self.layer_of) if at == n]) for n in layers)
+        scores = self.scores
         return LayerTrace(
             active=tuple(sorted({self.layer_of[i] for i in self.active if i < len(self.layer_of)})),
             tensors=tuple(self.names[i] for i in self.active),
-            importance=importance,
+            importance=None if scores is None else tuple(fmean(own) for own in by_layer(scores, self.layer_of)),
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
@@ -214,7 +210,7 @@ class BlockLLM(Method):
 
     def _recent_losses_are_above_all(self) -> bool:
         patience = self.options.patience
-        return len(self.history) > patience and _mean(self.history[-patience:]) > _mean(self.history)
+        return len(self.history) > patience and fmean(self.history[-patience:]) > fmean(self.history)
 
     def _choose_by_norm(self, steps: int) -> None:
         """The code's choice, after `steps` steps."""
@@ -286,30 +282,23 @@ class BlockLLM(Method):
         from grass.layers import set_trainable
         from grass.probing import random_numbers_kept
 
+        assert self.model is not None
         assert self.optimizer is not None
         (beta1, beta2), eps = self.recipe.betas, self.recipe.eps
         sums, passes = torch.zeros(len(self.tensors), device=self.loss.device), 0
 
-        def reduce(i: int) -> Callable[[Tensor], None]:
-            def hook(parameter: Tensor) -> None:
-                assert parameter.grad is not None
-                gradient = parameter.grad.float()
-                sums[i] += torch.linalg.vector_norm(gradient / (gradient.abs() + eps))
-                parameter.grad = None
-
-            return hook
-
         asleep = [i for i in range(len(self.tensors)) if i not in self.active]
+
+        def reduce(number: int, gradient: Tensor) -> None:
+            sums[asleep[number]] += torch.linalg.vector_norm(gradient / (gradient.abs() + eps))
+
         set_trainable(self.tensors, False)
-        set_trainable([self.tensors[i] for i in asleep], True)
-        handles = [self.tensors[i].register_post_accumulate_grad_hook(reduce(i)) for i in asleep]
-        with random_numbers_kept(self.loss.device):
+        measured = gradients_used_up([self.tensors[i] for i in asleep], reduce)
+        with measured, random_numbers_kept(self.loss.device):
             for loss in losses:
                 loss.backward()
                 passes += 1
-        for handle in handles:
-            handle.remove()
-        self._freeze()
+        train_only(self.model, self.tensors, self.active)
         for i in self.active:
             state = self.optimizer.state[self.tensors[i]]
             first, second = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
@@ -321,24 +310,12 @@ class BlockLLM(Method):
 
     def _activate(self, chosen: tuple[int, ...]) -> None:
         """A new optimizer, as the code has it: every moment goes."""
+        assert self.model is not None
         assert self.optimizer is not None
         self.optimizer.state.clear()
         self.active, self.pending, self.probe = chosen, None, None
-        self._freeze()
-
-    def _freeze(self) -> None:
-        from grass.backward import stop_at_lowest_layer
-        from grass.layers import set_trainable
-
-        assert self.model is not None
-        for i, tensor in enumerate(self.tensors):
-            set_trainable([tensor], i in self.active)
-        stop_at_lowest_layer(self.model)
+        train_only(self.model, self.tensors, chosen)
 
 
 _KEPT = ("pending", "probe", "choices", "norms", "scores", "visits", "history")
 """Attributes that the resume state holds as they are."""
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)

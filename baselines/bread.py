@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from baselines.matrices import copied_bytes, give_gradients, round_into_weights, trained_copy
 from baselines.method import Expectation, LayerTrace, Method, ModelFacts, Options, StepFacts, adamw, moment_bytes
 
 if TYPE_CHECKING:
@@ -137,18 +138,13 @@ class Bread(Method):
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
         """Clip and update what Adam trains; bf16 weights follow their fp32 copies."""
-        import torch
-
-        weights = self.blocks[self.active]
-        taken, self.taken = self.taken or [p.grad for p in weights], []
-        for weight, held in zip(weights, self.held, strict=True):
-            weight.grad, gradient = None, taken.pop(0)
-            held.grad = None if gradient is None else gradient.to(held.dtype)
+        pairs = list(zip(self.blocks[self.active], self.held, strict=True))
+        for weight, _ in pairs:
+            if self.taken:
+                weight.grad = self.taken.pop(0)
+        give_gradients(pairs)
         facts = super().end_step(replay)
-        with torch.no_grad():
-            for weight, held in zip(weights, self.held, strict=True):
-                if held is not weight:
-                    weight.copy_(held)
+        round_into_weights(pairs)
         return facts
 
     def trace(self) -> LayerTrace:
@@ -170,7 +166,7 @@ class Bread(Method):
             gradients="kept" if low_rank else "consumed",
             trainable_parameters=layer + factors if low_rank else all_layers,
             state_of="constant",
-            state_bytes=layer * (moments + (4 if self.recipe.weight_dtype == "bf16" else 0)) + factors * moments,
+            state_bytes=layer * (moments + copied_bytes(self.recipe)) + factors * moments,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,8 +212,7 @@ class Bread(Method):
         assert self.optimizer is not None
         assert self.model is not None
         self.active = block
-        copies = self.recipe.weight_dtype != "fp32"
-        self.held = [p.detach().float() if copies else p for p in self.blocks[block]]
+        self.held = [trained_copy(p, self.recipe) for p in self.blocks[block]]
         self.optimizer.state.clear()
         self.optimizer.param_groups[0]["params"] = [*self.held, *self.adapters]
         if self.options.others == "low_rank":

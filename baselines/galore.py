@@ -16,15 +16,15 @@ ends, so accumulation and clipping are the recipe's; the layer-wise variant can 
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from baselines.matrices import adam_direction, matrices_of, project, rank_too_large, refuse_rank, update_before_step
 from baselines.method import Expectation, Method, ModelFacts, Options, adamw, moment_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     import torch
     from torch import Tensor, nn
@@ -88,61 +88,6 @@ class GaLore(Method):
         )
 
 
-def linears_of(model: nn.Module, targets: Sequence[str] | None = None) -> list[dict[str, nn.Module]]:
-    """Linear modules (`nn.Linear`, GPT-2's `Conv1D`) of each decoder layer, bottom first, by the name of their weight.
-
-    Args:
-        model: a causal language model.
-        targets: last parts of the modules' names to take; None takes all.
-
-    Raises:
-        ValueError: a target that is the name of no linear in the decoder layers.
-    """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    from grass.layers import find_layers
-
-    names = {id(module): name for name, module in model.named_modules()}
-    found = [
-        {names[id(m)]: m for m in layer.modules() if isinstance(m, nn.Linear | Conv1D)}
-        for layer in find_layers(model).layers
-    ]
-    everything = {name for layer in found for name in layer}
-    for target in targets or ():
-        if not any(is_target(name, [target]) for name in everything):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in everything}))
-            raise ValueError(f"targets: {target!r} is no linear module of the decoder layers; there are: {known}")
-    return [{f"{name}.weight": m for name, m in layer.items() if is_target(name, targets)} for layer in found]
-
-
-def is_target(name: str, targets: Sequence[str] | None) -> bool:
-    """Whether the module `name` is among `targets`, which name the last parts of modules; None takes all."""
-    return targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def matrices_of(model: nn.Module, targets: Sequence[str] | None = None) -> list[nn.Parameter]:
-    """Weights of `linears_of`, bottom first."""
-    weights: list[Any] = [m.weight for layer in linears_of(model, targets) for m in layer.values()]
-    return weights
-
-
-def rank_too_large(rank: int, facts: ModelFacts, targets: Sequence[str] | None = None) -> str | None:
-    """Reason to skip where a target matrix is smaller than `rank` on its smaller side, or None.
-
-    Facts hold sizes, no shapes: one side of a decoder layer's matrix is taken to be the model's width. Where neither is
-    (a factored projection), `project_gradients` still refuses.
-    """
-    width = facts.hidden_size
-    for name, size in facts.tensor_parameters.items():
-        module, _, kind = name.rpartition(".")
-        # a vector as long as the width is a norm's weight
-        in_layer = kind == "weight" and size > width and re.search(r"\.\d+\.", name)
-        if in_layer and is_target(module, targets) and min(width, size // width) < rank:
-            return f"rank {rank} is above the smaller side of {name}, {min(width, size // width)}"
-    return None
-
-
 def projected_bytes(weight: nn.Parameter, rank: int, recipe: Recipe) -> int:
     """Bytes of a projected matrix's state: two moments of the larger side times r, and P in the weight's dtype."""
     small, large = sorted(weight.shape)
@@ -167,28 +112,17 @@ def project_gradients(
     Raises:
         ValueError: a matrix is smaller than `rank` on its smaller side.
     """
-    import torch
+    matrices = list(matrices)
+    refuse_rank(rank, matrices)
+    state_dtype: torch.dtype = optimizer.state_dtype  # type: ignore[attr-defined]
 
-    chosen = {id(p) for p in matrices}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) in chosen and rank > min(p.shape):
-                raise ValueError(
-                    f"rank {rank} is above the smaller side of a matrix of shape {tuple(p.shape)}: lower it"
-                )
+    def update(p: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        if not state or state["step"] % update_gap == 0:
+            state["projection"] = top_singular_vectors(p.grad, rank)
+        projected_update(p, state, group, scale=scale, state_dtype=state_dtype)
 
-    @torch.no_grad()
-    def update(optimizer: Any, args: Any, kwargs: Any) -> None:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if id(p) in chosen and p.grad is not None:
-                    state = optimizer.state[p]
-                    if not state or state["step"] % update_gap == 0:
-                        state["projection"] = top_singular_vectors(p.grad, rank)
-                    projected_update(p, state, group, scale=scale, state_dtype=optimizer.state_dtype)
-                    p.grad = None
-
-    optimizer.register_step_pre_hook(update)
+    update_before_step(optimizer, matrices, update)
 
 
 def top_singular_vectors(gradient: Tensor, rank: int) -> Tensor:
@@ -199,31 +133,6 @@ def top_singular_vectors(gradient: Tensor, rank: int) -> Tensor:
     vectors: Tensor = vh[:rank] if gradient.shape[0] >= gradient.shape[1] else u[:, :rank]
     # a copy: a view would keep all singular vectors alive
     return vectors.to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
-def project(gradient: Tensor, projection: Tensor) -> Tensor:
-    """R of a gradient (m, n) in the rows (rank, n) or columns (m, rank) of its projection."""
-    tall = gradient.shape[0] >= gradient.shape[1]
-    return gradient @ projection.t() if tall else projection.t() @ gradient
-
-
-def adam_direction(low: Tensor, state: dict[str, Any], group: dict[str, Any], *, state_dtype: torch.dtype) -> Tensor:
-    """-lr * N, Adam's step for the projected gradient `low`; moments and step count in `state` go one step on.
-
-    The result has the shape of `low` and the moments' dtype. Decay is left to the caller.
-    """
-    import torch
-
-    from grass.adamw import update_piece
-
-    if "step" not in state:
-        state |= {"step": 0, "exp_avg": torch.zeros_like(low, dtype=state_dtype)}
-        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-    state["step"] += 1
-    move = torch.zeros_like(state["exp_avg"])
-    undecayed = {**group, "weight_decay": 0.0}
-    update_piece(move, low, state["exp_avg"], state["exp_avg_sq"], step=state["step"], group=undecayed)
-    return move
 
 
 def projected_update(

@@ -1,4 +1,4 @@
-"""The contract by which every fine-tuning method enters the harness; the only file that methods share.
+"""The contract by which every fine-tuning method enters the harness; the only file that all methods share.
 
 A method is a module in this package with exactly one subclass of `Method` defined in it. The harness finds it by the
 module's name in a config entry. The harness owns the clock, the memory meters, the learning-rate schedule, the data
@@ -301,26 +301,3 @@ def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
 def moment_bytes(recipe: Recipe) -> int:
     """Bytes of AdamW's two moments for one parameter."""
     return {"fp32": 8, "bf16": 4}[recipe.state_dtype]
-
-
-def find_method(module_name: str) -> type[Method]:
-    """The one `Method` subclass defined in `baselines.<module_name>`.
-
-    Raises:
-        LookupError: no such module (the message lists those there are), or not exactly one method in it.
-    """
-    import importlib
-    import pkgutil
-
-    known = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "method")
-    if module_name not in known:
-        raise LookupError(f"there is no method file baselines/{module_name}.py; there are: {', '.join(known)}")
-    module = importlib.import_module(f"baselines.{module_name}")
-    found: Sequence[type[Method]] = [
-        value
-        for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, Method) and value.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise LookupError(f"baselines/{module_name}.py must define exactly one Method, found {len(found)}")
-    return found[0]

@@ -25,10 +25,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from baselines.matrices import (
+    by_layer,
+    copied_bytes,
+    give_gradients,
+    layer_tensors,
+    round_into_weights,
+    train_only,
+    trained_copy,
+)
 from baselines.method import (
     Expectation,
     LayerTrace,
@@ -90,10 +100,8 @@ class Misa(Method):
         """A share below the smallest matrix trains nothing; AMSGrad's moments are fp32."""
         if self.options.variant == "paper" and self.recipe.state_dtype != "fp32":
             return "variant paper keeps its max-type moments in fp32: set state_dtype fp32, or variant code"
-        in_layers = (
-            n for name, n in facts.tensor_parameters.items() if any(part.isdigit() for part in name.split("."))
-        )
-        smallest = min((n for n in in_layers if n >= MATRIX_WIDTHS * facts.hidden_size), default=0)
+        sizes = layer_tensors(facts).values()
+        smallest = min((n for n in sizes if n >= MATRIX_WIDTHS * facts.hidden_size), default=0)
         if self._budget(facts.total_parameters) < smallest:
             return (
                 f"share {self.options.share} of {facts.total_parameters:,} parameters is below the smallest weight "
@@ -111,7 +119,6 @@ class Misa(Method):
         names = {id(p): name for name, p in model.named_parameters()}
         stack = find_layers(model).layer_parameters()
         matrices = [(layer, p) for layer, parameters in enumerate(stack) for p in parameters if p.dim() > 1]
-        self.layers = len(stack)
         self.layer_of = [layer for layer, _ in matrices]
         self.weights = [p for _, p in matrices]
         self.names = [names[id(p)] for p in self.weights]
@@ -157,19 +164,15 @@ class Misa(Method):
         """Norms, clipping and the update of what the optimizer holds; bf16 weights follow their fp32 copies."""
         import torch
 
-        for i, copy in self._copied():
-            gradient = self.weights[i].grad
-            assert gradient is not None
-            copy.grad, self.weights[i].grad = gradient.float(), None
+        pairs = [(self.weights[i], held) for i, held in self.held.items()]
+        give_gradients(pairs)
         norms = {i: torch.linalg.vector_norm(self.held[i].grad) for i in self.active}  # type: ignore[arg-type]
         facts = super().end_step(replay)
         for i, norm in norms.items():
             self.sums[i] += self._measured(i, norm, facts)
         if self.options.variant == "paper" and self.step + 1 == self.next_draw:
             self._momentum_step()
-        with torch.no_grad():
-            for i, copy in self._copied():
-                self.weights[i].copy_(copy)
+        round_into_weights(pairs)
         return facts
 
     def probabilities(self) -> list[float]:
@@ -182,13 +185,11 @@ class Misa(Method):
 
     def trace(self) -> LayerTrace:
         """Modules that train; a layer's importance is the mean of its modules' scores, its probability their sum."""
-        probability = self.probabilities()
-        of_layer = [[i for i, owner in enumerate(self.layer_of) if owner == layer] for layer in range(self.layers)]
         return LayerTrace(
             active=tuple(sorted({self.layer_of[i] for i in self.active})),
             tensors=tuple(self.names[i] for i in self.active),
-            importance=tuple(math.fsum(self.scores[i] for i in own) / len(own) for own in of_layer),
-            probability=tuple(math.fsum(probability[i] for i in own) for own in of_layer),
+            importance=tuple(fmean(own) for own in by_layer(self.scores, self.layer_of)),
+            probability=tuple(math.fsum(own) for own in by_layer(self.probabilities(), self.layer_of)),
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
@@ -198,14 +199,15 @@ class Misa(Method):
             layers="chosen",
             period_steps=1 if self.options.variant == "code" else self.options.period,
             trainable_parameters=self._budget(facts.total_parameters),
-            state_bytes_per_parameter=moments + (4 if self.recipe.weight_dtype == "bf16" else 0),
+            state_bytes_per_parameter=moments + copied_bytes(self.recipe),
             state_of="active",
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Moments, fp32 copies, scores, the draw in force and the generator."""
         kept = {key: getattr(self, key) for key in _KEPT}
-        return {**super().state_dict(), **kept, "copies": dict(self._copied()), "generator": self.generator.get_state()}
+        copies = {i: held for i, held in self.held.items() if held is not self.weights[i]}
+        return {**super().state_dict(), **kept, "copies": copies, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; freezes again."""
@@ -279,29 +281,19 @@ class Misa(Method):
 
     # ------------------------------------------------------------ what the optimizer holds
 
-    def _copied(self) -> list[tuple[int, Tensor]]:
-        return [(i, held) for i, held in self.held.items() if held is not self.weights[i]]
-
     def _activate(self, chosen: tuple[int, ...]) -> None:
         """Free the state of what leaves (paper: of all), take up what enters, switch gradients."""
-        from grass.backward import stop_at_lowest_layer
-        from grass.layers import set_trainable
-
         assert self.optimizer is not None
         assert self.model is not None
         for i in self.active:
             if self.options.variant == "paper" or i not in chosen:
                 self.optimizer.state.pop(self.held.pop(i), None)
-        for i, weight in enumerate(self.weights):
-            set_trainable([weight], i in chosen)
+        train_only(self.model, self.weights, chosen)
         for i in chosen:
             if i not in self.held:
-                # in fp32 this is the weight itself, in bf16 a copy
-                weight = self.weights[i]
-                self.held[i] = weight if self.recipe.weight_dtype == "fp32" else weight.detach().float()
+                self.held[i] = trained_copy(self.weights[i], self.recipe)
         self.optimizer.param_groups[0]["params"] = [self.held[i] for i in chosen]
         self.active = chosen
-        stop_at_lowest_layer(self.model)
 
     def _momentum_step(self) -> None:
         """The paper's extra step of size beta1 / (1 - beta1) along the last direction."""

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from baselines.galore import linears_of, matrices_of, project_gradients, projected_bytes, rank_too_large
+from baselines.galore import project_gradients, projected_bytes
+from baselines.matrices import linears_of, matrices_of, rank_too_large
 from baselines.method import (
     Calibration,
     Expectation,

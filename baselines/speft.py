@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from baselines.galore import linears_of
+from baselines.matrices import gradients_used_up, weights_of
 from baselines.method import (
     Calibration,
     Expectation,
@@ -105,10 +105,7 @@ class Speft(Method):
             ValueError: k is above the number of linear entries.
         """
         self.model = model.requires_grad_(False)
-        self.layers: list[dict[str, nn.Parameter]] = [
-            {name: module.weight for name, module in layer.items()}  # type: ignore[misc]
-            for layer in linears_of(model)
-        ]
+        self.layers = weights_of(model)
         entries = sum(p.numel() for layer in self.layers for p in layer.values())
         self.k = self.options.k or max(1, int((self.options.density or 0) * entries))
         if self.k > entries:
@@ -217,31 +214,22 @@ class Speft(Method):
         import torch
 
         from grass.checkpointing import checkpointed
-        from grass.layers import set_trainable
 
         assert self.model is not None
         rows_apart = self.options.salience == "fisher"
-        sums = {p: torch.zeros_like(p, dtype=torch.float32) for p in matrices}
-
-        def add(parameter: Any) -> None:
-            gradient, parameter.grad = parameter.grad.float(), None
-            sums[parameter].add_(gradient.square() if rows_apart else gradient)
-
-        set_trainable(matrices, True)
-        handles = [p.register_post_accumulate_grad_hook(add) for p in matrices]
+        sums = [torch.zeros_like(p, dtype=torch.float32) for p in matrices]
         total: Any = 0
-        try:
-            with checkpointed(self.model):
-                for batch in calibration.batches(-(-self.options.calibration_rows // self.recipe.micro_batch_size)):
-                    for part in _rows(batch) if rows_apart else (batch,):
-                        weight = 1 if rows_apart else (part["labels"][:, 1:] != NO_LABEL).sum()
-                        (calibration.loss(self.model, part) * weight).backward()
-                        total = total + weight
-        finally:
-            for handle in handles:
-                handle.remove()
-            set_trainable(matrices, False)
-        return [added.div_(total) for added in sums.values()]
+
+        def add(number: int, gradient: Tensor) -> None:
+            sums[number].add_(gradient.square() if rows_apart else gradient)
+
+        with gradients_used_up(matrices, add), checkpointed(self.model):
+            for batch in calibration.batches(-(-self.options.calibration_rows // self.recipe.micro_batch_size)):
+                for part in _rows(batch) if rows_apart else (batch,):
+                    weight = 1 if rows_apart else (part["labels"][:, 1:] != NO_LABEL).sum()
+                    (calibration.loss(self.model, part) * weight).backward()
+                    total = total + weight
+        return [added.div_(total) for added in sums]
 
     def _train_chosen(self) -> None:
         """Let matrices with chosen entries have gradients, and say in the trace which they are."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -14,10 +13,9 @@ from harness.checking.contract import CHECKS, FAMILY_CHECKS, Case
 from harness.checking.tiny import FAMILIES, tiny_inputs
 from harness.training.loading import Inputs
 
-import baselines
-from baselines.method import find_method
+from baselines import find_method, method_names
 
-MODULES = sorted(m.name for m in pkgutil.iter_modules(baselines.__path__) if m.name != "method")
+MODULES = method_names()
 CASES = [(module, options) for module in MODULES for options in find_method(module).EXAMPLES]
 
 

@@ -13,7 +13,7 @@ from harness.step import attach
 from harness.training.loading import Inputs
 
 import grass
-from baselines.method import find_method
+from baselines import find_method
 
 DEFINITIONS: dict[str, tuple[Callable[[Case], str | None], ...]] = {
     "grass": (grass_differs, draws_ignore_probability),

@@ -13,7 +13,7 @@ from grass_tiny import llama, same, weights
 from torch import Tensor
 
 from baselines.apollo import Apollo
-from baselines.galore import matrices_of
+from baselines.matrices import matrices_of
 
 TINY_EPS = 1e-12
 """The package adds epsilon to sqrt(v), torch's AdamW (and ours) to sqrt(v / (1 - beta2^t)): no matter here."""

@@ -12,7 +12,8 @@ from grass_tiny import llama, same, weights
 from torch import Tensor, nn
 
 from baselines import galore
-from baselines.galore import GaLore, matrices_of, project_gradients, rank_too_large, top_singular_vectors
+from baselines.galore import GaLore, project_gradients, top_singular_vectors
+from baselines.matrices import matrices_of, rank_too_large
 from grass.adamw import AdamW
 
 SHAPES = [(12, 5), (5, 12), (8, 8)]

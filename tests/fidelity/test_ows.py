@@ -13,7 +13,7 @@ from driving import Calibration, attached, method_of, run
 from grass_tiny import batch, llama, same, weights
 from torch import Tensor, nn
 
-from baselines.galore import linears_of
+from baselines.matrices import linears_of
 from baselines.ows import Ows, outlier_share, squared_feature_norms
 
 OPTIONS = {"active_layers": 2, "sample_every": 3, "outlier_factor": 3.0, "calibration_rows": 4}

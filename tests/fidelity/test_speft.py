@@ -12,7 +12,7 @@ from grass_tiny import batch, llama, same, weights
 from torch import Tensor, nn
 
 from baselines import speft
-from baselines.galore import matrices_of
+from baselines.matrices import matrices_of
 from baselines.speft import Best, Speft
 from grass.adamw import AdamW
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import pkgutil
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +22,7 @@ from harness.records.atomic import read_jsonl, write_text
 from harness.training.loading import Inputs
 from harness.training.loop import train
 
-import baselines
-from baselines.method import find_method
+from baselines import find_method, method_names
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 8
@@ -34,10 +32,9 @@ RTOL = 1e-4
 
 def cases() -> list[tuple[str, dict[str, Any]]]:
     """Every example of every method that takes steps."""
-    modules = sorted(m.name for m in pkgutil.iter_modules(baselines.__path__) if m.name != "method")
     return [
         (module, options)
-        for module in modules
+        for module in method_names()
         if find_method(module).TRAINS
         for options in find_method(module).EXAMPLES
     ]

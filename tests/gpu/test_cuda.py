@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pkgutil
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import torch
 from harness.checking.contract import Case
 from harness.checking.tiny import tiny_inputs
 
-import baselines
-from baselines.method import find_method
+from baselines import find_method, method_names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
-MODULES = sorted(m.name for m in pkgutil.iter_modules(baselines.__path__) if m.name != "method")
+MODULES = method_names()
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp32", "bf16"])

@@ -15,7 +15,7 @@ from harness.measuring.clock import StepClock
 from harness.measuring.device import AllocatorMeter, PhasePeaks
 from harness.measuring.rates import transfer_rates
 
-from baselines.method import find_method
+from baselines import find_method
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from baselines.method import Recipe, find_method
+from baselines import find_method
+from baselines.method import Recipe
 from harness.inputs.generated import training_rows
 from harness.inputs.tokenizer import build_tokenizer
 from harness.study.spec import FileRows, LocalModel, ModelJob, RowsJob, Training

@@ -92,7 +92,8 @@ def _by_contract(cell: Cell) -> tuple[list[str], list[str]]:
     """Any other method, attached as the harness attaches it."""
     recipe = cell.recipe(steps=1000, device="cuda")
     attach = [
-        "from baselines.method import Recipe, find_method",
+        "from baselines import find_method",
+        "from baselines.method import Recipe",
         "",
         f'method_class = find_method("{cell.module}")',
         f"recipe = Recipe({_arguments(recipe.model_dump())})",

@@ -7,7 +7,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
-from baselines.method import find_method
+from baselines import find_method
 
 ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
 FOUND_MODEL = ("harness.inputs.models",)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import baselines
-from baselines.method import find_method
+from baselines import find_method
 from harness.study.strict_yaml import Source, validate
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from baselines.method import Expectation, Method, ModelFacts, Recipe, find_method
+from baselines import find_method
+from baselines.method import Expectation, Method, ModelFacts, Recipe
 from harness.step.facts import facts_of
 from harness.step.outcomes import CannotRunError
 

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from baselines.method import Method, Recipe, Strict, find_method
+from baselines import find_method
+from baselines.method import Method, Recipe, Strict
 from harness.study.spec import Label
 from harness.study.strict_yaml import read_yaml, validate
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from baselines.method import Method, Recipe, find_method
+from baselines import find_method
+from baselines.method import Method, Recipe
 from harness.study import spec
 from harness.study.paths import RESERVED, resolve
 from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
