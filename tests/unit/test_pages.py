@@ -1,0 +1,53 @@
+"""Pages for people: links lead somewhere, and what silently goes wrong is said with a check and a source."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from house import ROOT
+
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
+FOOTGUNS = (ROOT / "docs" / "footguns.md").read_text(encoding="utf-8")
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_within_the_project_lead_somewhere(page: Path) -> None:
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if not re.match(r"\w+:", target):
+            file = page.parent / path if path else page
+            if not file.exists() or (anchor and anchor not in anchors(file)):
+                dead.append(target)
+    assert not dead
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_a_page_names_are_there(page: Path) -> None:
+    missing = []
+    for path, name in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text(encoding="utf-8")):
+        tree = ast.parse((ROOT / path).read_text(encoding="utf-8")) if (ROOT / path).is_file() else None
+        functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)} if tree else set()
+        if tree is None or (name and name not in functions):
+            missing.append(f"{path}::{name}")
+    assert not missing
+
+
+def test_every_footgun_has_a_check_and_a_source() -> None:
+    entries = re.split(r"\n(?=\*\*)", FOOTGUNS.partition("## Our own limits")[0])[1:]
+    assert len(entries) > 20
+    for entry in entries:
+        assert entry.count("\n- *Check:*") == entry.count("\n- *Source:*") == 1, entry
+
+
+def test_our_own_limits_are_said() -> None:
+    assert FOOTGUNS.partition("## Our own limits")[2].count("\n- ") >= 5
