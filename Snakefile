@@ -8,9 +8,9 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
+from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
-from harness.study.strict_yaml import ConfigError
 from harness.study.paths import Places
 from harness.study.plan import fit_job, open_study
 
@@ -34,7 +34,7 @@ PYTHON = sys.executable
 DRY_RUN = any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
     PLAN = open_study(CONFIG, PLACES, dry_run=DRY_RUN)
-except ConfigError as error:
+except UserError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
 STUDY = PLACES.study(PLAN.study.study)

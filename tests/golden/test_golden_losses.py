@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 from harness.checking.tiny import tiny_inputs, tiny_training
-from harness.records.atomic import read_jsonl, write_text
+from harness.records.atomic import write_text
+from harness.records.reading import read_jsonl
 from harness.training.loading import Inputs
 from harness.training.loop import train
 

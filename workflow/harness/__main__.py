@@ -9,6 +9,12 @@ import argparse
 import importlib
 import os
 import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+from harness.errors import UserError, missing_package
+from harness.stderr import copied_stderr
 
 STAGES = {
     "plan": "list a study's runs, their state and their disk",
@@ -31,8 +37,16 @@ STAGES = {
 }
 
 
+OWN_FAULT = "this is a fault of the project, not of your input: please report it with the traceback above"
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage; a complaint about input is one line on stderr and exit code 2."""
+    """Run one stage.
+
+    Returns:
+        The stage's own exit code; 2 after a mistake of the user's, told in one line on stderr; 1 after a fault of this
+        project, told with its traceback.
+    """
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m harness",
@@ -42,23 +56,51 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=STAGES, metavar="stage", help="one of those below")
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="the stage's own arguments; try `<stage> --help`")
     chosen = parser.parse_args(words)
+    of_all = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    of_all.add_argument("--log", type=Path, metavar="FILE", help="a copy of all that is said on stderr, begun anew")
+    log = of_all.parse_known_args(chosen.rest)[0].log
     # before torch is imported: a thread pool the size of the machine slows two jobs side by side by a factor of 40
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    stage = importlib.import_module(f"harness.stages.{chosen.stage}")
-    own = argparse.ArgumentParser(prog=f"python -m harness {chosen.stage}", description=stage.__doc__)
-    stage.add_arguments(own)
-    from harness.study.strict_yaml import ConfigError
-
     try:
-        return int(stage.run(own.parse_args(chosen.rest)))
+        with nullcontext() if log is None else copied_stderr(log):
+            return _run(chosen.stage, chosen.rest, of_all)
+    except UserError as error:  # of the log
+        _complain(chosen.stage, str(error))
+        return 2
+
+
+def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
+    try:
+        stage = importlib.import_module(f"harness.stages.{name}")
+        own = argparse.ArgumentParser(prog=f"python -m harness {name}", description=stage.__doc__, parents=[of_all])
+        stage.add_arguments(own)
+        return int(stage.run(own.parse_args(words)))
     except BrokenPipeError:
         # `plan | head`: the reader has seen enough; Python's own flush at exit must not complain either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ConfigError, ValueError) as error:
-        print(f"harness {chosen.stage}: {error}", file=sys.stderr)
+    except UserError as error:
+        _complain(name, str(error))
         return 2
+    except ModuleNotFoundError as error:
+        package = missing_package(error)
+        if package is None:
+            return _own_fault(name)
+        _complain(name, f"the package {package} is not installed: pip install 'grass-bench[bench]'")
+        return 2
+    except Exception:  # noqa: BLE001  this is the last frame: whatever arrives here is told in full
+        return _own_fault(name)
+
+
+def _complain(stage: str, message: str) -> None:
+    print(f"harness {stage}: {' '.join(message.splitlines())}", file=sys.stderr)
+
+
+def _own_fault(stage: str) -> int:
+    traceback.print_exc()
+    _complain(stage, OWN_FAULT)
+    return 1
 
 
 if __name__ == "__main__":

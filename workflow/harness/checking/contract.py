@@ -18,7 +18,8 @@ from harness.checking.tiny import tiny_training
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
-from harness.records.atomic import read_jsonl, write_text
+from harness.records.atomic import write_text
+from harness.records.reading import read, read_jsonl
 from harness.records.run import TrainRecord
 from harness.step.attach import method_class
 from harness.study.spec import Observation
@@ -44,7 +45,7 @@ class Case:
         written = self.folder / "standard.json"
         if not written.exists():
             write_text(written, self.train(STANDARD).model_dump_json())
-        return TrainRecord.model_validate_json(written.read_text(encoding="utf-8"))
+        return read(written, TrainRecord)
 
     def train(
         self, name: str, *, seed: int = 0, state: Path | None = None, observe: bool = True, **recipe: Any

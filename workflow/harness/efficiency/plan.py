@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from harness.efficiency.record import Block, Named
+from harness.errors import UserError
 from harness.records.device import DeviceKind
 from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
 
@@ -91,12 +92,12 @@ def select(groups: Iterable[Group], only: Sequence[str]) -> list[Group]:
         only: globs for model/method/settings/shape, a method's variant behind a plus.
 
     Raises:
-        ValueError: a glob that no cell matches.
+        UserError: a glob that no cell matches.
     """
     groups = list(groups)
     for glob in only:
         if not any(fnmatchcase(entry.words, glob) for group in groups for entry in group.entries):
-            raise ValueError(f"--only {glob}: {_amiss(glob, [e.words for group in groups for e in group.entries])}")
+            raise UserError(f"--only {glob}: {_amiss(glob, [e.words for group in groups for e in group.entries])}")
     kept = [
         Group(tuple(e for e in group.entries if not only or any(fnmatchcase(e.words, g) for g in only)), group.timed)
         for group in groups

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
 from harness.inputs.prompts import Row, evaluation_prompt
 from harness.study.spec import Scoring
 from harness.tasks.protocol import extract, kept_text
@@ -54,7 +55,7 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     checkpoints ship sampling, repetition penalties and end tokens of their own.
 
     Raises:
-        ValueError: the tokenizer has no end token.
+        UserError: the tokenizer has no end token.
     """
     import datasets
     from lm_eval.models.huggingface import HFLM
@@ -64,7 +65,7 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     # Its progress bar listens to nothing but this argument, which `evaluate` does not pass.
     lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
@@ -110,7 +111,7 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
         max_new_tokens: limit of every continuation.
 
     Raises:
-        ValueError: `max_new_tokens` leaves no room for a prompt, or lm-eval scored other rows than `rows`.
+        UserError: `max_new_tokens` leaves no room for a prompt, or lm-eval scored other rows than `rows`.
     """
     # `evaluate` rather than `simple_evaluate`, which wraps it and starts pip and compilers (2 s) to describe the
     # machine in a result that we do not keep.
@@ -119,7 +120,7 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
 
     room = lm.max_length - max_new_tokens
     if room <= 0:
-        raise ValueError(
+        raise UserError(
             f"max_new_tokens {max_new_tokens}: must be less than the model's context, {lm.max_length} tokens"
         )
     name = f"llm_adapters_{scoring}"
@@ -133,7 +134,9 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
         task = loaded["tasks"][name]
         # The reader guesses types: a column of nothing but dates would come back as other text.
         if list(task.test_docs()) != list(rows):
-            raise ValueError(f"{file}: lm-eval reads other rows than the harness; is it a json list of complete rows?")
+            raise UserError(
+                f"{file}: lm-eval reads other rows than the harness; write it as a json list of complete rows"
+            )
         task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
         samples = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"][name]
     samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))

@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.errors import UserError
 from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
 from harness.inputs.prompts import Row
@@ -57,7 +58,7 @@ def evaluate(
         batch_size: rows per forward pass, in generation and loss.
 
     Raises:
-        ValueError: the checkpoint is missing, a file of rows is missing or empty or holds an answer that its scoring
+        UserError: the checkpoint is missing, a file of rows is missing or empty or holds an answer that its scoring
             rule cannot score, or a suite's `max_new_tokens` does not fit the model.
     """
     started = time.perf_counter()
@@ -74,7 +75,7 @@ def evaluate(
 
     checkpoint = resolve(train_record.checkpoint)
     if not checkpoint.is_dir():
-        raise ValueError(f"{checkpoint}: no such checkpoint folder; train run {train_record.name} again")
+        raise UserError(f"{checkpoint}: no such checkpoint folder; train run {train_record.name} again")
     files = {suite.label: suite_folders[suite.label] / "test.json" for suite in job.suites}
     tests = {suite.label: _test_rows(suite, files[suite.label]) for suite in job.suites}
     trained = {normalised(row["instruction"]) for row in read_rows(rows_folder / "train.json")}
@@ -130,12 +131,12 @@ def chance(scoring: Scoring, rows: Sequence[Row]) -> float | None:
 def _test_rows(suite: SuiteJob, file: Path) -> list[Row]:
     rows: list[Row] = read_rows(file)
     if not rows:
-        raise ValueError(f"{file}: no rows to score; make the suite again")
+        raise UserError(f"{file}: no rows to score; make the suite again")
     for number, row in enumerate(rows, start=1):
         try:
             check_gold(suite.source.scoring, row["answer"])
         except ValueError as error:
-            raise ValueError(f"{file}, row {number}: {error}; change the suite's `scoring` or the row") from None
+            raise UserError(f"{file}, row {number}: {error}; change the suite's `scoring` or the row") from None
     return rows
 
 

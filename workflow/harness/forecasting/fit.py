@@ -13,6 +13,7 @@ from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.code import forecast as sources_of
 from harness.records.provenance import provenance
+from harness.records.reading import read
 from harness.records.run import FitRecord
 from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, Numerics, Settings, Shape
@@ -76,5 +77,5 @@ def refusal_of(file: Path | None) -> str | None:
     """The same for the GPU that this process was lent; `file` is the record, None for a run that has none."""
     if file is None:
         return None
-    record = FitRecord.model_validate_json(file.read_bytes())
+    record = read(file, FitRecord)
     return refusal(record, torch.cuda.get_device_properties(0).total_memory)

@@ -6,6 +6,7 @@ import re
 from dataclasses import fields
 from typing import Any
 
+from harness.errors import UserError
 from harness.forecasting.forecast import Forecast
 from harness.step.spec import Cell
 
@@ -22,11 +23,11 @@ def parse_bytes(text: str) -> int:
     """`24GiB`, `24 GB`, `16384MiB` in bytes.
 
     Raises:
-        ValueError: no such amount.
+        UserError: no such amount.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GiB|MiB|GB|MB)\s*", text)
     if match is None or not float(match[1]):
-        raise ValueError(f"{text!r} is no amount of memory: write a number and one of {', '.join(_UNITS)}, as in 24GiB")
+        raise UserError(f"{text!r} is no amount of memory: write a number and one of {', '.join(_UNITS)}, as in 24GiB")
     return round(float(match[1]) * _UNITS[match[2]])
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from harness.errors import UserError
 from harness.inputs.prompts import Row
 
 Split = Literal["train", "validation", "test"]
@@ -81,7 +82,7 @@ def training_rows(family: Family, *, split: Split, count: int, seed: int) -> lis
 def suite_rows(variant: Variant, *, split: Split, count: int, seed: int) -> list[Row]:
     """`count` rows of one variant with distinct questions, all of which belong to `split`.
 
-    Raises ValueError where the generator has too few distinct questions.
+    Raises UserError where the generator has too few distinct questions.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{variant}/{split}".encode())])
     found: dict[str, Row] = {}
@@ -94,7 +95,7 @@ def suite_rows(variant: Variant, *, split: Split, count: int, seed: int) -> list
                 found[row["instruction"]] = row
                 break
         else:
-            raise ValueError(
+            raise UserError(
                 f"{variant}: only {len(found)} distinct {split} questions found; ask for fewer than {count} rows"
             )
     return list(found.values())

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.errors import UserError
 from harness.inputs.generated import suite_rows, training_rows
 from harness.inputs.prompts import Row
 from harness.records.atomic import sha256, write_json
@@ -24,6 +25,7 @@ __all__ = ["Row", "make_rows", "make_suite", "read_rows"]
 
 _CALCULATOR = re.compile(r"<<[^>]*>>")
 _FIELDS = ("instruction", "input", "output", "answer")
+_SHAPES = f"{', '.join(_FIELDS)} (LLM-Adapters .json) or question, answer (GSM8K .jsonl)"
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -33,7 +35,7 @@ def read_rows(path: Path) -> list[Row]:
     last line `#### N` becomes "The answer is N.", so that the last number of the output is the answer; `answer` is N
     without thousands commas.
 
-    Raises ValueError, naming file and row (counted from 1), for a missing file, text that is not JSON, a missing or
+    Raises UserError, naming file and row (counted from 1), for a missing file, text that is not JSON, a missing or
     non-text field and a non-empty `input` (the short prompt template has no place for it).
     """
     text = _text(path)
@@ -42,9 +44,11 @@ def read_rows(path: Path) -> list[Row]:
             return [_gsm8k(json.loads(line), where=f"{path}, row {n}") for n, line in _lines(text)]
         values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON ({error}); expected LLM-Adapters .json or GSM8K .jsonl") from error
+        raise UserError(f"{path}: not JSON ({error}); expected LLM-Adapters .json or GSM8K .jsonl") from error
     if not isinstance(values, list):
-        raise ValueError(f"{path}: expected a list of rows, found {type(values).__name__}")
+        raise UserError(
+            f"{path}: expected a list of rows, found {type(values).__name__}; write the rows as [{{...}}, ...]"
+        )
     return [_llm_adapters(value, where=f"{path}, row {n}") for n, value in enumerate(values, start=1)]
 
 
@@ -55,7 +59,7 @@ def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
     `validation_rows` are for validation, the next `train_rows` (or all) for training. A question that a file holds
     twice may land on both sides. Generated: see `harness.inputs.generated`.
 
-    Raises ValueError if the files hold too few rows.
+    Raises UserError if the files hold too few rows.
     """
     source = job.source
     if isinstance(source, FileRows):
@@ -84,7 +88,7 @@ def make_suite(job: SuiteJob, folder: Path) -> RowsRecord:
 def _shuffled_split(rows: Sequence[Row], source: FileRows) -> dict[str, list[Row]]:
     wanted = source.validation_rows + (source.train_rows or 1)
     if len(rows) < wanted:
-        raise ValueError(
+        raise UserError(
             f"{', '.join(source.paths)}: {len(rows)} rows with an output, but train_rows and validation_rows ask for "
             f"{'at least ' if source.train_rows is None else ''}{wanted}; ask for fewer"
         )
@@ -113,13 +117,14 @@ def _written(
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; check the path in the config and the variables in it")
+        raise UserError(f"{path}: no such file; check the path in the config and the variables in it")
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}UTF-8 text ({error})"
+        kind = "gzipped " if path.suffix == ".gz" else ""
+        raise UserError(
+            f"{path}: cannot be read as {kind}UTF-8 text ({error}); save it so, or name it as what it is"
         ) from error
 
 
@@ -130,16 +135,16 @@ def _lines(text: str) -> list[tuple[int, str]]:
 
 def _field(value: Any, key: str, *, where: str) -> str:
     if not isinstance(value, dict) or key not in value:
-        raise ValueError(f"{where}: no field '{key}'")
+        raise UserError(f"{where}: no field '{key}'; a row has {_SHAPES}")
     if not isinstance(value[key], str):
-        raise ValueError(f"{where}: field '{key}' is {type(value[key]).__name__}, expected text")
+        raise UserError(f"{where}: field '{key}' is {type(value[key]).__name__}, expected text: put it in quotes")
     return str(value[key])
 
 
 def _llm_adapters(value: Any, *, where: str) -> Row:
     instruction, extra, output, answer = (_field(value, key, where=where) for key in _FIELDS)
     if extra:
-        raise ValueError(f"{where}: field 'input' is not empty; move its text into 'instruction'")
+        raise UserError(f"{where}: field 'input' is not empty; move its text into 'instruction'")
     return Row(instruction=instruction, input="", output=output, answer=answer)
 
 
@@ -147,7 +152,7 @@ def _gsm8k(value: Any, *, where: str) -> Row:
     question, solution = _field(value, "question", where=where), _field(value, "answer", where=where)
     rationale, mark, final = solution.rpartition("####")
     if not mark:
-        raise ValueError(f"{where}: field 'answer' has no '#### N' at its end")
+        raise UserError(f"{where}: field 'answer' has no '#### N' at its end; add the final number")
     answer = final.strip().replace(",", "")
     worked = _CALCULATOR.sub("", rationale).strip()
     return Row(instruction=question, input="", output=f"{worked}\nThe answer is {answer}.".lstrip(), answer=answer)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from harness.errors import UserError
 from harness.inputs.prompts import Row, training_prompt
 from harness.records.run import DataUse
 
@@ -36,12 +37,12 @@ def encode(tokenizer: Any, row: Row, *, max_length: int, loss_on: Literal["answe
     alone. Here such a token belongs to the answer, since it decides the first answer character. The end token is
     always labelled.
 
-    Raises ValueError if the tokenizer has no offsets or no end token.
+    Raises UserError if the tokenizer has no offsets or no end token.
     """
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {type(tokenizer).__name__}: no character offsets; use a fast tokenizer")
+        raise UserError(f"tokenizer {type(tokenizer).__name__}: no character offsets; use a fast tokenizer")
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"tokenizer {type(tokenizer).__name__}: no end token; set eos_token in tokenizer_config.json")
+        raise UserError(f"tokenizer {type(tokenizer).__name__}: no end token; set eos_token in tokenizer_config.json")
     prompt = training_prompt(row["instruction"])
     whole = tokenizer(prompt + row["output"], return_offsets_mapping=True)
     ids: list[int] = list(whole["input_ids"])
@@ -62,10 +63,10 @@ def encode_rows(
 ) -> tuple[list[Encoded], DataUse]:
     """Encode rows and count what happened to them; a row whose answer was cut off entirely is dropped.
 
-    Truncated rows, mean tokens and answer share are those of the rows kept. Raises ValueError if none is kept.
+    Truncated rows, mean tokens and answer share are those of the rows kept. Raises UserError if none is kept.
     """
     if not rows:
-        raise ValueError("no rows to encode: the data file is empty")
+        raise UserError("no rows to encode: the data file is empty; give the task rows")
     kept: list[Encoded] = []
     answer_tokens = 0
     for row in rows:
@@ -79,7 +80,7 @@ def encode_rows(
             )
     if not kept:
         shortest = min(len(tokenizer(training_prompt(row["instruction"]))["input_ids"]) for row in rows)
-        raise ValueError(
+        raise UserError(
             f"max_length {max_length}: no answer token is left in any of {len(rows)} rows; the shortest prompt alone "
             f"has {shortest} tokens, so raise recipe.max_length well above that"
         )

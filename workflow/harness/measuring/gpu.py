@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from harness.errors import UserError
 from harness.measuring.card import cuda_is_initialised, in_mig_mode, text_of
 from harness.progress import duration, say
 
@@ -34,7 +35,7 @@ COMMAND_LENGTH = 200
 """Characters of a holder's command that are told to those who wait."""
 
 
-class NoGpuError(ValueError):
+class NoGpuError(UserError):
     """There is no GPU to be had; one sentence for people."""
 
 

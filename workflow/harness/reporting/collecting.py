@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.atomic import read_jsonl
 from harness.records.code import training
 from harness.records.provenance import source_sha256
+from harness.records.reading import read, read_jsonl
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
-from harness.reporting.frames import Frames, rows_to_frame
+from harness.reporting.frames import Frames, read_table, rows_to_frame
 from harness.study.paths import Places
 from harness.study.plan import Plan
 
@@ -24,18 +24,18 @@ def collect(plan: Plan, places: Places) -> Frames:
     documents: list[pd.DataFrame] = []
     for name in plan.runs:
         folder = places.run(name)
-        record = TrainRecord.model_validate_json((folder / "train.json").read_bytes())
+        record = read(folder / "train.json", TrainRecord)
         rows["runs"].append(_run_row(record))
         rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
         rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
         rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]
         score_file = places.score(name, plan.eval_of[name])
-        score = EvalRecord.model_validate_json(score_file.read_bytes())
+        score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
         if score.status == "ok":
-            documents.append(pd.read_parquet(score_file.with_suffix(".parquet")))
+            documents.append(read_table(score_file.with_suffix(".parquet")))
     for name in plan.searches:
-        search = SearchRecord.model_validate_json((places.search(name) / "search.json").read_bytes())
+        search = read(places.search(name) / "search.json", SearchRecord)
         rows["trials"] += _trial_rows(search)
     frames = {name: rows_to_frame(name, values) for name, values in rows.items()}
     joined = pd.concat(documents, ignore_index=True) if documents else pd.DataFrame()

@@ -10,12 +10,15 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from harness.errors import UserError
 from harness.records.atomic import whole_file
 from harness.records.columns import ADDED, FRAMES
 
+_COLLECT = "delete it and let Snakemake make it anew"
+
 
 class FrameError(Exception):
-    """One line: which table, which column, what is wrong."""
+    """Rows that are none of a table: which table, which column, what is wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,24 +75,36 @@ def read_frames(folder: Path) -> Frames:
     """Inverse of `write_frames`.
 
     Raises:
-        FrameError: a file is missing, or its columns are not those of `FRAMES`.
+        UserError: a file is missing or damaged, or its columns are not those of `FRAMES`.
     """
     return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name], ADDED.get(name, ())) for name in FRAMES})
 
 
+def read_table(path: Path) -> DataFrame:
+    """A parquet file as it is.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    try:
+        return pd.read_parquet(path, engine="pyarrow")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the collect stage first") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no parquet file ({str(error).splitlines()[0]}); {_COLLECT}") from error
+
+
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:
-    if not path.is_file():
-        raise FrameError(f"{path}: no such file; run the collect stage first")
-    table = pd.read_parquet(path, engine="pyarrow")
+    table = read_table(path)
     for column, dtype in columns.items():
         if column not in table and column in added:
             table[column] = pd.array([None] * len(table), dtype=dtype)  # type: ignore[call-overload]
         if column not in table:
-            raise FrameError(f"{path}: column {column!r} is missing")
+            raise UserError(f"{path}: column {column!r} is missing; {_COLLECT}")
         found = str(table[column].dtype)
         if found != dtype:
-            raise FrameError(f"{path}: column {column!r} is {found}, should be {dtype}")
+            raise UserError(f"{path}: column {column!r} is {found}, should be {dtype}; {_COLLECT}")
     unknown = sorted(set(map(str, table.columns)) - columns.keys())
     if unknown:
-        raise FrameError(f"{path}: unknown columns {unknown}")
+        raise UserError(f"{path}: unknown columns {unknown}; {_COLLECT}")
     return table[list(columns)]

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
+from harness.records.reading import read_json
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.stats import effective_layers, layer_matrix
@@ -38,10 +39,10 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         out: the html file.
 
     Raises:
-        FileNotFoundError: tables or figures have not been made.
+        UserError: tables or figures have not been made.
     """
-    tables = json.loads((folder / "tables" / "tables.json").read_text(encoding="utf-8"))
-    captions = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
+    tables = read_json(folder / "tables" / "tables.json")
+    captions = read_json(folder / "figures.json")
     figures = [{"name": name, "source": _embed(folder / "figures", name)} | texts for name, texts in captions.items()]
     environment = Environment(
         loader=PackageLoader("harness.reporting", "."), autoescape=True, undefined=StrictUndefined,

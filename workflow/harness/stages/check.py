@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import baselines
 from baselines import find_method
+from baselines.method import Method
+from harness.errors import UserError
 from harness.study.strict_yaml import Source, validate
 
 if TYPE_CHECKING:
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which method, and with which options."""
     parser.add_argument("file", help="baselines/<name>.py, or just the name")
-    parser.add_argument(
-        "--options", type=json.loads, metavar="JSON", help="options of the method, instead of its own EXAMPLES"
-    )
+    parser.add_argument("--options", metavar="JSON", help="options of the method, instead of its own EXAMPLES")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,14 +34,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         method = find_method(name)
     except LookupError as error:
-        raise ValueError(str(error)) from error
+        raise UserError(str(error)) from error
     examples = list(method.EXAMPLES)
     if arguments.options is not None:
-        validate(method.Config, arguments.options, Source(Path("--options"), arguments.options, {}))
-        examples = [arguments.options]
+        examples = [_given(method, arguments.options)]
     missing = [package for package in method.REQUIRES if importlib.util.find_spec(package) is None]
     if missing:
-        raise ValueError(f"baselines/{name}.py needs the package {', '.join(missing)}; install it to check the method")
+        raise UserError(f"baselines/{name}.py needs the package {', '.join(missing)}; install it to check the method")
     started = time.perf_counter()
     findings = [finding for options in examples for finding in _table(name, options)]
     broken = [finding for finding in findings if finding.detail is not None]
@@ -79,9 +78,21 @@ def _table(name: str, options: dict[str, Any]) -> Iterator[Finding]:
         print()
 
 
+def _given(method: type[Method], text: str) -> dict[str, Any]:
+    """The options of the command line, checked."""
+    try:
+        options: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise UserError(
+            f'--options {text}: not JSON ({error}); write them as in {{"rank": 8}}, in single quotes'
+        ) from error
+    validate(method.Config, options, Source(Path("--options"), options, {}))
+    return options
+
+
 def _module(path: Path) -> str:
     """The module's name; a file outside `baselines/` cannot be a method."""
     home = Path(baselines.__path__[0]).resolve()
     if path.suffix == ".py" and path.resolve().parent != home:
-        raise ValueError(f"{path}: methods are files of the folder baselines/; put the file there")
+        raise UserError(f"{path}: methods are files of the folder baselines/; put the file there")
     return path.stem

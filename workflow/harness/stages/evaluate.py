@@ -25,9 +25,10 @@ def run(args: argparse.Namespace) -> int:
     # Read by the libraries while they are imported: no network, no bars among the log lines.
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
     from harness.measuring.gpu import lease_for
+    from harness.records.reading import read
     from harness.records.run import TrainRecord
 
-    record = TrainRecord.model_validate_json((args.run / "train.json").read_bytes())
+    record = read(args.run / "train.json", TrainRecord)
     # before torch is imported: the lease says which GPU it will see; a run without a checkpoint needs none
     with lease_for(record.recipe["device"] if record.checkpoint is not None else "cpu"):
         return _evaluate(args, record)
@@ -37,15 +38,15 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     import torch
 
     from harness.evaluating.score import evaluate
+    from harness.records.reading import read
     from harness.study.paths import Places
     from harness.study.progress import announce
     from harness.study.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)
     places = Places(args.run.parents[1])
-    # Strict models take a tuple from a JSON array only when they read the JSON themselves.
-    job = EvalJob.model_validate_json(args.spec.read_bytes())
-    training = RunJob.model_validate_json((args.run / "spec.json").read_bytes()).training
+    job = read(args.spec, EvalJob)
+    training = read(args.run / "spec.json", RunJob).training
     record = evaluate(
         job,
         train_record=train_record,

@@ -16,15 +16,16 @@ def run(args: argparse.Namespace) -> int:
     from harness.forecasting.fit import GIB, foresee
     from harness.inputs.models import model_folder
     from harness.records import atomic
+    from harness.records.reading import read
     from harness.records.run import ModelRecord
     from harness.study.paths import Places
     from harness.study.progress import announce
     from harness.study.spec import FitJob
 
-    job = FitJob.model_validate_json(args.spec.read_bytes())
+    job = read(args.spec, FitJob)
     folder: Path = args.spec.parent
     places, training = Places(folder.parents[1]), job.training
-    manifest = ModelRecord.model_validate_json((places.model(training.model.name) / "manifest.json").read_bytes())
+    manifest = read(places.model(training.model.name) / "manifest.json", ModelRecord)
     found = foresee(training, name=job.name, model=model_folder(manifest), rows=places.rows(training.rows.name))
     atomic.write_json(folder / "forecast.json", found.model_dump(mode="json"))
     said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{found.peak_bytes / GIB:.2f} GiB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
+    from harness.records.reading import Stamp, read
     from harness.study.config import load_study
     from harness.study.paths import Places
     from harness.study.plan import folder_bytes, outputs, resolve_study
@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     for output in outputs(plan, places):
         state, detail = "to do", ""
         if output.path.exists():
-            record = json.loads(output.path.read_text(encoding="utf-8"))
-            fresh = record["provenance"]["source_sha256"] == current_sha256(plan, output)
-            state, detail = ("done" if fresh else "stale"), record.get("status", "")
+            record = read(output.path, Stamp)
+            fresh = record.provenance.source_sha256 == current_sha256(plan, output)
+            state, detail = ("done" if fresh else "stale"), record.status
         counts.setdefault(output.kind, Counter())[state] += 1
         if output.kind == "train" or args.all:
             print(f"  {state:<6} {output.kind:<9}{detail:<11}{output.name}")

@@ -14,19 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write manifest.json, and what it names, beside the spec."""
+    from harness.records.reading import read
     from harness.study.spec import ModelJob, RowsJob, SuiteJob
 
-    text, folder = args.spec.read_bytes(), args.spec.parent
+    folder: Path = args.spec.parent
     if args.kind == "rows":
         from harness.inputs.rows import make_rows
 
-        make_rows(RowsJob.model_validate_json(text), folder)
+        make_rows(read(args.spec, RowsJob), folder)
     elif args.kind == "suite":
         from harness.inputs.rows import make_suite
 
-        make_suite(SuiteJob.model_validate_json(text), folder)
+        make_suite(read(args.spec, SuiteJob), folder)
     else:
         from harness.inputs.models import make_model
 
-        make_model(ModelJob.model_validate_json(text), folder)
+        make_model(read(args.spec, ModelJob), folder)
     return 0

@@ -17,11 +17,12 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from harness.inputs.models import make_model
+    from harness.records.reading import read
     from harness.study.progress import announce
     from harness.study.spec import ModelJob
 
     torch.set_num_threads(args.threads)
-    job = ModelJob.model_validate_json(args.spec.read_bytes())
+    job = read(args.spec, ModelJob)
     record = make_model(job, args.spec.parent)
     announce(f"pretrain {job.name}: loss {record.pretraining_loss[-1][1]:.3f}")
     return 0

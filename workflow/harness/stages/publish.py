@@ -6,6 +6,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+from harness.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
@@ -24,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     made = places.study(plan.study.study)
     missing = [o.path for o in outputs(plan, places) if not o.path.exists()]
     if missing or not (made / "report.html").exists():
-        raise ValueError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
+        raise UserError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
     target = places.root / "published" / plan.study.study
     with atomic.whole_folder(target) as temporary:
         for path in sorted(made.iterdir()):
@@ -52,6 +54,6 @@ def _refuse_machine_paths(folder: Path) -> None:
             text = path.read_text(encoding="utf-8")
             found = [place for place in places if place in text]
             if found:
-                raise ValueError(
+                raise UserError(
                     f"{path.relative_to(folder)} names {found[0]}: give paths through a variable and run again"
                 )

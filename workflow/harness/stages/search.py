@@ -21,9 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
     from harness.measuring.gpu import lease_for
+    from harness.records.reading import read
     from harness.study.spec import SearchJob
 
-    job = SearchJob.model_validate_json(args.spec.read_bytes())
+    job = read(args.spec, SearchJob)
     # before torch is imported: the lease says which GPU it will see
     with lease_for(job.training.recipe.device):
         return _search(args, job)
@@ -35,6 +36,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     from harness.forecasting.fit import refusal_of
     from harness.inputs.models import model_folder
     from harness.records import atomic
+    from harness.records.reading import read
     from harness.records.run import ModelRecord
     from harness.study.paths import Places
     from harness.study.progress import announce
@@ -44,7 +46,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
     places = Places(folder.parents[1])
-    manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
+    manifest = read(places.model(job.training.model.name) / "manifest.json", ModelRecord)
     inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
     record = search(job, inputs=inputs, trials_folder=places.state(job.name), refusal=refusal_of(args.forecast))
     atomic.write_json(folder / "search.json", record.model_dump(mode="json"))

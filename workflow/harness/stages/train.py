@@ -22,9 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
+    from harness.records.reading import read
     from harness.study.spec import RunJob
 
-    job = RunJob.model_validate_json(args.spec.read_bytes())
+    job = read(args.spec, RunJob)
     # before torch is imported: the lease says which GPU it will see
     with lease_for(job.training.recipe.device):
         return _train(args, job)
@@ -37,6 +38,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
     from harness.records import atomic
+    from harness.records.reading import read
     from harness.records.run import ModelRecord, SearchRecord
     from harness.study.paths import Places
     from harness.study.progress import announce
@@ -46,10 +48,10 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
     places = Places(folder.parents[1])
-    manifest = ModelRecord.model_validate_json((places.model(job.training.model.name) / "manifest.json").read_bytes())
+    manifest = read(places.model(job.training.model.name) / "manifest.json", ModelRecord)
     lr, search = job.lr, job.search_job()
     if search is not None:
-        found = SearchRecord.model_validate_json((places.search(search.name) / "search.json").read_bytes())
+        found = read(places.search(search.name) / "search.json", SearchRecord)
         # no rate trained: the run fails at the grid's first one in the same way, and is recorded as such
         lr = found.lr if found.lr is not None else search.search.grid[0]
     state = places.state(job.name)

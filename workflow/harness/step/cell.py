@@ -54,7 +54,10 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
         )
     count = sum(p.numel() for p in built.parameters())
     if isinstance(model, Geometry) and count != model.parameters:
-        raise ConfigError(f"this geometry makes {count:,} parameters, and its `parameters` says {model.parameters:,}")
+        raise ConfigError(
+            f"this geometry makes {count:,} parameters, and its `parameters` says {model.parameters:,}; correct one "
+            "of them"
+        )
     return built.train()
 
 

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from baselines import find_method
 from baselines.method import Method, Recipe, Strict
+from harness.errors import UserError
 from harness.study.spec import Label
 from harness.study.strict_yaml import read_yaml, validate
 
@@ -127,16 +128,16 @@ class Cell(Strict):
         """The same cell with other options of the method.
 
         Raises:
-            ValueError: the method has no such option, or refuses the value.
+            UserError: the method has no such option, or refuses the value.
         """
         known = self.method_class().Config.model_fields
         for name, value in changes.items():
             if name not in known:
-                raise ValueError(f"the method {self.module} has no option {name} (it has {', '.join(known) or 'none'})")
+                raise UserError(f"the method {self.module} has no option {name} (it has {', '.join(known) or 'none'})")
             try:
                 self.method_class().Config.model_validate({**self.options, name: value}, strict=False)
             except ValidationError as error:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: {error.errors()[0]['msg']}") from None
+                raise UserError(f"--{name.replace('_', '-')} {value}: {error.errors()[0]['msg']}") from None
         return self.model_copy(update={"options": {**self.options, **changes}})
 
 
@@ -161,7 +162,7 @@ def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, s
     """The cell named by labels; `model` may also be a folder with a config.json.
 
     Raises:
-        ValueError: a label that the study does not have.
+        UserError: a label that the study does not have.
     """
     entry = study.methods[_known("method", method, study.methods)]
     return Cell(
@@ -178,11 +179,11 @@ def shape_of(batch: int, length: int) -> Shape:
     """The shape given on a command line.
 
     Raises:
-        ValueError: one of the two is out of range.
+        UserError: one of the two is out of range.
     """
     for name, value, least in (("batch", batch, 1), ("length", length, 2)):
         if value < least:
-            raise ValueError(f"--{name} {value}: must be at least {least}")
+            raise UserError(f"--{name} {value}: must be at least {least}")
     return Shape(batch=batch, length=length)
 
 
@@ -190,14 +191,14 @@ def model_of(study: EfficiencyStudy, name: str) -> Geometry | Path:
     """The geometry with this label, or the folder with this path.
 
     Raises:
-        ValueError: neither.
+        UserError: neither.
     """
     if name in study.models:
         return study.models[name]
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists():
-        raise ValueError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
+        raise UserError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
     _known("model", name, study.models, " (or the path of a folder with a config.json)")
     raise AssertionError("unreachable")
 
@@ -207,4 +208,4 @@ def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> s
         return label
     near = difflib.get_close_matches(label, among, n=1)
     meant = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{meant}")
+    raise UserError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{meant}")

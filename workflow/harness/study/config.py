@@ -8,6 +8,7 @@ from typing import Any
 
 from baselines import find_method
 from baselines.method import Method, Recipe
+from harness.errors import UserError
 from harness.study import spec
 from harness.study.paths import RESERVED, resolve
 from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
@@ -84,7 +85,7 @@ def _check_paths(study: spec.Study, source: Source) -> None:
     for key, text in wanted:
         try:
             path = resolve(text)
-        except ValueError as error:
+        except UserError as error:
             named = [f"{name} is {what}" for name, what in study.inputs.items() if f"${{{name}}}" in text]
             raise source.error(key, "; ".join([str(error), *named])) from None
         if not path.exists():

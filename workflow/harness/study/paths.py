@@ -10,7 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-RESERVED = ("inputs", "searches", "forecasts", "runs", "evals", "state", "published")
+from harness.errors import UserError
+
+RESERVED = ("inputs", "searches", "forecasts", "runs", "evals", "state", "logs", "published")
 """Names under results/ that no study may take."""
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
@@ -67,13 +69,13 @@ def resolve(text: str) -> Path:
     """A path with every `${NAME}` replaced by that environment variable.
 
     Raises:
-        ValueError: a variable is unset or empty; it is named.
+        UserError: a variable is unset or empty; it is named.
     """
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if not os.environ.get(name):
-            raise ValueError(f"{name} is not set: export {name}=<path> or add --config {name}=<path>")
+            raise UserError(f"{name} is not set: export {name}=<path> or add --config {name}=<path>")
         return os.environ[name]
 
     return Path(_VARIABLE.sub(value, text))

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from harness.errors import UserError
 from harness.progress import STUDY_FILE, duration, say
 from harness.study.config import load_study
 from harness.study.paths import Places
@@ -21,7 +22,11 @@ def announce(what: str) -> None:
     if config is None:
         say(what)
         return
-    done, total = study_work(Path(config))
+    try:
+        done, total = study_work(Path(config))
+    except UserError:  # the file was edited since, and is being edited: no reason to lose what this job has made
+        say(what)
+        return
     spent = time.time() - float(os.environ[STUDY_STARTED])
     fresh = done - float(os.environ[STUDY_DONE])
     left = f", about {duration(spent * (total - done) / fresh)} left" if fresh > 0 else ""

@@ -19,11 +19,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from harness.errors import UserError
+
 KeyPath = tuple[str | int, ...]
 _YAML = "tag:yaml.org,2002:"
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """One line for the user: file, line, key, what is wrong and how to mend it."""
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from harness.records import atomic
 from harness.records.code import training as sources_of
 from harness.records.provenance import provenance
+from harness.records.reading import read
 from harness.records.run import SearchRecord, TrainRecord, Trial
 from harness.study.spec import SearchJob
 from harness.training.loading import Inputs
@@ -69,7 +70,7 @@ def _trials(job: SearchJob, lr: float, attempt: Attempt, *, extension: bool, fol
 def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension: bool, folder: Path) -> Trial:
     path = folder / f"lr{lr:g}-seed{seed}.json"
     if path.exists():
-        return Trial.model_validate_json(path.read_bytes())
+        return read(path, Trial)
     label = f"{job.training.rows.label} {job.training.label} lr {lr:g} seed {seed}"
     record = attempt(name=label, lr=lr, seed=seed)
     trial = Trial(

@@ -12,6 +12,7 @@ from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
 from harness.efficiency.budget import FIRST_S, MARGIN, REPORT_S, Budget, Estimates
 from harness.efficiency.chance import by_chance, drawn_sets, expected_reach, nth_set
 from harness.efficiency.plan import COMPARED, LENGTHS, Unit, plan, units
+from harness.errors import UserError
 
 STUDY = data.study()
 MAIN = "llama-2-7b"
@@ -81,7 +82,7 @@ def test_only_takes_globs_and_refuses_one_that_matches_nothing() -> None:
         "gemma-2b/grass/lean/1x1024",
         "gemma-2b/grass-decoder/lean/1x1024",
     }
-    with pytest.raises(ValueError, match="--only gemma/lora: no cell is called so"):
+    with pytest.raises(UserError, match="--only gemma/lora: no cell is called so"):
         plan(STUDY, "cuda", ["gemma/lora"])
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from harness.errors import UserError
 from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import score_suite, wrap
 from harness.evaluating.score import evaluate
@@ -232,7 +233,7 @@ def test_prompts_longer_than_the_context_are_counted(rows: list[Row], tmp_path: 
     lm = wrap(small_llama(tokenizer, positions=lengths[3] + 8).eval(), tokenizer, batch_size=3)
     file = write_suite(tmp_path, mixed) / "test.json"
     assert score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8).truncated_rows == cut > 0
-    with pytest.raises(ValueError, match="max_new_tokens 999"):
+    with pytest.raises(UserError, match="max_new_tokens 999"):
         score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=999)
 
 
@@ -299,7 +300,7 @@ def test_a_changed_file_at_the_same_path_is_read_anew(tmp_path: Path) -> None:
         assert score_suite(lm, file=file, rows=tests, scoring="number", max_new_tokens=4).outcomes[0].correct
     dates = [Row(instruction="2026-11-21", input="", output="", answer="1")]
     write_suite(tmp_path, dates)
-    with pytest.raises(ValueError, match="other rows"):
+    with pytest.raises(UserError, match="other rows"):
         score_suite(lm, file=file, rows=dates, scoring="number", max_new_tokens=4)
 
 
@@ -326,12 +327,12 @@ def test_a_disengaged_run_with_a_checkpoint_is_scored(scored: Any, rows: list[Ro
 
 
 def test_a_checkpoint_that_is_gone_is_named(scored: Any, rows: list[Row]) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
+    with pytest.raises(UserError, match="nowhere: no such checkpoint"):
         scored({"s": rows[:2]}, trained=[], model_path=Path("nowhere"))
 
 
 def test_bad_test_rows_are_named(scored: Any, rows: list[Row]) -> None:
-    with pytest.raises(ValueError, match=r"test\.json, row 2: answer 'C'"):
+    with pytest.raises(UserError, match=r"test\.json, row 2: answer 'C'"):
         scored({"s": [rows[0], Row(**{**rows[1], "answer": "C"})]}, trained=[])
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from harness.errors import UserError
 from harness.inputs.generated import (
     LARGEST,
     Split,
@@ -100,7 +101,7 @@ def test_the_same_seed_gives_the_same_rows() -> None:
 
 def test_more_rows_than_there_are_questions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.inputs.generated.split_of", lambda _: "train")
-    with pytest.raises(ValueError, match="two-step: only 0 distinct test questions found"):
+    with pytest.raises(UserError, match="two-step: only 0 distinct test questions found"):
         suite_rows("two-step", split="test", count=1, seed=0)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.errors import UserError
 from harness.inputs import models
 from harness.inputs.models import load_model, load_tokenizer, make_model, model_folder
 from harness.inputs.pretrain import batches
@@ -128,7 +129,7 @@ def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path, files: list[str
         folder.mkdir()
         for name in files:
             (folder / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         make_model(local(str(folder)), tmp_path / "m")
     assert str(folder) in str(caught.value)
     assert not (tmp_path / "m").exists()
@@ -139,7 +140,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}", encoding="utf-8")
     index = {"weight_map": {k: f"model-0000{k}-of-00002.safetensors" for k in "12"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"1 of 2 shards missing, first model-00002-of-00002\.safetensors"):
+    with pytest.raises(UserError, match=r"1 of 2 shards missing, first model-00002-of-00002\.safetensors"):
         make_model(local(str(tmp_path)), tmp_path / "m")
 
 
@@ -149,7 +150,7 @@ def test_a_download_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(models, "snapshot_download", offline)
     source = HubModel(kind="hub", repo="org/name", revision="0" * 40)
-    with pytest.raises(ValueError, match=r"org/name at 0+: cannot be downloaded \(ConnectionError\)") as caught:
+    with pytest.raises(UserError, match=r"org/name at 0+: cannot be downloaded \(ConnectionError\)") as caught:
         make_model(ModelJob(label="hub", source=source), tmp_path / "m")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m" / "manifest.json").exists()

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from harness.errors import UserError
 from harness.inputs.generated import split_of
 from harness.inputs.rows import Row, make_rows, make_suite, read_rows
 from harness.records.atomic import sha256
@@ -60,27 +61,27 @@ def test_gsm8k_loses_calculator_marks_and_ends_in_its_answer(tmp_path: Path) -> 
 )
 def test_a_bad_row_is_named_with_file_and_row(tmp_path: Path, value: object, message: str) -> None:
     path = written(tmp_path / "bad.json", value)
-    with pytest.raises(ValueError, match=r"bad\.json.*") as caught:
+    with pytest.raises(UserError, match=r"bad\.json.*") as caught:
         read_rows(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_a_broken_and_a_wrongly_packed_file_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"gone\.json: no such file"):
+    with pytest.raises(UserError, match=r"gone\.json: no such file"):
         read_rows(tmp_path / "gone.json")
     (tmp_path / "text.json").write_text("hello", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"text\.json: not JSON"):
+    with pytest.raises(UserError, match=r"text\.json: not JSON"):
         read_rows(tmp_path / "text.json")
     (tmp_path / "plain.json.gz").write_text("[]", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"plain\.json\.gz: cannot be read as gzipped"):
+    with pytest.raises(UserError, match=r"plain\.json\.gz: cannot be read as gzipped"):
         read_rows(tmp_path / "plain.json.gz")
 
 
 def test_gsm8k_without_a_final_number_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({"question": "q", "answer": "just words"}) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"row 1: field 'answer' has no '#### N'"):
+    with pytest.raises(UserError, match=r"row 1: field 'answer' has no '#### N'"):
         read_rows(path)
 
 
@@ -88,7 +89,7 @@ def test_variables_in_paths_are_resolved_or_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("GRASS_DATA", "/data")
     monkeypatch.delenv("GRASS_NONE", raising=False)
     assert resolve("${GRASS_DATA}/a.json") == Path("/data/a.json")
-    with pytest.raises(ValueError, match="GRASS_NONE is not set: export GRASS_NONE="):
+    with pytest.raises(UserError, match="GRASS_NONE is not set: export GRASS_NONE="):
         resolve("${GRASS_NONE}/a.json")
 
 
@@ -109,7 +110,7 @@ def test_file_rows_are_split_by_seed_and_empty_outputs_counted(tmp_path: Path) -
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "few.json", [row(n) for n in range(5)])
     source = FileRows(kind="files", paths=(str(path),), seed=0, train_rows=4, validation_rows=2)
-    with pytest.raises(ValueError, match=r"few\.json: 5 rows with an output, but .* ask for 6"):
+    with pytest.raises(UserError, match=r"few\.json: 5 rows with an output, but .* ask for 6"):
         make_rows(RowsJob(label="math", source=source), tmp_path / "rows")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.errors import UserError
 from harness.inputs.generated import Variant, fact, story, suite_rows
 from harness.inputs.prompts import Row, evaluation_prompt, training_prompt
 from harness.inputs.rows import read_rows
@@ -109,7 +110,7 @@ def test_rows_without_an_answer_token_are_dropped_and_counted() -> None:
 
 
 def test_if_no_row_is_left_the_error_says_what_to_raise() -> None:
-    with pytest.raises(ValueError, match=r"max_length 5: no answer token is left in any of 1 rows.*has 13 tokens"):
+    with pytest.raises(UserError, match=r"max_length 5: no answer token is left in any of 1 rows.*has 13 tokens"):
         encode_rows(WORDS, [row()], max_length=5, loss_on="answer")
 
 
@@ -122,9 +123,9 @@ def test_tokenizers_without_offsets_or_end_are_refused() -> None:
         is_fast = True
         eos_token_id = None
 
-    with pytest.raises(ValueError, match="no character offsets"):
+    with pytest.raises(UserError, match="no character offsets"):
         encode(Slow(), row(), max_length=8, loss_on="answer")
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(UserError, match="no end token"):
         encode(Endless(), row(), max_length=8, loss_on="answer")
 
 

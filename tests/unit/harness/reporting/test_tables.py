@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import reporting_data as data
+from harness.errors import UserError
 from harness.records.columns import FRAMES
 from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.published import Number, load_published, measured
@@ -260,13 +261,13 @@ def test_frames_come_back_as_they_were_and_bytes_repeat(frames: Frames, tmp_path
 def test_a_wrong_column_is_named_with_its_file(frames: Frames, tmp_path: Path) -> None:
     write_frames(frames, tmp_path)
     frames.steps.drop(columns="loss").to_parquet(tmp_path / "steps.parquet")
-    with pytest.raises(FrameError, match=r"steps\.parquet: column 'loss' is missing"):
+    with pytest.raises(UserError, match=r"steps\.parquet: column 'loss' is missing"):
         read_frames(tmp_path)
     frames.steps.assign(loss="x").to_parquet(tmp_path / "steps.parquet")
-    with pytest.raises(FrameError, match=r"steps\.parquet: column 'loss' is str"):
+    with pytest.raises(UserError, match=r"steps\.parquet: column 'loss' is str"):
         read_frames(tmp_path)
     (tmp_path / "steps.parquet").unlink()
-    with pytest.raises(FrameError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_frames(tmp_path)
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from forecast_cells import METHODS, SETTINGS, SMALL, small
 from harness.__main__ import main
+from harness.errors import UserError
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
@@ -219,7 +220,7 @@ def test_memory_is_given_with_its_unit(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize("text", ["24", "24G", "GiB", "-1GiB", "0GiB", ""])
 def test_memory_without_a_unit_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="write a number and one of GiB, MiB, GB, MB, as in 24GiB"):
+    with pytest.raises(UserError, match="write a number and one of GiB, MiB, GB, MB, as in 24GiB"):
         parse_bytes(text)
 
 

@@ -15,12 +15,13 @@ import reporting_data as data
 import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
+from harness.errors import UserError
 from harness.measuring.meters import Meters
-from harness.records.atomic import read_jsonl
 from harness.records.columns import ADDED, FRAMES
+from harness.records.reading import read_jsonl
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
 from harness.reporting import collecting
-from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
+from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.run_tables import efficiency_table
 from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, score_table
 from harness.reporting.table import Table
@@ -338,7 +339,7 @@ def test_a_column_that_older_tables_lack_is_null_and_any_other_still_missed(fram
     frames.runs.drop(columns=list(ADDED["runs"])).to_parquet(tmp_path / "runs.parquet")
     assert read_frames(tmp_path).runs["timed_steps"].isna().all()
     frames.runs.drop(columns=["throughput_why"]).to_parquet(tmp_path / "runs.parquet")
-    with pytest.raises(FrameError, match="'throughput_why' is missing"):
+    with pytest.raises(UserError, match="'throughput_why' is missing"):
         read_frames(tmp_path)
 
 

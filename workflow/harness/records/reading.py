@@ -1,0 +1,105 @@
+"""Reads back what jobs wrote: records, specs and manifests. A file that is damaged or none of ours is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from harness.errors import UserError
+from harness.records.run import SCHEMA_VERSION
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_AGAIN = "if this is the file that is meant, delete it and run again"
+
+
+class Origin(BaseModel):
+    """Of a record's provenance: the hash of the code that made it."""
+
+    source_sha256: str
+
+
+class Stamp(BaseModel):
+    """What records of every kind say: which code made them, and how the job ended where one can end badly."""
+
+    provenance: Origin
+    status: str = ""
+
+
+def read(path: Path, model: type[Model]) -> Model:
+    """The record, spec or manifest in the file `path`.
+
+    Raises:
+        UserError: no such file, or it holds no `model`; the line names the file, what is wrong with it, and the mend.
+    """
+    text = _text(path)
+    try:
+        # strict models take a tuple from a JSON array only when they read the JSON themselves
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise UserError(f"{path}: {_amiss(error, text)}; {_AGAIN}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What the JSON file `path` holds.
+
+    Raises:
+        UserError: no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); {_AGAIN}") from error
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Inverse of `harness.records.atomic.write_jsonl`.
+
+    Raises:
+        UserError: no such file, or a line that is not JSON.
+    """
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(_text(path).splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(
+                f"{path}, line {number}: not JSON ({error}); delete the record beside it and run again"
+            ) from error
+    return rows
+
+
+def _text(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; correct the path, or run the job that writes it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that you may read") from error
+
+
+def _amiss(error: ValidationError, text: bytes) -> str:
+    """What is wrong with a file, in a few words."""
+    # an unknown key is told before a missing one: it may be the other's misspelling
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    key, kind = ".".join(map(str, first["loc"])), first["type"]
+    if kind == "json_invalid":
+        return f"not JSON ({first['ctx']['error']})"
+    written = _schema_version(text)
+    if written not in (None, SCHEMA_VERSION):
+        return f"written by schema version {written}, and this program reads version {SCHEMA_VERSION}"
+    if kind == "extra_forbidden":
+        return f"unknown key {key}"
+    if kind == "missing":
+        return f"the key {key} is missing"
+    return f"{key}: {first['msg']}" if key else first["msg"]
+
+
+def _schema_version(text: bytes) -> Any:
+    """The version that a record says it was written by; None where it says none."""
+    value = json.loads(text)
+    origin = value.get("provenance") if isinstance(value, dict) else None
+    return origin.get("schema_version") if isinstance(origin, dict) else None
