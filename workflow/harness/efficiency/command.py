@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from harness.efficiency.arithmetic import PERIOD
 from harness.efficiency.budget import BUDGET_S, Budget
 from harness.efficiency.forecasts import fill_forecasts
-from harness.efficiency.plan import Entry, Group, plan, select
+from harness.efficiency.plan import Entry, Group, every_group, plan, select
 from harness.efficiency.process import Worker
 from harness.efficiency.session import Outcome, measure_all
 from harness.efficiency.store import Asked, Store
+from harness.errors import UserError
 from harness.measuring.gpu import NoGpuError, lease_for
 from harness.progress import say
 from harness.records import atomic
-from harness.reporting.efficiency.report import every_group, write_report
-from harness.reporting.published import Published, load_published
-from harness.step.spec import EfficiencyStudy, load_efficiency
+from harness.step.spec import EfficiencyStudy
+
+Report = Callable[[], str]
+"""Makes tables and figures of what is on disk, and says what it made."""
 
 
-def measure(args: argparse.Namespace) -> int:
+def measure(args: argparse.Namespace, study: EfficiencyStudy, store: Store, report: Report) -> int:
     """Measure what the budget allows, fill in forecasts with what is left of it, report; 1 after an error."""
-    _check(args)
     budget = Budget(BUDGET_S if args.budget is None else args.budget)
-    study, published, store = _inputs(args)
     groups = plan(study, args.device, args.only)
     asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
     outcome = Outcome()
@@ -35,52 +35,51 @@ def measure(args: argparse.Namespace) -> int:
             with lease_for(args.device), Worker(args.device) as worker:
                 outcome = measure_all(groups, asked, store, budget, worker)
         except NoGpuError as error:
-            raise ValueError(
+            raise UserError(
                 f"{error}; or forecast (--forecast), or rehearse on the tiny model (--device cpu)"
             ) from error
         seen = [entry for entry in _entries(groups) if store.current(entry, asked) is not None]
         outcome.errors += fill_forecasts(seen, store, budget, cores=args.cores)
         for entry in seen:
             store.predict(entry, asked)
-    figures = write_report(study, store, published)
+    made = report()
     atomic.write_json(store.folder / "coverage.json", _coverage(args, budget, outcome))
-    _say_end(store, outcome, budget, figures)
+    _say_end(store, outcome, budget, made)
     return 1 if outcome.errors else 0
 
 
-def forecast(args: argparse.Namespace) -> int:
+def forecast(args: argparse.Namespace, study: EfficiencyStudy, store: Store, report: Report) -> int:
     """Forecast every cell that is not on disk yet, report; 1 after an error."""
-    _check(args)
     budget = Budget(args.budget)
-    study, published, store = _inputs(args)
     entries = _entries(select(every_group(study), args.only))
     failed = fill_forecasts(entries, store, budget, cores=args.cores)
-    figures = write_report(study, store, published)
+    made = report()
     known = sum(store.forecast(entry) is not None for entry in entries)
-    say(f"{known} of {len(entries)} cells have a forecast; {len(figures)} figures; all in {store.folder}")
+    say(f"{known} of {len(entries)} cells have a forecast; {made}; all in {store.folder}")
     for line in failed:
         say(f"error: {line}")
     return 1 if failed else 0
 
 
-def _check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace) -> None:
+    """Refuse arguments that cannot be carried out, before anything is begun.
+
+    Raises:
+        UserError: the first of them.
+    """
     for option, least in (("repeats", 1), ("cores", 1), ("steps", PERIOD), ("warmup", 0)):
         value = getattr(args, option)
         if value < least or (option in ("steps", "warmup") and value % PERIOD):
             whole = f"a multiple of {PERIOD}" if option in ("steps", "warmup") else "a whole number"
-            raise ValueError(f"--{option} {value}: {whole} of at least {least} is wanted")
+            raise UserError(f"--{option} {value}: {whole} of at least {least} is wanted")
     if args.budget is not None and args.budget <= 0:
-        raise ValueError(f"--budget {args.budget:g}: a number of seconds above 0 is wanted")
+        raise UserError(f"--budget {args.budget:g}: a number of seconds above 0 is wanted")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.out):
             pass
     except OSError as error:
-        raise ValueError(f"--out {args.out}: nothing can be written there ({error.strerror})") from error
-
-
-def _inputs(args: argparse.Namespace) -> tuple[EfficiencyStudy, Published, Store]:
-    return load_efficiency(args.config), load_published(args.published), Store(args.out)
+        raise UserError(f"--out {args.out}: nothing can be written there ({error.strerror})") from error
 
 
 def _entries(groups: Sequence[Group]) -> list[Entry]:
@@ -107,10 +106,10 @@ def _coverage(args: argparse.Namespace, budget: Budget, outcome: Outcome) -> dic
     }
 
 
-def _say_end(store: Store, outcome: Outcome, budget: Budget, figures: Sequence[str]) -> None:
+def _say_end(store: Store, outcome: Outcome, budget: Budget, made: str) -> None:
     say(
         f"{outcome.measured} blocks measured in {budget.spent():.0f} s, {outcome.kept} needed none, "
-        f"{len(outcome.missing)} not measured; {len(figures)} figures; all in {store.folder}"
+        f"{len(outcome.missing)} not measured; {made}; all in {store.folder}"
     )
     missing: dict[str, list[str]] = {}
     for unit, _ in outcome.missing:

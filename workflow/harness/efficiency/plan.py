@@ -84,6 +84,18 @@ def plan(study: EfficiencyStudy, device: DeviceKind, only: Sequence[str] = ()) -
     return select(groups, only)
 
 
+def every_group(study: EfficiencyStudy) -> list[Group]:
+    """The cells of a GPU's plan, then those that only a rehearsal has."""
+    groups = plan(study, "cuda")
+    known = {entry.named.name for group in groups for entry in group.entries}
+    if ANCHOR["cpu"] in study.models:
+        for group in plan(study, "cpu"):
+            more = tuple(entry for entry in group.entries if entry.named.name not in known)
+            if more:
+                groups.append(Group(more, group.timed))
+    return groups
+
+
 def select(groups: Iterable[Group], only: Sequence[str]) -> list[Group]:
     """The groups with those cells alone that a glob matches; all of them where there is no glob.
 

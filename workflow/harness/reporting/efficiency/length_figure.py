@@ -7,10 +7,10 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from harness.efficiency.sheets import GIB
 from harness.reporting.efficiency.memory_figures import hollow, measured_words, title_of
 from harness.reporting.efficiency.published_table import MODELS, PAPER_SETTINGS, UNNAMED
 from harness.reporting.efficiency.rows import Row, Rows, Source
+from harness.reporting.efficiency.sheets import GIB
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, grid, legend_below, looks_of
 

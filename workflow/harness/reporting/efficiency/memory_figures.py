@@ -8,9 +8,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from harness.efficiency.plan import CORNERS
-from harness.efficiency.sheets import GIB, gib
 from harness.reporting.efficiency.memory_table import NOT_MEASURED
 from harness.reporting.efficiency.rows import Row, Rows
+from harness.reporting.efficiency.sheets import GIB, gib
 from harness.reporting.style import Drawing, grid, legend_below
 
 FORECAST_ONLY = f"forecast, {NOT_MEASURED}"

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from harness.efficiency.sheets import gib, sheet
 from harness.records.run import Memory, largest
 from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
+from harness.reporting.efficiency.sheets import gib, sheet
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 
 REFERENCE = "lora"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from harness.efficiency.sheets import GIB, sheet
 from harness.reporting.efficiency.memory_table import NOT_MEASURED
 from harness.reporting.efficiency.rows import Row, Rows
+from harness.reporting.efficiency.sheets import GIB, sheet
 from harness.reporting.published import Number, Published
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 

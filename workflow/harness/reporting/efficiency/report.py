@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.efficiency.plan import ANCHOR, Group, plan
+from harness.efficiency.plan import every_group
 from harness.efficiency.store import Store
 from harness.records import atomic
 from harness.reporting.efficiency.length_figure import memory_by_length
@@ -57,18 +57,6 @@ def draw(rows: Rows, published: Published) -> Iterator[Drawing]:
             yield throughput_bars(rows, model)
         if is_timed(rows, model) or any(row.bound() for row in known if row.named.model == model):
             yield speed_and_memory(rows, model)
-
-
-def every_group(study: EfficiencyStudy) -> list[Group]:
-    """The cells of a GPU's plan, then those that only a rehearsal has."""
-    groups = plan(study, "cuda")
-    known = {entry.named.name for group in groups for entry in group.entries}
-    if ANCHOR["cpu"] in study.models:
-        for group in plan(study, "cpu"):
-            more = tuple(entry for entry in group.entries if entry.named.name not in known)
-            if more:
-                groups.append(Group(more, group.timed))
-    return groups
 
 
 def _remove_others(folder: Path, keep: Sequence[str] | set[str]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from harness.efficiency.plan import CORNERS
-from harness.efficiency.sheets import GIB
 from harness.reporting.efficiency.memory_table import NOT_MEASURED, REFERENCE
 from harness.reporting.efficiency.rows import Row, Rows, ratio
+from harness.reporting.efficiency.sheets import GIB
 from harness.reporting.style import Drawing, grid, legend_below, looks_of
 
 

@@ -9,7 +9,6 @@ from harness.efficiency.arithmetic import PERIOD, pool
 from harness.efficiency.chance import expected_reach
 from harness.efficiency.plan import RESIDENT
 from harness.efficiency.record import MFU_FORMULA
-from harness.efficiency.sheets import gib, percent, sheet
 from harness.reporting.efficiency.memory_table import (
     NOT_MEASURED,
     REFERENCE,
@@ -20,6 +19,7 @@ from harness.reporting.efficiency.memory_table import (
     shown_labels,
 )
 from harness.reporting.efficiency.rows import Row, Rows, Source
+from harness.reporting.efficiency.sheets import gib, percent, sheet
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
 
 FULL = "full"

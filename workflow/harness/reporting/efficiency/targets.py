@@ -12,9 +12,9 @@ from typing import Literal
 
 from harness.efficiency.arithmetic import mean_step_s
 from harness.efficiency.plan import RESIDENT
-from harness.efficiency.sheets import GIB, sheet
 from harness.reporting.efficiency.memory_table import NOT_MEASURED, REFERENCE
 from harness.reporting.efficiency.rows import Rows, Source, ratio
+from harness.reporting.efficiency.sheets import GIB, sheet
 from harness.reporting.efficiency.speed_tables import FULL
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
 

@@ -11,11 +11,11 @@ import efficiency_data as data
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from harness.efficiency.plan import COMPARED
+from harness.efficiency.plan import COMPARED, every_group
 from harness.efficiency.store import Store
 from harness.reporting.efficiency.length_figure import memory_by_length
 from harness.reporting.efficiency.memory_figures import FORECAST_ONLY, KINDS, memory_stack
-from harness.reporting.efficiency.report import draw, every_group, write_report
+from harness.reporting.efficiency.report import draw, write_report
 from harness.reporting.efficiency.rows import Rows, read_rows
 from harness.reporting.efficiency.speed_figures import speed_and_memory, throughput_bars, unbeaten
 from harness.reporting.style import Drawing, styled

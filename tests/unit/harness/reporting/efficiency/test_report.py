@@ -9,10 +9,11 @@ from pathlib import Path
 import efficiency_data as data
 import matplotlib.pyplot as plt
 import pytest
+from harness.efficiency.plan import every_group
 from harness.efficiency.store import Store
 from harness.reporting.efficiency.memory_table import memory_table
 from harness.reporting.efficiency.published_table import published_table
-from harness.reporting.efficiency.report import draw, every_group
+from harness.reporting.efficiency.report import draw
 from harness.reporting.efficiency.rows import Rows, UnlikeError, ratio, read_rows
 from harness.reporting.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
 from harness.reporting.efficiency.targets import Target, target_table
