@@ -12,22 +12,17 @@ from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
 from harness.study.paths import Places
-from harness.study.plan import fit_job, open_study
-
-
-def one_study():
-    given = list(workflow.overwrite_configfiles)
-    if len(given) > 1:
-        raise WorkflowError("give one --configfile: a study is one file, nothing is merged into it")
-    return Path(os.path.relpath(given[0])) if given else Path("config/embedded.yaml")
-
+from harness.study.plan import open_study
 
 for name, value in workflow.config_settings.config.items():
     if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) is None:
         raise WorkflowError(f"--config {name}: only path variables such as GRASS_DATA=<path> are taken")
     os.environ[name] = str(value)
 
-CONFIG = one_study()
+given = list(workflow.overwrite_configfiles)
+if len(given) > 1:
+    raise WorkflowError("give one --configfile: a study is one file, nothing is merged into it")
+CONFIG = Path(os.path.relpath(given[0])) if given else Path("config/embedded.yaml")
 PLACES = Places()
 PYTHON = sys.executable
 # Snakemake tells a Snakefile nothing of this while it is parsed
@@ -44,6 +39,7 @@ os.environ[progress.STUDY_STARTED] = str(time.time())
 os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
 
 
+include: "workflow/rules/common.smk"
 include: "workflow/rules/inputs.smk"
 include: "workflow/rules/runs.smk"
 include: "workflow/rules/report.smk"

@@ -1,4 +1,4 @@
-"""A machine that lacks packages, played by a subprocess: what it lacks cannot be imported, and libraries are told so."""
+"""A machine that lacks packages, played by a subprocess: they cannot be imported there, and no library finds them."""
 
 from __future__ import annotations
 

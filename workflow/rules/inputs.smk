@@ -1,36 +1,39 @@
 # What runs are fed with: models, training rows, test suites.
 
 
-def local_files(texts):
-    """Files of the user's own; a changed file makes its job run again."""
-    from harness.study.paths import resolve
-
-    return [] if DRY_RUN else [resolve(text) for text in texts]
-
-
 rule pretrain:
     output:
         "results/inputs/models/{model}/manifest.json",
+    log:
+        "results/logs/pretrain/{model}.log",
     wildcard_constraints:
         model="|".join(map(re.escape, PLAN.pretrained)) or "none",
     priority: 30
     threads: 1
+    resources:
+        mem_mb=lambda wildcards: model_needs(wildcards.model).mem_mb,
+        runtime=lambda wildcards: model_needs(wildcards.model).minutes,
     params:
         spec="results/inputs/models/{model}/spec.json",
     shell:
-        "{PYTHON} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads}"
+        "{PYTHON} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
 
 
 rule prefetch_model:
     output:
         "results/inputs/models/{model}/manifest.json",
+    log:
+        "results/logs/prefetch_model/{model}.log",
     wildcard_constraints:
         model="|".join(re.escape(name) for name in PLAN.models if name not in PLAN.pretrained) or "none",
     priority: 30
+    resources:
+        mem_mb=lambda wildcards: model_needs(wildcards.model).mem_mb,
+        runtime=lambda wildcards: model_needs(wildcards.model).minutes,
     params:
         spec="results/inputs/models/{model}/spec.json",
     shell:
-        "{PYTHON} -m harness prefetch model --spec {params.spec}"
+        "{PYTHON} -m harness prefetch model --spec {params.spec} --log {log}"
 
 
 rule prefetch_rows:
@@ -38,11 +41,16 @@ rule prefetch_rows:
         lambda wildcards: local_files(getattr(PLAN.rows[wildcards.rows].source, "paths", ())),
     output:
         "results/inputs/rows/{rows}/manifest.json",
+    log:
+        "results/logs/prefetch_rows/{rows}.log",
     priority: 20
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         spec="results/inputs/rows/{rows}/spec.json",
     shell:
-        "{PYTHON} -m harness prefetch rows --spec {params.spec}"
+        "{PYTHON} -m harness prefetch rows --spec {params.spec} --log {log}"
 
 
 rule prefetch_suite:
@@ -50,8 +58,13 @@ rule prefetch_suite:
         lambda wildcards: local_files(filter(None, [getattr(PLAN.suites[wildcards.suite].source, "path", None)])),
     output:
         "results/inputs/suites/{suite}/manifest.json",
+    log:
+        "results/logs/prefetch_suite/{suite}.log",
     priority: 20
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         spec="results/inputs/suites/{suite}/spec.json",
     shell:
-        "{PYTHON} -m harness prefetch suite --spec {params.spec}"
+        "{PYTHON} -m harness prefetch suite --spec {params.spec} --log {log}"

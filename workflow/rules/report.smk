@@ -9,10 +9,15 @@ rule collect:
         [PLACES.search(search) / "search.json" for search in PLAN.searches],
     output:
         [STUDY / f"{name}.parquet" for name in FRAMES],
+    log:
+        f"results/logs/collect/{PLAN.study.study}.log",
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         out=STUDY,
     shell:
-        "{PYTHON} -m harness collect --config {CONFIG} --out {params.out}"
+        "{PYTHON} -m harness collect --config {CONFIG} --out {params.out} --log {log}"
 
 
 rule tables:
@@ -21,24 +26,34 @@ rule tables:
         *filter(None, [PLAN.study.published]),
     output:
         report(directory(STUDY / "tables"), patterns=["{name}.md"], caption="../report/tables.rst", category="Tables"),
+    log:
+        f"results/logs/tables/{PLAN.study.study}.log",
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness tables --config {CONFIG} --frames {params.frames} --out {output}"
+        "{PYTHON} -m harness tables --config {CONFIG} --frames {params.frames} --out {output} --log {log}"
 
 
 rule figures:
     input:
         [STUDY / f"{name}.parquet" for name in FRAMES],
     output:
-        report(
+        figures=report(
             directory(STUDY / "figures"), patterns=["{name}.svg"], caption="../report/figures.rst", category="Figures"
         ),
         captions=STUDY / "figures.json",
+    log:
+        f"results/logs/figures/{PLAN.study.study}.log",
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output[0]}"
+        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output.figures} --log {log}"
 
 
 rule page:
@@ -50,7 +65,12 @@ rule page:
         ancient(STUDY / "tables"),
     output:
         report(STUDY / "report.html", caption="../report/page.rst", category="Page"),
+    log:
+        f"results/logs/page/{PLAN.study.study}.log",
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness page --config {CONFIG} --frames {params.frames} --out {output}"
+        "{PYTHON} -m harness page --config {CONFIG} --frames {params.frames} --out {output} --log {log}"

@@ -1,0 +1,135 @@
+"""What each job takes of a machine, as upper bounds from its spec alone: host memory, time, GPUs. Imports no torch.
+
+A scheduler ends a job that takes more than it asked for, and keeps one that asks for too much waiting; so every figure
+is rather too large. They come from arithmetic and from slow machines: a rate below is a fifth or less of what a
+current card or core reaches on the models of `config/`. On one machine they bind nothing: Snakemake counts no memory
+and no time there, and the harness leases the GPU itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from baselines.method import Recipe
+from harness.errors import UserError
+from harness.records.reading import read
+from harness.records.run import ModelRecord
+from harness.study.paths import Places, resolve
+from harness.study.spec import EvalJob, FileSuite, HubModel, LocalModel, ModelJob, PretrainedHere, SearchJob, Training
+
+BASE_BYTES = 8 * 2**30
+"""A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small
+that they train on a CPU."""
+START_S = 900.0
+"""Imports, loading weights from a slow disk, saving them again."""
+STEP_S = 0.2
+"""Of one optimizer step beside its arithmetic: launches, copies, logs; also of one generated token."""
+UNKNOWN_PARAMETERS = 9_000_000_000
+"""A model of the hub that nobody has fetched yet is taken for one of the 8B class; a larger one needs more."""
+UNKNOWN_ROWS = 11_000
+"""Rows of a test file that has no limit: HellaSwag, the largest of the protocol, has 10,042."""
+VOCABULARY = 1_000
+"""Of a model pretrained here, at most: its tokenizer knows letters, digits and some hundred words."""
+_BYTES = {"fp32": 4, "bf16": 2}
+_FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 5e12, ("cuda", "bf16"): 3e13}
+"""By device and dtype of the weights: one core; a card without TF32; a card with it."""
+_TRAIN_FLOP, _READ_FLOP = 8.0, 2.0
+"""A parameter and token: forward, recomputed forward, backward; and forward alone."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Upper bounds of one job."""
+
+    mem_mb: int
+    """Host memory, in Snakemake's unit."""
+    minutes: int
+    gpus: int = 0
+
+
+SMALL = Needs(mem_mb=8_000, minutes=30)
+"""Of a job that reads rows or records and makes files, tables or figures of them; or forecasts on fake tensors."""
+
+
+def of_model(job: ModelJob, places: Places) -> Needs:
+    """Pretraining, hashing or fetching a model."""
+    source = job.source
+    if not isinstance(source, PretrainedHere):
+        return Needs(mem_mb=SMALL.mem_mb, minutes=120 if isinstance(source, HubModel) else 60)
+    count = parameters(job, places)
+    step_s = STEP_S + _TRAIN_FLOP * count * source.rows * source.length / _FLOP_PER_S["cpu", "fp32"]
+    return _needs(held_bytes=20 * count, seconds=source.steps * step_s)
+
+
+def of_training(training: Training, places: Places, *, runs: int = 1) -> Needs:
+    """Training runs one after the other in one process.
+
+    Held on the host at most: the weights as they are loaded and as they are saved, on a CPU their gradients, and both
+    moments of every parameter, which methods that offload keep there.
+    """
+    recipe = training.recipe
+    count = parameters(training.model, places)
+    weight, state = _BYTES[recipe.weight_dtype], _BYTES[recipe.state_dtype]
+    step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
+    return _needs(
+        held_bytes=(3 * weight + 2 * state) * count,
+        seconds=runs * recipe.steps * step_s,
+        gpus=int(recipe.device == "cuda"),
+    )
+
+
+def of_search(search: SearchJob, places: Places) -> Needs:
+    """Every trial of a search, with all extensions of its grid."""
+    trials = (len(search.search.grid) + search.search.max_extensions) * len(search.search.seeds)
+    return of_training(search.training, places, runs=trials)
+
+
+def of_evaluation(job: EvalJob, training: Training, places: Places, *, batch_size: int) -> Needs:
+    """Every suite: each row read twice, for its answer and for the loss, and answered token by token."""
+    recipe = training.recipe
+    count = parameters(training.model, places)
+    token_s = _READ_FLOP * count / _rate(recipe)
+    seconds = 0.0
+    for suite in job.suites:
+        source = suite.source
+        rows = (source.limit or UNKNOWN_ROWS) if isinstance(source, FileSuite) else source.rows
+        seconds += 2 * rows * job.max_length * token_s
+        seconds += math.ceil(rows / batch_size) * source.max_new_tokens * (STEP_S + batch_size * token_s)
+    return _needs(
+        held_bytes=2 * _BYTES[recipe.weight_dtype] * count, seconds=seconds, gpus=int(recipe.device == "cuda")
+    )
+
+
+def parameters(job: ModelJob, places: Places) -> int:
+    """Parameters of a model, rather too many: counted, else by the size of its files, else `UNKNOWN_PARAMETERS`."""
+    source = job.source
+    if isinstance(source, PretrainedHere):
+        layer = 4 * source.width**2 + 3 * source.width * source.feed_forward + 2 * source.width
+        return source.layers * layer + 2 * VOCABULARY * source.width
+    if isinstance(source, LocalModel):
+        try:
+            folder = resolve(source.path)
+        except UserError:  # a dry run does without input files
+            return UNKNOWN_PARAMETERS
+        # two bytes each, the fewest that weights have before they are quantised
+        return _file_bytes(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")) // 2 or UNKNOWN_PARAMETERS
+    manifest = places.model(job.name) / "manifest.json"
+    counted = read(manifest, ModelRecord).parameters if manifest.is_file() else None
+    return counted or UNKNOWN_PARAMETERS
+
+
+def _file_bytes(found: Iterable[Iterable[Path]]) -> int:
+    return sum(file.stat().st_size for files in found for file in files)
+
+
+def _rate(recipe: Recipe) -> float:
+    return _FLOP_PER_S[recipe.device, recipe.weight_dtype]
+
+
+def _needs(*, held_bytes: float, seconds: float, gpus: int = 0) -> Needs:
+    return Needs(
+        mem_mb=math.ceil((BASE_BYTES + held_bytes) / 1e6), minutes=math.ceil((START_S + seconds) / 60), gpus=gpus
+    )
