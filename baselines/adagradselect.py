@@ -81,10 +81,8 @@ class AdaGradSelect(Method):
         """One block a decoder layer, and one each for what lies outside."""
         import torch
 
+        from grass.host import current
         from grass.layers import find_layers
-
-        # by this name a forecast puts a counter in its place
-        from grass.offload.offload import HostArena  # type: ignore[attr-defined]
 
         self.model = model
         found = find_layers(model)
@@ -106,7 +104,7 @@ class AdaGradSelect(Method):
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
         on_gpu = self.squares.device.type == "cuda"
         # copies wait for the device, so nothing is ever under way when a block goes
-        self.arena = HostArena(pin=on_gpu, settle=lambda: None)
+        self.arena = current().arena(pin=on_gpu, settle=lambda: None)
         self.hosts: dict[nn.Parameter, Tensor] = {}
         """Host block of both moments of every tensor that ever trained, shape (2, entries)."""
         return model

@@ -281,14 +281,13 @@ def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.O
 def host_number(value: Tensor) -> float:
     """A number of the device, read by the host: the one way for a method to read one, since each read waits.
 
-    Where tensors have no values (a forecast of memory), it is 1.0; so nothing that decides memory may hang on it. Draws
-    of layers go through `grass.sampling.draw_layers`, for the same reason.
+    It is read by the host in force (`grass.host`). Where tensors have no values (a forecast of memory), it is 1.0; so
+    nothing that decides memory may hang on it. Draws of layers go through `grass.sampling.draw_layers`, for the same
+    reason.
     """
-    return read_number(value)
+    from grass.host import current
 
-
-read_number: Callable[[Tensor], float] = float
-"""How `host_number` reads; a forecast puts another function here."""
+    return current().number(value)
 
 
 def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:

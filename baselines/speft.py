@@ -213,7 +213,7 @@ class Speft(Method):
         """Gradient of the mean loss per label token (`fisher`: mean of squares over rows) of each matrix, fp32."""
         import torch
 
-        from grass.checkpointing import checkpointed
+        from grass.backward import checkpointed
 
         assert self.model is not None
         rows_apart = self.options.salience == "fisher"

@@ -15,20 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grass.host import current
 from grass.rounding import round_stochastically
 
 Moments = dict[str, Any]
 """One parameter's state: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape, the moments' dtype)."""
-
-PIECE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 22}
-"""Entries updated at once. On a CPU the piece and its temporaries stay in the cache (5 MiB in fp32), and the calls for
-a piece, some 30 us, stay small beside its arithmetic; elsewhere it is as large as keeps three fp32 temporaries below
-48 MiB, so that few kernels are launched."""
-
-
-def piece_elements(device: torch.device) -> int:
-    """Entries of a parameter on `device` that are updated at once."""
-    return PIECE_ELEMENTS["cpu" if device.type == "cpu" else "other"]
 
 
 def new_moments(parameter: nn.Parameter, dtype: torch.dtype) -> Moments:
@@ -102,7 +93,7 @@ def update_piece(
 
 def pieces_of(parameter: nn.Parameter) -> Iterator[tuple[int, int]]:
     """(start, end) of the pieces of `parameter`, counted in entries of the flattened parameter."""
-    count, size = parameter.numel(), piece_elements(parameter.device)
+    count, size = parameter.numel(), current().piece_elements(parameter.device)
     for start in range(0, count, size):
         yield start, min(start + size, count)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from grass.host import current
 from grass.importance import Importance, effective_layers
 from grass.options import Options
 from grass.sampling import LayerSampler, warn_if_not_adaptive
@@ -54,14 +55,11 @@ class Belief:
                 total, steps = self._window.get(layer, (torch.zeros_like(r), 0))
                 self._window[layer] = (total + r, steps + 1)
 
-    def refresh(
-        self, *, steps: int, read: Callable[[Tensor], list[float]], probed: Sequence[float] | None = None
-    ) -> None:
+    def refresh(self, *, steps: int, probed: Sequence[float] | None = None) -> None:
         """Blend what the window's steps showed into m; then p follows (paper, refresh).
 
         Args:
             steps: optimizer steps done so far.
-            read: how the host reads numbers.
             probed: a new probe of all layers, to be believed instead of the window.
         """
         assert self.importance is not None
@@ -70,7 +68,7 @@ class Belief:
             measured = dict(enumerate(probed))
         elif self._window:
             means = torch.stack([total / count for total, count in self._window.values()])
-            measured = dict(zip(self._window, read(means), strict=True))
+            measured = dict(zip(self._window, current().numbers(means), strict=True))
         self.importance.refresh(measured, ema=self._options.ema, step=steps)
         self._window = {}
         self._follow()

@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from grass.host import current
+
 Norm = Literal["none", "mean", "sum", "max", "zscore"]
 
 
@@ -59,7 +61,8 @@ def normalise(values: Sequence[float], norm: Norm) -> list[float]:
 
 def probabilities(values: Sequence[float], *, temperature: float, norm: Norm) -> list[float]:
     """P = softmax(normalised m / tau), in float64 (paper, layer sampling probability)."""
-    return torch.softmax(torch.tensor(normalise(values, norm), dtype=torch.float64) / temperature, 0).tolist()
+    with current().with_values():
+        return torch.softmax(torch.tensor(normalise(values, norm), dtype=torch.float64) / temperature, 0).tolist()
 
 
 def effective_layers(probability: Sequence[float]) -> float:

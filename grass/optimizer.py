@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from grass.backward import stop_at_lowest_layer
 from grass.belief import Belief
 from grass.distributed import average_gradients, check_ranks
+from grass.host import current
 from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.offload.states import LayerStates
@@ -102,7 +103,7 @@ class Grass(Optimizer):
         self.belief = Belief(self.options, len(stack))
         """Importance of the layers, and the sampler that draws by it."""
         everything = [p for group in self.param_groups for p in group["params"]]
-        self._prober = Prober(model, self.layer_parameters, everything, self._read)
+        self._prober = Prober(model, self.layer_parameters, everything)
         self.history = History()
         """One record a call of `step()`, probing steps included; not part of the state dict."""
         self.active: tuple[int, ...] = ()
@@ -151,7 +152,7 @@ class Grass(Optimizer):
     @property
     def last_grad_norm(self) -> float | None:
         """Global norm of the active gradients in the last step, before clipping; reading it waits for the device."""
-        return None if self._grad_norm is None else self._read(self._grad_norm.reshape(1))[0]
+        return None if self._grad_norm is None else current().number(self._grad_norm)
 
     # ------------------------------------------------------------ probing
 
@@ -283,7 +284,7 @@ class Grass(Optimizer):
             probed = self._measure_all(
                 self.options.reprobe() if callable(self.options.reprobe) else self.options.reprobe
             )
-        self.belief.refresh(steps=self.steps, read=self._read, probed=probed)
+        self.belief.refresh(steps=self.steps, probed=probed)
 
     def _resample(self) -> None:
         self.active = self._draw()
@@ -299,12 +300,8 @@ class Grass(Optimizer):
         check_ranks(facts, self.model, self.param_groups, weights=weights)
 
     def _draw(self) -> tuple[int, ...]:
-        """The next active set; with `_read`, the only place where the host decides by numbers."""
+        """The next active set."""
         return self.belief.sampler.draw(steps=self.steps, trained=self.active if self.steps else ())
-
-    def _read(self, values: Tensor) -> list[float]:
-        """Numbers of a one-dimensional tensor, read from the device."""
-        return [float(value) for value in values.tolist()]
 
     def _count(self, layer: int) -> int:
         """N of a layer: its parameters, norm weights included."""

@@ -2,7 +2,7 @@
 
 Norms are taken in fp32 as each gradient appears, and the gradient is freed at once, so that one parameter's gradient
 is alive at a time. Embedding, final norm and head are not differentiated. Decoder layers are checkpointed while the
-probe lasts (see `grass.checkpointing`). The host reads the norms once, at the end.
+probe lasts (see `grass.backward`). The host reads the norms once, at the end.
 
 What is measured under accumulation: outside the schedule, a probing step is one micro-batch, whose gradient is noisier,
 hence larger, than the average over a step's micro-batches; inside `step()` it is the root of the summed squares of the
@@ -24,15 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass.checkpointing import checkpointed
+from grass.backward import checkpointed
 from grass.distributed import average, average_gradients, check_agreement, ranks
+from grass.host import current
 from grass.importance import gradient_square
 from grass.layers import set_trainable
 
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss, a scalar."""
-Read = Callable[[Tensor], list[float]]
-"""Numbers of a one-dimensional tensor, read from the device."""
 
 
 class Prober:
@@ -42,7 +41,6 @@ class Prober:
         model: what computes the loss.
         layers: parameters of each decoder layer.
         everything: all parameters of the optimizer.
-        read: how the host reads numbers.
     """
 
     def __init__(
@@ -50,12 +48,10 @@ class Prober:
         model: nn.Module,
         layers: Sequence[Sequence[nn.Parameter]],
         everything: Sequence[nn.Parameter],
-        read: Read,
     ) -> None:
         self._model = model
         self._layers = layers
         self._everything = everything
-        self._read = read
         self._counts = [sum(p.numel() for p in parameters) for parameters in layers]
         self.loss: Loss | None = None
         """Loss of one batch; None: `model(**batch).loss`."""
@@ -90,7 +86,7 @@ class Prober:
             raise ValueError("probe() was given no batch")
         means = self.means(squares)
         if ranks() > 1:
-            means = self._read(average(torch.tensor(means, dtype=torch.float64, device=self._device)))
+            means = current().numbers(average(torch.tensor(means, dtype=torch.float64, device=self._device)))
         return means
 
     def _steps(self, losses: Iterator[Callable[[], Tensor]], size: int) -> Iterator[list[Callable[[], Tensor]]]:
@@ -137,7 +133,7 @@ class Prober:
     def means(self, squares: Sequence[Tensor]) -> list[float]:
         """Mean over probing steps of r = sqrt(||g||^2 / N); the host reads once."""
         rows, layers = torch.stack(list(squares)), len(self._layers)
-        read = self._read(rows.reshape(-1))
+        read = current().numbers(rows.reshape(-1))
         r = [
             [(read[step * layers + layer] / count) ** 0.5 for layer, count in enumerate(self._counts)]
             for step in range(len(squares))

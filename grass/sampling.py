@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 
+from grass.host import current
 from grass.importance import Norm, probabilities
 
 Sampler = Literal["importance", "uniform", "inverse", "topk", "fixed", "static", "age", "cyclic"]
@@ -30,7 +31,7 @@ REFRESHES = frozenset({"importance", "inverse", "topk"})
 
 
 def draw_layers(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw `count` distinct layers.
+    """Draw `count` distinct layers; the host in force may answer otherwise (see `grass.host`).
 
     The paper does not say whether draws are with replacement; ours are without, one after the other with the rest
     renormalised. Adding Gumbel noise to log p and taking the `count` largest has exactly that law, and works in log
@@ -49,6 +50,10 @@ def draw_layers(probability: Sequence[float], count: int, generator: torch.Gener
     """
     if not 1 <= count <= len(probability):
         raise ValueError(f"active_layers must be from 1 to {len(probability)} (the model's layers), not {count}")
+    return current().draw(len(probability), count, lambda: _draw_by(probability, count, generator))
+
+
+def _draw_by(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
     uniform = torch.rand(len(probability), dtype=torch.float64, generator=generator)
     smallest = math.log(torch.finfo(torch.float64).tiny)
     log_p = torch.tensor([math.log(p) if p > 0 else smallest for p in probability], dtype=torch.float64)
@@ -105,7 +110,7 @@ class LayerSampler:
             ages = [1 + steps - until for until in self._trained_until]
             self.probability = [age / sum(ages) for age in ages]
         if self.kind == "cyclic":
-            return self._next_of_cycle()
+            return current().draw(self.layers, self.active_layers, self._next_of_cycle)
         drawn = draw_layers(self.probability, self.active_layers, self.generator)
         if self.kind == "fixed":
             self._put_all_on(drawn)

@@ -18,7 +18,8 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from grass.host import current
 
 MOST_PENDING = 256
 """Records whose device values may be waiting to be read; at this number all of them are read, in one transfer."""
@@ -97,7 +98,7 @@ class History(Sequence[Record]):
                     f"norms of step {record.step} must have shape ({expected},), one value for each measured layer, "
                     f"not {tuple(norms.shape)}"
                 )
-            if isinstance(norms, FakeTensor) or norms.is_meta:
+            if not current().has_values(norms):
                 norms = exposed = None
         if norms is not None or exposed is not None:
             self._pending[len(self._records)] = _Pending(None if norms is None else norms.detach(), exposed)
@@ -192,7 +193,7 @@ def _measured_layers(record: Record) -> Sequence[int]:
 def _to_host(tensors: list[Tensor]) -> list[list[float]]:
     """Values of 1-d tensors, with one transfer a device (as a rule there is one device)."""
     values = {
-        device: iter(torch.cat([t for t in tensors if t.device == device]).tolist())
+        device: iter(current().numbers(torch.cat([t for t in tensors if t.device == device])))
         for device in {t.device for t in tensors}
     }
     return [list(islice(values[t.device], len(t))) for t in tensors]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from grass.bench.meters import meter_for
-from grass.bench.serial import serial_copies
+from grass.bench.stand_ins import SetsByTurns, serial_copies
+from grass.host import current, using
 from grass.loss import chunked_cross_entropy
 from grass.optimizer import Grass
 
@@ -195,17 +196,16 @@ class DeviceBench:
 
     def _peaks(self, opt: Grass, cell: Cell) -> dict[str, Any]:
         draws = worst_draws(len(opt.layer_parameters), cell.active_layers)
-        forced = cycle(draws)
-        vars(opt)["_draw"] = lambda: next(forced)
-        opt._resample()
         peaks = []
-        for draw in draws:
-            self.meter.reset_peaks()
-            assert opt.active == draw
-            for number in range(PEAK_STEPS):
-                self._step(opt, self._tokens[number % len(self._tokens)])
-            self.meter.wait()
-            peaks.append({"active": draw, **self.meter.memory()})
+        with using(SetsByTurns(current(), cycle(draws))):
+            opt._resample()
+            for draw in draws:
+                self.meter.reset_peaks()
+                assert opt.active == draw
+                for number in range(PEAK_STEPS):
+                    self._step(opt, self._tokens[number % len(self._tokens)])
+                self.meter.wait()
+                peaks.append({"active": draw, **self.meter.memory()})
         return {"draws": peaks, **_largest(peaks)}
 
     def _speed(self, opt: Grass) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from torch import nn
 
 from grass.bench.figures import interleaved, keep_freed_memory, provenance, ratios, spread, summary
 from grass.bench.stack import Stack, grass_on, loss_of
+from grass.bench.stand_ins import SetsByTurns
+from grass.host import current, using
 from grass.sampling import Sampler
 
 MOST_STEP_RATIO = 1.10
@@ -146,12 +148,12 @@ class _Training:
         )
         self.inside: list[dict[str, float]] = []
         """Seconds inside each method of `BOOKKEEPING`, by step."""
-        draw, sets = self.opt._draw, _halves(settings.layers)
-        # both samplers pay for their draw, and train the same layers: a low layer makes backward longer
-        vars(self.opt)["_draw"] = lambda: (draw(), next(sets))[1]
-        self.opt._resample()
+        # both samplers train the same layers: a low layer makes backward longer
+        self.host = SetsByTurns(current(), _halves(settings.layers))
+        with using(self.host):
+            self.opt._resample()
         for name in BOOKKEEPING:
-            vars(self.opt)[name] = self._timed(name, getattr(self.opt, name))
+            setattr(self.opt, name, self._timed(name, getattr(self.opt, name)))
 
     def _timed(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -166,7 +168,8 @@ class _Training:
         """Forward, backward, update."""
         self.inside.append(dict.fromkeys(BOOKKEEPING, 0.0))
         loss_of(self.model, self.batch).backward()
-        self.opt.step()
+        with using(self.host):
+            self.opt.step()
         self.opt.zero_grad()
 
     def probe_batch(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from grass.host import current
 from grass.offload.blocks import Block
 from grass.offload.offload import StateOffload
 
@@ -51,8 +52,8 @@ class LayerHooks:
         self._handles = [
             layer.register_forward_pre_hook(self._before_layer(number, count)) for number, layer in enumerate(layers)
         ]
-        # without an allocator that counts there is never room, and nothing to watch
-        self._watches = states.streams.allocated() is not None
+        # without an allocator that counts there is never headroom, and nothing to watch
+        self._watches = current().allocated_bytes(states.device) is not None
         if self._watches:
             after_layer = _uncompiled(self._after_layer)
             self._handles += [layer.register_forward_hook(after_layer) for layer in layers]
@@ -79,7 +80,7 @@ class LayerHooks:
 
     def step_done(self, accumulation_steps: int) -> None:
         """The update is over; count from the beginning."""
-        self._states.room.step_done()
+        self._states.headroom.step_done()
         self._count_anew(accumulation_steps)
 
     def _count_anew(self, accumulation_steps: int) -> None:
@@ -111,7 +112,7 @@ class LayerHooks:
             hidden.register_hook(self._entering_layer)
 
     def _entering_layer(self, gradient: Tensor) -> None:
-        self._states.room.entering_layer()
+        self._states.headroom.entering_layer()
         self._stored_before = self._stored()
         self._fetch()
 
@@ -119,7 +120,7 @@ class LayerHooks:
         block = self._blocks[layer]
 
         def hook(parameter: Tensor) -> None:
-            self._states.room.gradient_ready(stored=self._stored() - self._stored_before)
+            self._states.headroom.gradient_ready(stored=self._stored() - self._stored_before)
             self._fired[layer] = self._fired.get(layer, 0) + 1
             # a step that never came leaves its count behind
             if self._fired[layer] % (len(block.parameters) * self._accumulation_steps) == 0:

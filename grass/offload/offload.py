@@ -22,15 +22,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grass.offload.blocks import Block, Chunk, HostArena
-from grass.offload.headroom import BackwardRoom
-from grass.offload.streams import Streams, streams_for
+from grass.host import current
+from grass.offload.blocks import Block, Chunk
+from grass.offload.headroom import BackwardHeadroom
 
 Mode = Literal["resident", "move"]
 
 RING = 4
 """Buffers that a step may use beyond those filled during backward: one arriving, one updated, two returning."""
-ROOM_TO_STAY = 1.25
+FREE_TO_STAY = 1.25
 """`auto`: states stay resident if this many times their bytes are free at peak; the rest is for fragmentation."""
 TEMPORARY_BYTES = 25
 """Of the update, an entry of the piece at work: five fp32 numbers in `grass.adamw.update_piece`, and what
@@ -56,17 +56,14 @@ class StateOffload:
         device: where the parameters are.
         mode: `resident`, `move`, or `auto`: `move` until the first change of layers shows how much memory is free at
             peak, and for ever where device memory is host memory, `resident`.
-        streams: the device's queues; by default what `device` has.
     """
 
-    def __init__(
-        self, blocks: Sequence[Block], device: torch.device, mode: str, *, streams: Streams | None = None
-    ) -> None:
+    def __init__(self, blocks: Sequence[Block], device: torch.device, mode: str) -> None:
         self.blocks = list(blocks)
         self.device = device
-        self.streams = streams if streams is not None else streams_for(device)
-        self.room = BackwardRoom(self.streams)
-        self.arena = HostArena(pin=device.type == "cuda", settle=self.streams.settle)
+        self.streams = current().streams(device)
+        self.headroom = BackwardHeadroom(device)
+        self.arena = current().arena(pin=device.type == "cuda", settle=self.streams.settle)
         # whoever drops the last reference may do so in mid-copy, and the buffers go with it
         weakref.finalize(self, self.streams.settle)
         self.moved_bytes = 0
@@ -75,7 +72,7 @@ class StateOffload:
         self.why = f"offload={mode!r}"
         self.mode: Mode = "resident" if mode == "resident" else "move"
         if mode == "auto":
-            self.undecided = self.streams.free_at_peak() is not None
+            self.undecided = self._free_at_peak() is not None
             self.mode = "move" if self.undecided else "resident"
             self.why = "auto: watching the peak" if self.undecided else "auto: device memory is host memory"
         self._has_updated = False
@@ -101,7 +98,7 @@ class StateOffload:
             awake: groups that do.
             keep: sleeping moments stay on the host; else they are forgotten.
         """
-        self.room.new_period()
+        self.headroom.new_period()
         self.drop_fetched()
         for block in asleep:
             if not keep:
@@ -117,17 +114,22 @@ class StateOffload:
                     self._bring(block)
 
     def _decide(self, awake: Sequence[Block]) -> None:
-        free = self.streams.free_at_peak()
+        free = self._free_at_peak()
         needed = sum(block.nbytes for block in awake)
         if free is None or not self._has_updated:
             return  # no step yet, so no peak to judge by
         self.undecided = False
-        stays = free >= ROOM_TO_STAY * needed
+        stays = free >= FREE_TO_STAY * needed
         self.mode = "resident" if stays else "move"
         self.why = (
             f"auto: {free:,} bytes free at peak, {needed:,} bytes of states in use: "
             f"{'they stay' if stays else 'they move'}"
         )
+
+    def _free_at_peak(self) -> int | None:
+        """Bytes that this process could have had on top of its peak; None where device memory is host memory."""
+        obtainable, peak = current().obtainable_bytes(self.device), current().peak_bytes(self.device)
+        return None if obtainable is None or peak is None else obtainable - peak
 
     def forget(self, block: Block) -> None:
         """Drop a group's moments."""
@@ -135,7 +137,7 @@ class StateOffload:
         if block.home is not None and block.home is not block.host:
             self._returning.append((block.home, block.ready or self.streams.mark("compute")))
         if block.host is not None:
-            self.arena.give_back(block.host)
+            self.arena.release(block.host)
         block.home = block.host = block.ready = None
         self._written = {key: event for key, event in self._written.items() if key[0] != block.index}
 
@@ -194,8 +196,8 @@ class StateOffload:
 
         Args:
             blocks: the groups.
-            more_to_come: see `BackwardRoom.bytes`.
-            gradients: see `BackwardRoom.bytes`.
+            more_to_come: see `BackwardHeadroom.bytes`.
+            gradients: see `BackwardHeadroom.bytes`.
         """
         if self.mode != "move":
             return
@@ -206,10 +208,10 @@ class StateOffload:
                 if (block.index, number) in self._fetched:
                     continue
                 nbytes = 2 * chunk.elements * block.dtype.itemsize
-                room = self.room.bytes(more_to_come=more_to_come, gradients=gradients, update=self._update_bytes)
-                if room < nbytes:
+                free = self.headroom.bytes(more_to_come=more_to_come, gradients=gradients, update=self._update_bytes)
+                if free < nbytes:
                     return
-                self.room.taken(nbytes)
+                self.headroom.taken(nbytes)
                 self._stage(block, number, self._new_buffer(chunk.elements, block.dtype))
 
     def drop_fetched(self, blocks: Iterable[Block] | None = None) -> None:

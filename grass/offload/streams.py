@@ -50,15 +50,6 @@ class Streams(Protocol):
     def exposed(self) -> Callable[[], float | None]:
         """Ask after a step: a function that says how many seconds `compute` waited for copies since the last asking."""
 
-    def allocated(self) -> int | None:
-        """Bytes that live tensors hold on the device; None where nobody counts."""
-
-    def peak(self) -> int | None:
-        """Largest `allocated()` so far."""
-
-    def free_at_peak(self) -> int | None:
-        """Bytes that this process could have had on top of its peak; None where device memory is host memory."""
-
 
 class NoStreams:
     """Any device without streams of its own: every copy is done, and waited for, when it is asked for."""
@@ -102,18 +93,6 @@ class NoStreams:
         """All of the copying time is exposed."""
         seconds, self._seconds = self._seconds, 0.0
         return lambda: seconds
-
-    def allocated(self) -> int | None:
-        """Nobody counts."""
-        return None
-
-    def peak(self) -> int | None:
-        """Nobody counts."""
-        return None
-
-    def free_at_peak(self) -> int | None:
-        """Device memory is host memory."""
-        return None
 
 
 class CudaStreams:
@@ -188,21 +167,3 @@ class CudaStreams:
             return milliseconds / 1000
 
         return seconds
-
-    def allocated(self) -> int | None:
-        """The caching allocator's count."""
-        return torch.cuda.memory_allocated(self.device)
-
-    def peak(self) -> int | None:
-        """The caching allocator's peak since it was last reset (by anybody)."""
-        return torch.cuda.max_memory_allocated(self.device)
-
-    def free_at_peak(self) -> int | None:
-        """What the driver would still give, and what the allocator holds beyond the peak."""
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-
-
-def streams_for(device: torch.device) -> Streams:
-    """CUDA streams on CUDA, else none."""
-    return CudaStreams(device) if device.type == "cuda" else NoStreams(device)

@@ -18,11 +18,11 @@ import torch
 from races import Clock, RaceChecker
 from torch import Tensor
 
-from grass.offload.blocks import HostArena
-from grass.offload.streams import Queue
+from grass.host import Host
+from grass.offload.arena import HostArena
+from grass.offload.streams import Queue, Streams
 
 Copying = Literal["fetch", "return"]
-_take = HostArena.take
 
 
 class DeadlockError(AssertionError):
@@ -43,11 +43,11 @@ class Numbers(Protocol):
 
     def allocated(self) -> int | None: ...
     def peak(self) -> int | None: ...
-    def free_at_peak(self) -> int | None: ...
+    def obtainable(self) -> int | None: ...
 
 
 class RandomNumbers:
-    """Any room, anew at every question: chunks are fetched during backward in random amounts."""
+    """Any headroom, anew at every question: chunks are fetched during backward in random amounts."""
 
     def __init__(self, seed: int, peak: int = 1 << 17) -> None:
         self._random, self._peak = random.Random(seed), peak
@@ -58,8 +58,8 @@ class RandomNumbers:
     def peak(self) -> int:
         return self._peak
 
-    def free_at_peak(self) -> int:
-        return self._random.randrange(self._peak)
+    def obtainable(self) -> int:
+        return self._peak + self._random.randrange(self._peak)
 
 
 @dataclass
@@ -69,6 +69,7 @@ class Scripted:
     now: int | None = None
     most: int | None = None
     free: int | None = None
+    """On top of `most`."""
 
     def allocated(self) -> int | None:
         return self.now
@@ -76,8 +77,8 @@ class Scripted:
     def peak(self) -> int | None:
         return self.most
 
-    def free_at_peak(self) -> int | None:
-        return self.free
+    def obtainable(self) -> int | None:
+        return None if self.free is None or self.most is None else self.most + self.free
 
 
 class RecordingStreams:
@@ -85,7 +86,7 @@ class RecordingStreams:
 
     Args:
         seed: of the order in which copies are done, and of which freed memory is handed out again.
-        numbers: what the allocator says; by default random ones.
+        numbers: what the allocator says, through `CountedHost`; by default random ones.
         eagerness: chance of one more copy wherever some may be done; 0: as late as possible. By default random.
     """
 
@@ -137,15 +138,6 @@ class RecordingStreams:
         memory = self._memory[buffer.data_ptr()]
         self.checker.operation("compute", f"frees {self.named(buffer)}", writes=[memory])
         self._pool.append(_poisoned(memory))
-
-    def allocated(self) -> int | None:
-        return self.numbers.allocated()
-
-    def peak(self) -> int | None:
-        return self.numbers.peak()
-
-    def free_at_peak(self) -> int | None:
-        return self.numbers.free_at_peak()
 
     @property
     def live_bytes(self) -> int:
@@ -272,16 +264,57 @@ def _poisoned(memory: Tensor) -> Tensor:
     return memory.fill_(255)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, *streams: RecordingStreams) -> None:
-    """The state offloads that are built from here on have these, one each."""
-    left = list(streams)
+class CountedHost(Host):
+    """A device whose allocator says what a test wants."""
 
-    def recorded(arena: HostArena, elements: int, dtype: torch.dtype) -> Tensor:
-        block = _take(arena, elements, dtype)
-        owner = getattr(arena._settle, "__self__", None)
-        if isinstance(owner, RecordingStreams):
-            owner.take(block)
+    def __init__(self, numbers: Numbers) -> None:
+        self._numbers = numbers
+
+    def allocated_bytes(self, device: torch.device) -> int | None:
+        return self._numbers.allocated()
+
+    def peak_bytes(self, device: torch.device) -> int | None:
+        return self._numbers.peak()
+
+    def obtainable_bytes(self, device: torch.device) -> int | None:
+        return self._numbers.obtainable()
+
+
+class RecordedArena(HostArena):
+    """Tells the streams of every block."""
+
+    def __init__(self, streams: RecordingStreams, *, pin: bool, settle: Callable[[], None]) -> None:
+        super().__init__(pin=pin, settle=settle)
+        self._streams = streams
+
+    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+        block = super().take(elements, dtype)
+        self._streams.take(block)
         return block
 
-    monkeypatch.setattr("grass.offload.offload.streams_for", lambda device: left.pop(0))
-    monkeypatch.setattr(HostArena, "take", recorded)
+
+class RecordingHost(CountedHost):
+    """Hands out recording streams, one a state offload; the last of them says what the allocator does.
+
+    Args:
+        streams: to be handed out.
+        pins: whether all blocks are pinned, on whatever device.
+    """
+
+    def __init__(self, *streams: RecordingStreams, pins: bool) -> None:
+        super().__init__(streams[0].numbers)
+        self._left = list(streams)
+        self._pins = pins
+
+    def streams(self, device: torch.device) -> Streams:
+        self._last = self._left.pop(0)
+        self._numbers = self._last.numbers
+        return self._last
+
+    def arena(self, *, pin: bool, settle: Callable[[], None]) -> HostArena:
+        return RecordedArena(self._last, pin=pin or self._pins, settle=settle)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, *streams: RecordingStreams, pins: bool = False) -> None:
+    """The state offloads that are built from here on have these, one each."""
+    monkeypatch.setattr("grass.host._in_force", [RecordingHost(*streams, pins=pins)])

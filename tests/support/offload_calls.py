@@ -25,13 +25,13 @@ class Calls:
     """One offload under test, and what its moments must be.
 
     Args:
-        seed: of the calls, of the order of copies, and of the room during backward.
+        seed: of the calls, of the order of copies, and of the headroom during backward.
         mode: of the offload.
     """
 
     def __init__(self, seed: int, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("grass.offload.blocks.CHUNK_BYTES", 256)
-        monkeypatch.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": 16, "other": 16})
+        monkeypatch.setattr("grass.host.PIECE_ELEMENTS", {"cpu": 16, "other": 16})
         monkeypatch.setattr("grass.offload.offload.RING", 3)
         self.random = random.Random(seed)
         self.streams = RecordingStreams(seed)
@@ -73,14 +73,14 @@ class Calls:
     def fetch(self) -> None:
         """A backward pass; its step may come or not."""
         for _ in range(2):
-            self.offload.room.entering_layer()
+            self.offload.headroom.entering_layer()
             some = self.random.sample(self.awake, self.random.randint(0, len(self.awake)))
             self.offload.prefetch(some, more_to_come=self.random.random() < 0.5, gradients=0)
 
     def update(self) -> None:
         some = self.random.sample(self.awake, self.random.randint(1, len(self.awake)))
         self.offload.update(sorted(some, key=lambda block: block.index), self.apply)
-        self.offload.room.step_done()
+        self.offload.headroom.step_done()
         for block in some:
             old = self.moments[block.index]
             new = torch.zeros(2, block.elements, dtype=block.dtype) if old is None else old.clone()

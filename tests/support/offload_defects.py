@@ -37,8 +37,8 @@ class Defect:
         broken = ModuleType(self.module.__name__)
         exec(compile(source.replace(self.line, self.broken), f"<{self.name}>", "exec"), broken.__dict__)
         if self.module is grass.offload.offload:
-            # what other patches put there
-            broken.__dict__.update(RING=RING, streams_for=lambda device: grass.offload.offload.streams_for(device))
+            # what other patches put there, beside the host in force
+            broken.__dict__.update(RING=RING)
         user, what = {
             grass.offload.offload: ("grass.offload.states", "StateOffload"),
             grass.offload.hooks: ("grass.offload.states", "LayerHooks"),
@@ -102,7 +102,7 @@ DEFECTS = [
     ),
     Defect("ResetKeepsMoments", "if not keep:", "if False:", BOTH, state="reset"),
     # memory
-    Defect("ResetKeepsTheHostBlock", "self.arena.give_back(block.host)", "pass", MOVE, state="reset"),
+    Defect("ResetKeepsTheHostBlock", "self.arena.release(block.host)", "pass", MOVE, state="reset"),
     Defect("KeepsReturnedBuffers", "self._states.release(keep=", "(", MOVE, grass.offload.hooks),
     Defect("KeepsWhatWasFetchedForNothing", "self._states.drop_fetched()", "pass", MOVE, grass.offload.hooks),
     Defect("StaysOnTheDevice", "self._send_home(block)", "pass", RESIDENT),

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import grass.offload.offload
 from grass import Grass
 from grass.adamw import AdamW
+from grass.host import Host
 from grass.layers import set_trainable
-from grass.offload.streams import NoStreams
 
 SEEDS = (0,)
 """Of the orders in which copies are done, and of how much is fetched during backward; more of them look at more."""
@@ -112,14 +112,14 @@ def train(setting: Setting, model: Any, opt: Any, first: int = 0, last: int = ST
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five or more chunks a layer of the tiny Llama, each of several pieces, and a ring that they do not fit in."""
     monkeypatch.setattr("grass.offload.blocks.CHUNK_BYTES", 4096)
-    monkeypatch.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": 240, "other": 240})
+    monkeypatch.setattr("grass.host.PIECE_ELEMENTS", {"cpu": 240, "other": 240})
     monkeypatch.setattr("grass.offload.offload.RING", 3)
 
 
 def on_cpu(setting: Setting, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, Grass]:
     """A model and its optimizer where nothing moves."""
     small_chunks(monkeypatch)
-    monkeypatch.setattr("grass.offload.offload.streams_for", NoStreams)
+    monkeypatch.setattr("grass.host._in_force", [Host()])
     model = llama()
     return model, setting.build(model, offload="resident", **options)
 

@@ -21,8 +21,8 @@ from grass.bench.comparison import Budget, compare, measure_device
 from grass.bench.device import VARIANTS, Cell, DeviceBench, DeviceSettings, cells, worst_draws
 from grass.bench.figures import interleaved, ratios, summary
 from grass.bench.host import HostSettings, _Training
-from grass.bench.serial import serial_copies
-from grass.offload import offload
+from grass.bench.stand_ins import SerialHost, serial_copies
+from grass.host import current
 
 TINY_HOST = ["--layers", "2", "--width", "32", "--tokens", "4", "--step-rounds", "2", "--periods", "1"]
 TINY_DEVICE = ["--device", "cpu", "--geometry", "tiny", "--batch", "1", "--length", "8", "--warmup", "1"]
@@ -232,10 +232,11 @@ def test_speeds_are_compared_within_a_round() -> None:
 
 
 def test_copies_are_serial_only_while_asked() -> None:
-    usual = offload.streams_for
+    usual, device = current(), torch.device("cuda")
     with serial_copies():
-        assert offload.streams_for is not usual
-    assert offload.streams_for is usual
+        assert isinstance(current(), SerialHost)
+        assert current().allocated_bytes(device) is None
+    assert current() is usual
 
 
 def test_the_geometry_is_that_of_llama_2_7b() -> None:

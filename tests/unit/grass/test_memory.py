@@ -11,7 +11,7 @@ from live_storage import LiveStorage
 from torch import Tensor
 
 from grass import Grass
-from grass.adamw import PIECE_ELEMENTS
+from grass.host import PIECE_ELEMENTS
 
 LAYERS, WIDTH = 6, 64
 FROZEN_OUTSIDE = {"train_embedding": False, "train_head": False, "train_final_norm": False}

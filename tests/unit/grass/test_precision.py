@@ -9,7 +9,8 @@ import torch
 from grass_tiny import batch, grass_of, llama, same, train, weights
 
 from grass import Grass
-from grass.adamw import PIECE_ELEMENTS, AdamW
+from grass.adamw import AdamW
+from grass.host import PIECE_ELEMENTS
 
 BF16 = torch.bfloat16
 

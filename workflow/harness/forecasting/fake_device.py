@@ -1,34 +1,36 @@
-"""Where the real code asks a device something that fake tensors cannot answer, and what it is told instead.
+"""A device that is not there: the host that a forecast puts in force, and tensors without values.
 
-Everything that a forecast puts in the place of real code is in this file.
+`CountingHost` takes the place of all that our own code asks a device (see `grass.host`). What transformers and torch
+themselves ask of values is in `tensors_without_values`. A forecast puts nothing else in the place of real code.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from grass.adamw import PIECE_ELEMENTS
-from grass.offload.blocks import HostArena
+from grass.host import PIECE_ELEMENTS, Host
+from grass.offload.arena import HostArena
 from grass.offload.streams import NoStreams
-from grass.sampling import LayerSampler
 from harness.forecasting.tracker import Tracker
 
 
 class ForecastStreams(NoStreams):
     """A device apart from its host whose allocator is the tracker; copies back are never over before they must be."""
 
-    def __init__(self, device: torch.device, tracker: Tracker, capacity_bytes: int | None) -> None:
+    def __init__(self, device: torch.device, tracker: Tracker) -> None:
         super().__init__(device)
         self.apart = True
-        self._tracker, self._capacity = tracker, capacity_bytes
+        self._tracker = tracker
 
     def allocate(self, elements: int, dtype: torch.dtype) -> Tensor:
         """A buffer for moments."""
@@ -40,94 +42,134 @@ class ForecastStreams(NoStreams):
         """Never seen to be over: the slowest copy holds its buffer longest."""
         return False
 
-    def allocated(self) -> int:
-        """Bytes alive."""
-        self._tracker.was_asked = True
-        return self._tracker.now
 
-    def peak(self) -> int:
-        """Most bytes alive so far."""
-        return self._tracker.peak
+class ForecastArena(HostArena):
+    """Host memory that holds nothing, kept apart from the device's in the count."""
 
-    def free_at_peak(self) -> int:
-        """What the card has beyond the peak; without a card nothing, so that `auto` moves."""
-        return 0 if self._capacity is None else self._capacity - self._tracker.peak
+    def __init__(self, tracker: Tracker, *, settle: Callable[[], None]) -> None:
+        super().__init__(pin=False, settle=settle)
+        self._tracker = tracker
+
+    def take(self, elements: int, dtype: torch.dtype) -> Tensor:
+        """Zeros of shape (2, elements)."""
+        self.nbytes += 2 * elements * dtype.itemsize
+        with self._tracker.on_host():
+            return torch.zeros(2, elements, dtype=dtype)
+
+    def release(self, block: Tensor) -> None:
+        """Forget a block."""
+        self.nbytes -= block.nbytes
 
 
-@contextmanager
-def device_seams(tracker: Tracker, *, capacity_bytes: int | None = None) -> Iterator[None]:
-    """Let a CPU stand for a GPU: its memory is apart from the host's, is counted, and updates take a GPU's pieces.
+class CountingHost(Host):
+    """Lets a CPU stand for a GPU: its memory is apart from the host's, is counted, and updates take a GPU's pieces.
 
     Args:
         tracker: counts.
         capacity_bytes: memory of the card, by which `offload: auto` decides; None moves.
     """
 
-    def streams_for(device: torch.device) -> ForecastStreams:
-        return ForecastStreams(device, tracker, capacity_bytes)
+    def __init__(self, tracker: Tracker, *, capacity_bytes: int | None = None) -> None:
+        self.tracker, self._capacity_bytes = tracker, capacity_bytes
 
-    with ExitStack() as stack:
-        stack.enter_context(patch("grass.offload.offload.streams_for", streams_for))
-        stack.enter_context(patch.dict(PIECE_ELEMENTS, cpu=PIECE_ELEMENTS["other"]))
-        yield
+    def streams(self, device: torch.device) -> ForecastStreams:
+        """A GPU's, whose copies are done at once and hold their buffers as long as may be."""
+        return ForecastStreams(device, self.tracker)
+
+    def piece_elements(self, device: torch.device) -> int:
+        """A GPU's."""
+        return PIECE_ELEMENTS["other"]
+
+    def allocated_bytes(self, device: torch.device) -> int:
+        """Bytes alive."""
+        self.tracker.was_asked = True
+        return self.tracker.now
+
+    def peak_bytes(self, device: torch.device) -> int:
+        """Most bytes alive so far."""
+        return self.tracker.peak
+
+    def obtainable_bytes(self, device: torch.device) -> int:
+        """The card's memory; without a card no more than the peak, so that `auto` moves."""
+        return self.tracker.peak if self._capacity_bytes is None else self._capacity_bytes
+
+
+class ForecastHost(CountingHost):
+    """Answers for tensors without values as well: every number is 1.0."""
+
+    def number(self, value: Tensor) -> float:
+        """The same for all."""
+        return 1.0
+
+    def numbers(self, values: Tensor) -> list[float]:
+        """The same for all."""
+        return [1.0] * len(values)
+
+    def has_values(self, values: Tensor) -> bool:
+        """As if: a history then keeps them until they are read, as it keeps real ones."""
+        return True
+
+    def with_values(self) -> AbstractContextManager[None]:
+        """Real tensors, which are not counted."""
+        return _disable_current_modes()  # type: ignore[no-any-return]
+
+    def arena(self, *, pin: bool, settle: Callable[[], None]) -> ForecastArena:
+        """Blocks that hold nothing."""
+        return ForecastArena(self.tracker, settle=settle)
+
+
+# ------------------------------------------------------------ what is not ours
 
 
 @contextmanager
-def fake_seams(tracker: Tracker) -> Iterator[None]:
-    """Answers for what tensors without values cannot tell: host blocks, numbers read, masks, modules converted."""
-
-    class ForecastArena(HostArena):
-        """Host memory that holds nothing, kept apart from the device's in the count."""
-
-        def take(self, elements: int, dtype: torch.dtype) -> Tensor:
-            self.nbytes += 2 * elements * dtype.itemsize
-            with tracker.on_host():
-                return torch.zeros(2, elements, dtype=dtype)
-
-        def give_back(self, block: Tensor) -> None:
-            self.nbytes -= block.nbytes
-
-    def read(grass: object, values: Tensor) -> list[float]:
-        return [1.0] * len(values)
-
-    def follow(sampler: LayerSampler, importance: Sequence[float], **options: Any) -> None:
-        # arithmetic of the host, on numbers that are known: it needs tensors with values
-        with _disable_current_modes():
-            really_follow(sampler, importance, **options)
-
-    really_follow = LayerSampler.follow
-    with ExitStack() as stack:
-        for name, instead in (
-            ("grass.offload.offload.HostArena", ForecastArena),
-            ("grass.optimizer.Grass._read", read),
-            ("grass.sampling.LayerSampler.follow", follow),
-            ("baselines.method.read_number", lambda value: 1.0),
-            # a history lets go of tensors without values, and keeps real ones until they are read
-            ("grass.trace.FakeTensor", ()),
-            ("transformers.masking_utils._ignore_causal_mask_sdpa", _without_padding()),
-            ("torch.nn.Module._apply", _replace_parameters),
-        ):
-            stack.enter_context(patch(name, instead))
+def tensors_without_values() -> Iterator[None]:
+    """Tensors made inside are fake, and what transformers and torch ask of values is answered for them."""
+    with warnings.catch_warnings(), _no_mask_read(), _parameters_replaced(), FakeTensorMode():
         # every number read is 1.0, so all layers seem to matter alike
-        stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", message="GRASS is near uniform")
         yield
 
 
-def _without_padding() -> Callable[..., bool]:
-    """Whether attention is plainly causal, asked of a mask that cannot be read and is known to hide nothing."""
-    from transformers import masking_utils
+@contextmanager
+def _no_mask_read() -> Iterator[None]:
+    """Masks of attention are made as if no token were padding, which is so, and which a mask would be read to find.
 
-    really_ignore = masking_utils._ignore_causal_mask_sdpa
+    By transformers' own door for masks of one's own; its makers of masks are a global table.
+    """
+    usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    AttentionMaskInterface.register("sdpa", _without_padding(usual))
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register("sdpa", usual)
 
-    def ignore(padding_mask: Tensor | None, *sizes: Any, **more: Any) -> bool:
-        return bool(really_ignore(None, *sizes, **more))
 
-    return ignore
+def _without_padding(make_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """`make_mask` that is not told which tokens are padding."""
+
+    def make(*sizes: Any, attention_mask: Tensor | None = None, **more: Any) -> Tensor | None:
+        return make_mask(*sizes, attention_mask=None, **more)
+
+    return make
+
+
+@contextmanager
+def _parameters_replaced() -> Iterator[None]:
+    """`nn.Module.to` and its like put new parameters in the place of old ones.
+
+    torch would swap fake parameters with their successors, whatever `torch.__future__` says, and refuses to where
+    anything refers to one. It offers no other way in, so this one method of torch is exchanged for the time being.
+    """
+    usual = nn.Module._apply
+    nn.Module._apply = _replace_parameters  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = usual  # type: ignore[method-assign]
 
 
 def _replace_parameters(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` without swapping tensors, which torch refuses for fake parameters that anything refers to."""
+    """`nn.Module._apply` without swapping tensors."""
     for child in module.children() if recurse else ():
         child._apply(fn)
     with torch.no_grad():

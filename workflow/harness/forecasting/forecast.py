@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
 from baselines.method import Expectation, ModelFacts
-from harness.forecasting.fake_device import device_seams, fake_seams
+from grass.host import using
+from harness.forecasting.fake_device import CountingHost, ForecastHost, tensors_without_values
 from harness.forecasting.tracker import Kind, Span, Tracker
 from harness.measuring.census import state_bytes, state_tensors
 from harness.step.cell import CellRun, Phase
@@ -95,10 +96,10 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
     tracker = Tracker()
     with ExitStack() as stack:
         stack.enter_context(_steady_garbage())
-        stack.enter_context(device_seams(tracker, capacity_bytes=capacity_bytes))
+        host = ForecastHost if tensors == "fake" else CountingHost
+        stack.enter_context(using(host(tracker, capacity_bytes=capacity_bytes)))
         if tensors == "fake":
-            stack.enter_context(fake_seams(tracker))
-            stack.enter_context(fake_tensor.FakeTensorMode())
+            stack.enter_context(tensors_without_values())
         stack.enter_context(tracker)
         try:
             run = _Watched(cell, tracker)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
+from grass.host import current, using
 from harness.step.attach import attach, new_method
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.loss import chunked_token_loss, token_loss
@@ -119,7 +120,7 @@ class CellRun:
             options |= {"refresh_every": None} if "refresh_every" in known else {}
         recipe = cell.recipe(steps=steps, device=device)
         self.method = new_method(cell.module, options, recipe=recipe, lr=cell.lr, seed=cell.seed)
-        self.draws = ForcedDraws(policy, on_draw=lambda: enter("resample"))
+        self.draws = ForcedDraws(current(), policy=policy, on_draw=lambda: enter("resample"))
         enter("load")
         self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
         vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -127,7 +128,7 @@ class CellRun:
             cell.shape, vocabulary=vocabulary, chunked=cell.settings.chunked_loss, device=device, seed=cell.seed
         )
         self.method.calibration = self.batches
-        with self.draws.in_force():
+        with using(self.draws):
             self._attached = attach(self.method, self.model)
         self.module, self.facts = self._attached.module, self._attached.facts
         self.promise = self._attached.promise
@@ -136,12 +137,12 @@ class CellRun:
     def prepare(self) -> None:
         """The method's own measurements before the first step."""
         self._enter("probe")
-        with self.draws.in_force():
+        with using(self.draws):
             self.method.prepare(self.batches)
 
     def step(self, number: int, *, then: Policy | None = None) -> None:
         """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
-        with self.draws.in_force():
+        with using(self.draws):
             run_step(
                 self._attached,
                 number,
@@ -161,7 +162,7 @@ class CellRun:
         if self.promise.gradients == "consumed":
             self.step(number, then=then)
             return
-        with self.draws.in_force():
+        with using(self.draws):
             self._enter("resample")
             self.method.set_lr_factor(1.0)
             self.method.begin_step(number)

@@ -6,11 +6,9 @@ that draws by chance meets layer 0 sooner or later, so it is the worst draw that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from unittest.mock import patch
+from collections.abc import Callable
 
-import torch
+from grass.host import Host, HostAround
 
 Policy = Callable[[int, int], tuple[int, ...]]
 """(layers, active layers) -> the layers to train, ascending."""
@@ -41,30 +39,24 @@ def covering(layers: int, count: int) -> list[Policy]:
     return [lambda _layers, _count, first=first: tuple(range(first, first + count)) for first in starts]  # type: ignore[misc]
 
 
-class ForcedDraws:
-    """Answers every draw by the policy now in force; `taken` lists the sets that methods were given."""
+class ForcedDraws(HostAround):
+    """A host that answers every draw by the policy now in force, and all else as the one around which it is put.
 
-    def __init__(self, policy: Policy, on_draw: Callable[[], None] = lambda: None) -> None:
+    Args:
+        inner: answers all else.
+        policy: may be changed at any time.
+        on_draw: told that a method draws.
+    """
+
+    def __init__(self, inner: Host, *, policy: Policy, on_draw: Callable[[], None] = lambda: None) -> None:
+        super().__init__(inner)
         self.policy = policy
         self.taken: list[tuple[int, ...]] = []
+        """The sets that methods were given."""
         self._on_draw = on_draw
 
-    def draw(self, layers: int, count: int) -> tuple[int, ...]:
-        """The layers that train next."""
+    def draw(self, layers: int, count: int, by_chance: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
+        """The layers that train next; nothing is left to chance, and no random number is used up."""
         self._on_draw()
         self.taken.append(self.policy(layers, count))
         return self.taken[-1]
-
-    @contextmanager
-    def in_force(self) -> Iterator[None]:
-        """Take the place of both seams by which methods draw: `grass.sampling.draw_layers` and `Grass._draw`."""
-
-        def draw_layers(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
-            return self.draw(len(probability), count)
-
-        def own_draw(grass: object) -> tuple[int, ...]:
-            sampler = grass.belief.sampler  # type: ignore[attr-defined]
-            return self.draw(sampler.layers, sampler.active_layers)
-
-        with patch("grass.sampling.draw_layers", draw_layers), patch("grass.optimizer.Grass._draw", own_draw):
-            yield

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from offload_runs import Setting, on_cpu, on_device, small_chunks, train
 from torch import nn
 
-from grass.offload.blocks import CHUNK_BYTES, Block, HostArena
+from grass.offload.arena import HostArena
+from grass.offload.blocks import CHUNK_BYTES, Block
 
 shapes = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -39,7 +40,7 @@ def test_chunks_cover_every_entry_once_in_pieces_of_one_parameter_each(
     shapes: list[tuple[int, ...]], piece: int, pieces: int, dtype: torch.dtype
 ) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("grass.adamw.PIECE_ELEMENTS", {"cpu": piece, "other": piece})
+        patched.setattr("grass.host.PIECE_ELEMENTS", {"cpu": piece, "other": piece})
         limit = 2 * dtype.itemsize * piece * pieces
         patched.setattr("grass.offload.blocks.CHUNK_BYTES", limit)
         block = block_of(shapes, dtype)
@@ -65,7 +66,7 @@ def test_a_staging_buffer_holds_64_mib_at_most(device: str, dtype: torch.dtype) 
     block = Block(0, [nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes], dtype)
     with pytest.MonkeyPatch.context() as patched:
         entries = 1 << (18 if device == "cpu" else 22)
-        patched.setattr("grass.adamw.piece_elements", lambda _: entries)
+        patched.setattr("grass.host.PIECE_ELEMENTS", {"cpu": entries, "other": entries})
         sizes = [2 * chunk.elements * dtype.itemsize for chunk in block.chunks]
     piece = 2 * dtype.itemsize * entries
     assert max(sizes) <= max(CHUNK_BYTES, piece) <= 64 * 2**20
@@ -125,7 +126,7 @@ def test_a_block_is_pinned_zero_and_counted_until_it_is_given_back(cudart: Cudar
     assert arena.nbytes == 8000 + 28
     assert cudart.registered == {b.data_ptr(): b.nbytes for b in blocks}
     assert all(b.data_ptr() % 4096 == 0 for b in blocks)
-    arena.give_back(blocks[0])
+    arena.release(blocks[0])
     assert arena.nbytes == 28
     assert cudart.registered == {blocks[1].data_ptr(): 28}
     assert cudart.calls[-2:] == ["settle", "unregister"], "no copy may be under way"
@@ -148,7 +149,7 @@ def test_a_refusal_to_pin_falls_back_to_pageable_memory_with_one_warning(monkeyp
     fake = Cudart(refuses=lambda: len(fake.registered) == 1)
     forgotten = []
     monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
-    monkeypatch.setattr("grass.offload.blocks._forget_last_error", lambda: forgotten.append(fake.calls[-1]))
+    monkeypatch.setattr("grass.offload.arena._forget_last_error", lambda: forgotten.append(fake.calls[-1]))
     arena = HostArena(pin=True, settle=lambda: None)
     arena.take(10, torch.float32)
     with warnings.catch_warnings(record=True) as caught:
@@ -165,7 +166,7 @@ def test_a_refusal_to_pin_falls_back_to_pageable_memory_with_one_warning(monkeyp
     assert fake.calls.count("register") == 2
     for block in blocks:
         assert not block.any()
-        arena.give_back(block)
+        arena.release(block)
     assert fake.calls.count("unregister") == 0
 
 
@@ -189,9 +190,8 @@ def test_what_is_registered_is_what_the_groups_hold(
     mode: str, state: Any, cudart: Cudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through changes of layers, a load, and the end of the optimizer."""
-    monkeypatch.setattr("grass.offload.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
     small_chunks(monkeypatch)
-    install(monkeypatch, RecordingStreams(1), RecordingStreams(2))
+    install(monkeypatch, RecordingStreams(1), RecordingStreams(2), pins=True)
     model: Any = llama()
     opt = grass_of(model, sampler="uniform", offload=mode, state=state)
 
@@ -216,10 +216,12 @@ def test_an_optimizer_that_is_dropped_takes_its_hooks_memory_and_copies_along(
     cudart: Cudart, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a backward pass whose step never came: chunks are on their way into memory that others may get."""
-    monkeypatch.setattr("grass.offload.offload.HostArena", lambda *, pin, settle: HostArena(pin=True, settle=settle))
     streams = RecordingStreams(1, Scripted(now=0, most=1 << 20), eagerness=0.0)
     setting = Setting(sampler="importance")
-    model, opt = on_device(setting, monkeypatch, streams, offload="move")
+    small_chunks(monkeypatch)
+    install(monkeypatch, streams, pins=True)
+    model: Any = llama()
+    opt = setting.build(model, offload="move")
     train(setting, model, opt, last=5)
     copies = len(streams.copies)
     model(**batch(5)).loss.backward()

@@ -31,8 +31,8 @@ def finding(mode: str, state: str, sampler: str, defect: Defect | None = None) -
     # two passes a step, the last one announced: what the first one fetches is fetched for nothing
     setting = Setting(state=state, sampler=sampler, accumulation="told")
     wanted = expected(setting)[0]
-    room = None if sampler == "uniform" else Scripted(now=0, most=1 << 20)
-    streams = RecordingStreams(0, room)
+    numbers = None if sampler == "uniform" else Scripted(now=0, most=1 << 20)
+    streams = RecordingStreams(0, numbers)
     with pytest.MonkeyPatch.context() as patched:
         small_chunks(patched)
         install(patched, streams)

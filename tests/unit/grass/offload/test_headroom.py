@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from fake_streams import RecordingStreams, Scripted
+import torch
+from fake_streams import CountedHost, Scripted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grass.offload.headroom import BackwardRoom
+from grass.host import current, using
+from grass.offload.headroom import BackwardHeadroom
+
+DEVICE = torch.device("cpu")
 
 
 @dataclass
@@ -41,32 +45,36 @@ class Step:
         self.numbers.now += nbytes
         self.numbers.most = max(self.numbers.most, self.numbers.now)
 
-    def run(self, room: BackwardRoom) -> list[tuple[int, int]]:
+    def run(self, headroom: BackwardHeadroom) -> list[tuple[int, int]]:
         """One step; returns where backward was when something was fetched, a layer, and how many bytes."""
+        with using(CountedHost(self.numbers)):
+            return self._run(headroom)
+
+    def _run(self, headroom: BackwardHeadroom) -> list[tuple[int, int]]:
         self.numbers.now = self.weights
         self.grow(self.layers * self.activations)
         self.fetched: list[tuple[int, int]] = []
         stored = final = 0
         for layer in reversed(range(0 if self.below else min(self.trained), self.layers)):
-            room.entering_layer()
+            headroom.entering_layer()
             before = stored
-            self.fetch(room, layer, final, before)
+            self.fetch(headroom, layer, final, before)
             climb = self.climb + (self.extra if layer in self.trained else 0)
             self.grow(climb)
             if layer in self.trained:
                 for _ in range(3):
                     self.grow(self.gradients // 3)
                     stored += self.gradients // 3
-                    room.gradient_ready(stored=stored - before)
+                    headroom.gradient_ready(stored=stored - before)
                 final += 1
-                self.fetch(room, layer, final, before)
+                self.fetch(headroom, layer, final, before)
             self.grow(-climb - self.activations)
         self.grow(self.below)
         self.grow(self.update)
-        room.step_done()
+        headroom.step_done()
         return self.fetched
 
-    def fetch(self, room: BackwardRoom, layer: int, final: int, stored_before: int) -> None:
+    def fetch(self, headroom: BackwardHeadroom, layer: int, final: int, stored_before: int) -> None:
         """As many chunks of the `final` layers whose gradients are final as there is room for."""
         done = sum(nbytes for _, nbytes in self.fetched)
         gradients = len(self.trained) * self.gradients + self.below - stored_before
@@ -74,17 +82,13 @@ class Step:
         now = 0
         while (
             done + now < final * self.states
-            and room.bytes(more_to_come=more_to_come, gradients=gradients, update=self.update) >= self.chunk
+            and headroom.bytes(more_to_come=more_to_come, gradients=gradients, update=self.update) >= self.chunk
         ):
-            room.taken(self.chunk)
+            headroom.taken(self.chunk)
             self.grow(self.chunk)
             now += self.chunk
         if now:
             self.fetched.append((layer, now))
-
-
-def room_of(step: Step) -> BackwardRoom:
-    return BackwardRoom(RecordingStreams(numbers=step.numbers))
 
 
 def test_under_checkpointing_there_is_room_for_what_the_floor_drops() -> None:
@@ -96,10 +100,10 @@ def test_under_checkpointing_there_is_room_for_what_the_floor_drops() -> None:
     bytes are alive, and the update will want 200 more.
     """
     step = Step(6, (4, 0), activations=100, climb=500, gradients=90, below=0, states=400, chunk=100, update=200)
-    room = room_of(step)
-    assert step.run(room) == [], "the first step only watches"
+    headroom = BackwardHeadroom(DEVICE)
+    assert step.run(headroom) == [], "the first step only watches"
     assert step.numbers.most == 2100
-    assert step.run(room) == [(2, 100), (1, 100), (0, 100)]
+    assert step.run(headroom) == [(2, 100), (1, 100), (0, 100)]
     assert step.numbers.most == 2100
 
 
@@ -111,10 +115,10 @@ def test_without_checkpointing_there_is_room_for_what_backward_freed() -> None:
     in layer 1, with a chunk fetched, 580, for what is left of layer 3's states; the last gradient finds 580 again.
     """
     step = Step(4, (3, 0), activations=500, climb=30, gradients=90, below=60, states=600, chunk=100, update=200)
-    room = room_of(step)
-    assert step.run(room) == []
+    headroom = BackwardHeadroom(DEVICE)
+    assert step.run(headroom) == []
     assert step.numbers.most == 3120
-    assert step.run(room) == [(2, 100), (1, 500), (0, 500)]
+    assert step.run(headroom) == [(2, 100), (1, 500), (0, 500)]
     assert step.numbers.most == 3120
 
 
@@ -138,47 +142,50 @@ def test_what_is_fetched_never_raises_the_peak(data: st.DataObject) -> None:
         update=number(0, 400),
     )
     a_token, climb_a_token, extra_a_token = number(0, 30), number(0, 30), number(0, 10)
-    room = room_of(step)
+    headroom = BackwardHeadroom(DEVICE)
     for _ in range(4):
         tokens = number(1, 10)
         step.activations, step.climb, step.extra = tokens * a_token, tokens * climb_a_token, tokens * extra_a_token
         alone = replace(step, numbers=Scripted(0, step.numbers.most))
-        alone.run(room_of(alone))
-        step.run(room)
+        alone.run(BackwardHeadroom(DEVICE))
+        step.run(headroom)
         assert step.numbers.most == alone.numbers.most
 
 
 def test_a_new_period_watches_again_whatever_passed_before_it() -> None:
     """A probe between two periods runs other layers' backward."""
     step = Step(4, (3, 0), activations=500, climb=30, gradients=90, below=60, states=600, chunk=100, update=0)
-    room = room_of(step)
-    step.run(room)
-    fetched = step.run(room)
-    room.new_period()
+    headroom = BackwardHeadroom(DEVICE)
+    step.run(headroom)
+    fetched = step.run(headroom)
+    headroom.new_period()
     step.numbers.now = 3100
-    room.entering_layer()  # of a pass that ends without a step
-    room.gradient_ready(stored=0)
-    room.new_period()
-    assert step.run(room) == []
-    assert step.run(room) == fetched != []
+    with using(CountedHost(step.numbers)):
+        headroom.entering_layer()  # of a pass that ends without a step
+        headroom.gradient_ready(stored=0)
+    headroom.new_period()
+    assert step.run(headroom) == []
+    assert step.run(headroom) == fetched != []
 
 
 def test_however_low_the_floor_is_no_more_is_fetched_than_would_reach_the_peak_now() -> None:
     numbers = Scripted(now=1000, most=1500)
-    room = BackwardRoom(RecordingStreams(numbers=numbers))
-    room.entering_layer()
-    room.step_done()
-    numbers.now = 100
-    room.entering_layer()
-    assert room.bytes(more_to_come=True, gradients=50, update=0) == 1000 - 150
-    numbers.now = 1450
-    assert room.bytes(more_to_come=True, gradients=50, update=0) == 50
-    assert room.bytes(more_to_come=False, gradients=50, update=20) == 30
+    headroom = BackwardHeadroom(DEVICE)
+    with using(CountedHost(numbers)):
+        headroom.entering_layer()
+        headroom.step_done()
+        numbers.now = 100
+        headroom.entering_layer()
+        assert headroom.bytes(more_to_come=True, gradients=50, update=0) == 1000 - 150
+        numbers.now = 1450
+        assert headroom.bytes(more_to_come=True, gradients=50, update=0) == 50
+        assert headroom.bytes(more_to_come=False, gradients=50, update=20) == 30
 
 
-def test_where_nobody_counts_there_is_no_room() -> None:
-    room = BackwardRoom(RecordingStreams(numbers=Scripted()))
-    room.entering_layer()
-    room.gradient_ready(stored=0)
-    room.step_done()
-    assert room.bytes(more_to_come=False, gradients=0, update=0) == 0
+def test_where_nobody_counts_there_is_no_headroom() -> None:
+    assert current().allocated_bytes(DEVICE) is None
+    headroom = BackwardHeadroom(DEVICE)
+    headroom.entering_layer()
+    headroom.gradient_ready(stored=0)
+    headroom.step_done()
+    assert headroom.bytes(more_to_come=False, gradients=0, update=0) == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_streams import RecordingStreams, Scripted
+from fake_streams import RecordingStreams, Scripted, install
 from grass_tiny import batch
 from offload_calls import Calls
 from offload_runs import (
@@ -177,7 +177,7 @@ def test_the_offload_is_told_how_far_backward_is(setting: Setting, monkeypatch: 
         assert gradients == sum(p.nbytes for p in parameters) - before
         told.append((len(blocks), more_to_come))
 
-    monkeypatch.setattr(offload.room, "entering_layer", entering)
+    monkeypatch.setattr(offload.headroom, "entering_layer", entering)
     monkeypatch.setattr(offload, "prefetch", prefetch)
     for _ in range(2):
         told.clear()
@@ -259,4 +259,5 @@ def test_calls_in_any_order_give_the_same_moments_and_do_not_race(
 def test_the_offload_asks_its_streams_whether_device_and_host_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     assert not StateOffload([], device, "resident").apart
-    assert StateOffload([], device, "resident", streams=RecordingStreams()).apart
+    install(monkeypatch, RecordingStreams())
+    assert StateOffload([], device, "resident").apart

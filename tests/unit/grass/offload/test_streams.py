@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grass.offload.streams import CudaStreams, NoStreams, streams_for
+from grass.host import Host
+from grass.offload.streams import CudaStreams, NoStreams
 
 
 class _Copies(TorchDispatchMode):
@@ -42,7 +43,7 @@ def test_a_strided_chunk_is_copied_in_dense_rows_without_blocking(monkeypatch: p
 
 
 def test_a_cpu_is_one_memory_and_anything_else_two() -> None:
-    assert not streams_for(torch.device("cpu")).apart
+    assert not Host().streams(torch.device("cpu")).apart
     assert NoStreams(torch.device("meta")).apart
     assert CudaStreams.apart
 

@@ -19,6 +19,7 @@ from harness.step.cell import CellRun, Phase
 from harness.step.worst_case import run_worst_case
 
 from baselines.lora import Lora
+from grass.host import Host, current, using
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +148,31 @@ def test_peaks_go_to_the_phase_that_ends() -> None:
     assert (phases.peak_bytes, phases.peak_phase, phases.peak_draw) == (90, "backward", (1, 2))
 
 
-def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> tuple[FakeCuda, Meters]:
+class CountedBy(Host):
+    """A host whose device counts as the stand-in does, and on which 20 bytes can be had."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self._cuda = cuda
+
+    def peak_bytes(self, device: torch.device) -> int:
+        return self._cuda.peak
+
+    def obtainable_bytes(self, device: torch.device) -> int:
+        return 20
+
+
+def fake_gpu() -> tuple[FakeCuda, Meters]:
     """Meters that believe in a GPU on which 100 bytes are held already."""
     cuda = FakeCuda()
     cuda.use(100)
     cuda.retries = 3
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: cuda.peak)
     return cuda, Meters("cuda", cuda=cuda, nvml=FakeNvml())
 
 
 def test_on_a_gpu_the_record_has_peaks_by_phase(entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the GPU's counters: backward holds 900 bytes, the update 700, everything else 100."""
-    cuda, meters = fake_gpu(monkeypatch)
-    seen: list[int] = []
+    cuda, meters = fake_gpu()
+    seen: list[int | None] = []
 
     def backward(method: Lora, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
@@ -168,12 +181,13 @@ def test_on_a_gpu_the_record_has_peaks_by_phase(entries: dict[str, Entry], monke
 
     def end_step(method: Lora, replay: Any) -> None:
         cuda.use(700)
-        seen.append(torch.cuda.max_memory_allocated())
+        seen.append(current().peak_bytes(torch.device("cuda")))
         cuda.use(100)
 
     monkeypatch.setattr(Lora, "backward", backward)
     monkeypatch.setattr(Lora, "end_step", end_step)
-    reply = execute(data.job(entries["lora"]), meters)
+    with using(CountedBy(cuda)):
+        reply = execute(data.job(entries["lora"]), meters)
     assert reply.clean
     block = reply.memory
     assert block is not None
@@ -190,8 +204,8 @@ def test_on_a_gpu_the_record_has_peaks_by_phase(entries: dict[str, Entry], monke
     assert again.device_allocated_peak_bytes == block.device_allocated_peak_bytes, "each cell begins anew"
 
 
-def test_what_a_cell_leaves_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, meters = fake_gpu(monkeypatch)
+def test_what_a_cell_leaves_behind_is_noticed() -> None:
+    cuda, meters = fake_gpu()
     assert meters.clean(), "what is there at first was there before"
     cuda.use(100 + LEFTOVER_BYTES)
     assert meters.clean()
@@ -199,17 +213,25 @@ def test_what_a_cell_leaves_behind_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert not meters.clean()
 
 
-def test_a_method_does_not_see_the_peak_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, meters = fake_gpu(monkeypatch)
-    with meters.peak_kept():
-        assert torch.cuda.max_memory_allocated() == 100
-        with meters.phase("probe"):
-            cuda.use(500)
-            cuda.use(70)
-        meters.begin("forward")
-        assert cuda.peak == 70
-        assert torch.cuda.max_memory_allocated("cuda") == 500
-    assert torch.cuda.max_memory_allocated() == 70
+def test_a_method_does_not_see_the_peak_fall_back() -> None:
+    cuda, meters = fake_gpu()
+    device = torch.device("cuda")
+    with using(CountedBy(cuda)):
+        with meters.peak_kept():
+            assert current().peak_bytes(device) == 100
+            with meters.phase("probe"):
+                cuda.use(500)
+                cuda.use(70)
+            meters.begin("forward")
+            assert cuda.peak == 70
+            assert current().peak_bytes(device) == 500
+            assert current().obtainable_bytes(device) == 20
+        assert current().peak_bytes(device) == 70
+
+
+def test_where_nobody_counts_there_is_no_peak_to_follow() -> None:
+    with Meters("cpu").peak_kept():
+        assert current().peak_bytes(torch.device("cpu")) is None
 
 
 def test_laps_are_read_when_all_is_over() -> None:

@@ -24,7 +24,7 @@ from forecast_cells import (
     small,
     small_forecast,
 )
-from harness.forecasting.fake_device import device_seams
+from harness.forecasting.fake_device import CountingHost
 from harness.forecasting.forecast import Forecast, forecast
 from harness.forecasting.tracker import Tracker
 from harness.step.cell import CellRun
@@ -33,7 +33,7 @@ from harness.step.loss import token_loss
 from harness.step.spec import Cell
 from torch import nn
 
-from grass.adamw import PIECE_ELEMENTS
+from grass.host import PIECE_ELEMENTS, using
 from grass.offload.offload import RING
 
 
@@ -97,10 +97,8 @@ def _keep_gradients(hooks: Any, layer: int) -> Callable[[torch.Tensor], None]:
     return hook
 
 
-def _no_stub() -> Any:
-    from transformers import masking_utils
-
-    return masking_utils._ignore_causal_mask_sdpa
+def _with_padding(make_mask: Any) -> Any:
+    return make_mask
 
 
 DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
@@ -133,7 +131,7 @@ DEFECTS: dict[str, tuple[str, str, list[tuple[str, Any]]]] = {
         "lisa", "plain", [("harness.forecasting.tracker.ROUNDING", 1)],
     ),
     "a mask is built": (
-        "lisa", "plain", [("harness.forecasting.fake_device._without_padding", _no_stub)],
+        "lisa", "plain", [("harness.forecasting.fake_device._without_padding", _with_padding)],
     ),
     "the probe keeps all gradients until its step ends": (
         "decoder-move", "plain", [("grass.probing.NormHooks._reduce", _keep_gradients)],
@@ -212,7 +210,7 @@ def test_states_of_sleeping_layers_are_not_on_the_device() -> None:
 @pytest.mark.parametrize("settings", ["plain", "lean"])
 def test_backward_visits_no_layer_below_the_lowest_active_one(settings: str) -> None:
     entered: list[str] = []
-    with device_seams(Tracker()):
+    with using(CountingHost(Tracker())):
         run = CellRun(small("decoder-move", settings), steps=4, device="cpu", enter=entered.append, policy=top)
         run.prepare()
         run.step(0)

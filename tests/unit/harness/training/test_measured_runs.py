@@ -32,7 +32,7 @@ from house import ROOT
 from safetensors.torch import load_file
 
 from baselines.method import StepFacts
-from grass.offload.blocks import HostArena
+from grass.offload.arena import HostArena
 
 GRASS = {"active_layers": 2, "sample_every": 3, "probe_steps": 2}
 ME, STRANGER = os.getpid(), 4711
@@ -222,13 +222,13 @@ def test_the_arena_counts_what_it_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     codes = [0, 2]
     runtime = SimpleNamespace(cudaHostRegister=lambda *_: codes.pop(0), cudaHostUnregister=lambda _: 0)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    monkeypatch.setattr("grass.offload.blocks._forget_last_error", lambda: None)
+    monkeypatch.setattr("grass.offload.arena._forget_last_error", lambda: None)
     arena = HostArena(pin=True, settle=lambda: None)
     first = arena.take(1000, torch.float32)
     with pytest.warns(UserWarning, match="could not pin"):
         arena.take(500, torch.float32)
     assert (arena.pinned_bytes, arena.nbytes) == (8000, 12_000)
-    arena.give_back(first)
+    arena.release(first)
     assert (arena.pinned_bytes, arena.nbytes) == (0, 4000)
     assert HostArena(pin=False, settle=lambda: None).pinned_bytes == 0
 
