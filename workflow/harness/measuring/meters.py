@@ -11,18 +11,14 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from grass.host import Host, HostAround, current, using
 from harness.measuring.device import ON_THE_CPU, AllocatorMeter, PhasePeaks, allocator_settings
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.run import EVALUATION, GpuRecord, GpuState, Memory
-
-if TYPE_CHECKING:
-    import torch
 
 LEFTOVER_BYTES = 16 * 2**20
 """What may stay behind on the device when its user has gone: handles and small constants of libraries."""
@@ -107,7 +103,11 @@ class Meters:
 
     def peak_kept(self) -> AbstractContextManager[None]:
         """A method may follow the allocator's peak, which falls back at every phase: inside the block it does not."""
-        return using(_PeakNeverFalls(current(), lambda: self._device_peaks.highest.get("allocated", 0)))
+        # importing meters must not import torch, since a GPU is leased before that
+        from grass.host import current, using
+        from harness.measuring.kept_peak import PeakNeverFalls
+
+        return using(PeakNeverFalls(current(), lambda: self._device_peaks.highest.get("allocated", 0)))
 
     # ------------------------------------------------------------ samples
 
@@ -232,24 +232,6 @@ class Meters:
 
     def _read_pss(self, name: str) -> None:
         self._pss[name], self._pss_why = proportional_set()
-
-
-class _PeakNeverFalls(HostAround):
-    """Tells methods the highest of all peaks, though the allocator's is reset at every phase.
-
-    Args:
-        inner: asks the allocator.
-        before: highest peak before the last reset.
-    """
-
-    def __init__(self, inner: Host, before: Callable[[], int]) -> None:
-        super().__init__(inner)
-        self._before = before
-
-    def peak_bytes(self, device: torch.device) -> int | None:
-        """Largest so far; None where nobody counts."""
-        peak = super().peak_bytes(device)
-        return None if peak is None else max(self._before(), peak)
 
 
 def _ratio(reserved: int | None, allocated: int | None) -> float | None:
