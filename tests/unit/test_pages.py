@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from house import ROOT
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob(".github/**/*.md")])
@@ -51,3 +52,18 @@ def test_every_footgun_has_a_check_and_a_source() -> None:
 
 def test_our_own_limits_are_said() -> None:
     assert FOOTGUNS.partition("## Our own limits")[2].count("\n- ") >= 5
+
+
+def test_ci_runs_what_everybody_runs_and_names_no_registry() -> None:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "://" not in text
+    steps = yaml.safe_load(text)["jobs"]["check"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == [".ci/run"]
+    cached = next(step["with"] for step in steps if "cache" in step.get("with", {}))["cache-dependency-path"]
+    assert all((ROOT / file).is_file() for file in cached.split())
+
+
+def test_the_issue_form_asks_for_what_a_row_can_be_judged_by() -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "report.yml").read_text(encoding="utf-8"))
+    assert {"name", "description", "body"} <= form.keys()
+    assert [field["id"] for field in form["body"]] == ["ran", "row", "expected", "plan", "versions"]
