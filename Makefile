@@ -1,4 +1,5 @@
 # Two commands do everything: `make` sets up and runs the embedded study, `make test` sets up and runs the tests.
+# A target's line of `make help` stands above it, behind two hashes.
 PYTHON ?= python3
 CORES ?= 2
 VENV := .venv
@@ -6,8 +7,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OFFICIAL := $(VENV)/.official
 
-.PHONY: study test lint types schema format clean
+.DEFAULT_GOAL := study
+.PHONY: help study test lint types schema format clean
 
+## list these targets
+help:
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z]+:/ && text { split($$1, name, ":"); printf "make %-8s %s\n", name[1], text } { text = "" }' $(firstword $(MAKEFILE_LIST))
+
+## set up, run the embedded study, and show its accuracy (the default)
 study: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --quiet progress rules host
 	@echo
@@ -15,20 +22,25 @@ study: $(READY)
 	@echo
 	@echo "report: results/embedded/report.html"
 
+## set up and run all tests but those that need a GPU
 test: $(READY) $(OFFICIAL)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile -q
 
+## check style and format of Python and Snakemake files
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check -l 120 Snakefile workflow/rules
 
+## check types
 types: $(READY)
 	$(BIN)/mypy
 
+## check that workflow/schemas is what the models say
 schema: $(READY)
 	$(BIN)/python -m harness schema --check
 
+## mend style and format, and write workflow/schemas anew
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -45,5 +57,6 @@ $(OFFICIAL): tests/fidelity/packages.txt $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/fidelity/packages.txt
 	@touch $@
 
+## remove the environment and every cache; results stay
 clean:
 	rm -rf $(VENV) .snakemake .pytest_cache .mypy_cache .ruff_cache

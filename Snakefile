@@ -1,5 +1,7 @@
 # One study a run: `snakemake --cores 2 [--configfile config/<study>.yaml] [--config GRASS_DATA=<path>]`.
 # The study's own strict loader reads the file; Snakemake's merged `config` is used for nothing but path variables.
+# `snakemake --lint` still asks for environments of rules (versions are pinned in constraints.txt) and for `params` that
+# hold PYTHON, CONFIG and RUNTIME: they are no part of what a run is, and another value of a param would run it again.
 import os
 import re
 import sys

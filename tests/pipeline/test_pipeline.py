@@ -25,6 +25,7 @@ class Study:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.config = folder, folder / "micro.yaml"
+        self.first: subprocess.CompletedProcess[str]
         shutil.copy(ROOT / "tests" / "pipeline" / "micro.yaml", self.config)
 
     def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -65,8 +66,8 @@ class Study:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     made = Study(tmp_path_factory.mktemp("study"))
-    done = made.snakemake()
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made.first = made.snakemake()
+    assert made.first.returncode == 0, made.first.stdout[-3000:] + made.first.stderr[-3000:]
     return made
 
 
@@ -128,6 +129,18 @@ def test_the_plan_calls_everything_done_and_nothing_stale(study: Study) -> None:
     assert "done" in said
     assert "stale" not in said
     assert "to do" not in said
+
+
+def test_every_job_left_a_log_and_its_line_was_seen_as_well(study: Study) -> None:
+    logs = study.folder / "results" / "logs"
+    said = {path.parent.name: path.read_text(encoding="utf-8") for path in logs.rglob("*.log")}
+    assert said.keys() == {
+        "pretrain", "prefetch_rows", "prefetch_suite", "search", "train", "evaluate", "collect", "tables", "figures",
+        "page",
+    }  # fmt: skip
+    for rule in ("pretrain", "search", "train", "evaluate"):
+        (line,) = (line for line in said[rule].splitlines() if f"{rule} mini" in line)
+        assert line in study.first.stderr
 
 
 def test_a_second_run_has_nothing_to_do(study: Study) -> None:

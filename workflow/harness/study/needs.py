@@ -1,8 +1,8 @@
 """What each job takes of a machine, as upper bounds from its spec alone: host memory, time, GPUs. Imports no torch.
 
-A scheduler ends a job that takes more than it asked for, and keeps one that asks for too much waiting; so every figure
-is rather too large. They come from arithmetic and from slow machines: a rate below is a fifth or less of what a
-current card or core reaches on the models of `config/`. On one machine they bind nothing: Snakemake counts no memory
+A scheduler ends a job that takes more than it asked for, so every figure is rather too large: arithmetic, and rates of
+slow machines (a newer card takes a tenth of the time). A job that is ended all the same goes on where it stopped: runs
+have resume state, searches keep finished trials. On one machine the figures bind nothing: Snakemake counts no memory
 and no time there, and the harness leases the GPU itself.
 """
 
@@ -34,8 +34,9 @@ UNKNOWN_ROWS = 11_000
 VOCABULARY = 1_000
 """Of a model pretrained here, at most: its tokenizer knows letters, digits and some hundred words."""
 _BYTES = {"fp32": 4, "bf16": 2}
-_FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 5e12, ("cuda", "bf16"): 3e13}
-"""By device and dtype of the weights: one core; a card without TF32; a card with it."""
+_FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13}
+"""By device and dtype of the weights: one slow core; half of an A100's peak without TF32; a fifth of its peak in
+bf16."""
 _TRAIN_FLOP, _READ_FLOP = 8.0, 2.0
 """A parameter and token: forward, recomputed forward, backward; and forward alone."""
 
