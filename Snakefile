@@ -13,8 +13,9 @@ from snakemake.exceptions import WorkflowError
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
-from harness.study.paths import Places
-from harness.study.plan import open_study
+from harness.study.jobs import EVALUATE, FORECAST, MODEL, ROWS, SEARCH, SUITE, TRAIN
+from harness.study.paths import Paths
+from harness.study.plan import forecast_job, open_study
 
 for name, value in workflow.config_settings.config.items():
     if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) is None:
@@ -25,16 +26,16 @@ given = list(workflow.overwrite_configfiles)
 if len(given) > 1:
     raise WorkflowError("give one --configfile: a study is one file, nothing is merged into it")
 CONFIG = Path(os.path.relpath(given[0])) if given else Path("config/embedded.yaml")
-PLACES = Places()
+PATHS = Paths()
 PYTHON = sys.executable
 # Snakemake tells a Snakefile nothing of this while it is parsed
 DRY_RUN = any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
-    PLAN = open_study(CONFIG, PLACES, dry_run=DRY_RUN)
+    PLAN = open_study(CONFIG, PATHS, dry_run=DRY_RUN)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
-STUDY = PLACES.study(PLAN.study.study)
+STUDY = PATHS.study(PLAN.study.study)
 # for the progress lines of the jobs
 os.environ[STUDY_FILE] = str(CONFIG)
 os.environ[progress.STUDY_STARTED] = str(time.time())

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
 from harness.efficiency.record import CellRecord, ForecastRecord, MemoryBlock, TimingBlock
-from harness.efficiency.store import Asked, Store
+from harness.efficiency.store import Asked, Store, cell_sha256
+from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 from harness.reporting.published import Published, load_published
@@ -208,8 +208,8 @@ def cell_record(of: Entry, gib: float | None = None, speeds: tuple[float, ...] =
         "memory": None if gib is None else memory_block(gib),
         "timing": tuple(timing_block(i, v, draws=of.cell.module == "grass") for i, v in enumerate(speeds)),
         "asked_sha256": ASKED.sha256(of),
-        "code_sha256": code_sha256(measured_by(of.cell)),
-        "provenance": provenance(sources=("harness.efficiency.plan",), inputs={}, device=device.name),
+        "code_sha256": code_of(measurement(of.cell.module)).sha256,
+        "provenance": provenance(roots=("harness.efficiency.plan",), inputs={}, device=device.name),
     }
     return CellRecord(**fields | changes)
 
@@ -228,16 +228,9 @@ def forecast_record(of: Entry, gib: float, **changes: Any) -> ForecastRecord:
         "wall_s": 1.0,
         "packages": {"torch": "2.13.0"},
         "asked_sha256": cell_sha256(of.cell),
-        "code_sha256": code_sha256(forecast_by(of.cell)),
+        "code_sha256": code_of(step_forecast(of.cell.module)).sha256,
     }
     return ForecastRecord(**fields | changes)
-
-
-def keep(store: Store, record: CellRecord, of: Entry, device: DeviceKind = "cuda") -> None:
-    """Write a record where the store looks for it."""
-    path = store.path(of, device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record.model_dump_json(), encoding="utf-8")
 
 
 PEAKS = {
@@ -255,11 +248,11 @@ SPEEDS = {
 }  # fmt: skip
 
 
-def forecast_methods(store: Store, settings: str, shape: str, more: float = 0.0) -> None:
+def forecast_methods(store: Store, settings: str, shape: str, more: float = 0.0, **changes: Any) -> None:
     """Made-up forecasts of every compared method on the main model."""
     for method, peak in PEAKS.items():
         of = entry(MAIN, method, settings, shape)
-        store.add_forecast(of, forecast_record(of, peak + more))
+        store.keep(forecast_record(of, peak + more, **changes))
 
 
 def measure_methods(store: Store, settings: str, shape: str, factor: float = 1.0, **changes: Any) -> None:
@@ -267,7 +260,7 @@ def measure_methods(store: Store, settings: str, shape: str, factor: float = 1.0
     for method, peak in PEAKS.items():
         of = entry(MAIN, method, settings, shape)
         speeds = tuple(SPEEDS[method] * factor * drift for drift in (1.0, 0.99, 0.98))
-        keep(store, cell_record(of, 1.02 * peak, speeds, **changes), of)
+        store.keep(cell_record(of, 1.02 * peak, speeds, **changes))
 
 
 # ---------------------------------------------------------------- a worker that computes nothing

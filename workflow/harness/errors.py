@@ -19,3 +19,8 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     root = (error.name or "").partition(".")[0]
     known = not root or root in _OURS or importlib.util.find_spec(root) is not None
     return None if known else root
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or what it is called where it says nothing: a sentence of ours holds one line of it."""
+    return (str(error) or type(error).__name__).splitlines()[0]

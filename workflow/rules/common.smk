@@ -3,7 +3,6 @@ from functools import cache
 
 from harness.study import needs
 from harness.study.paths import resolve
-from harness.study.plan import fit_job
 
 
 def local_files(texts):
@@ -13,19 +12,19 @@ def local_files(texts):
 
 def inputs_of(training):
     return [
-        PLACES.model(training.model.name) / "manifest.json",
-        PLACES.rows(training.rows.name) / "manifest.json",
+        PATHS.output(MODEL, training.model.name),
+        PATHS.output(ROWS, training.rows.name),
     ]
 
 
 def search_of(run):
     search = PLAN.runs[run].search_job()
-    return [] if search is None else [PLACES.search(search.name) / "search.json"]
+    return [] if search is None else [PATHS.output(SEARCH, search.name)]
 
 
 def forecast_of(training):
-    job = fit_job(training)
-    return [] if job is None else [PLACES.forecast(job.name) / "forecast.json"]
+    job = forecast_job(training)
+    return [] if job is None else [PATHS.output(FORECAST, job.name)]
 
 
 def forecast_argument(training):
@@ -37,21 +36,21 @@ def forecast_argument(training):
 
 @cache
 def model_needs(model):
-    return needs.of_model(PLAN.models[model], PLACES)
+    return needs.of_model(PLAN.models[model], PATHS)
 
 
 @cache
 def search_needs(search):
-    return needs.of_search(PLAN.searches[search], PLACES)
+    return needs.of_search(PLAN.searches[search], PATHS)
 
 
 @cache
 def run_needs(run):
-    return needs.of_training(PLAN.runs[run].training, PLACES)
+    return needs.of_training(PLAN.runs[run].training, PATHS)
 
 
 @cache
 def score_needs(run, evaluation):
     return needs.of_evaluation(
-        PLAN.evals[evaluation], PLAN.runs[run].training, PLACES, batch_size=RUNTIME.eval_batch_size
+        PLAN.evals[evaluation], PLAN.runs[run].training, PATHS, batch_size=RUNTIME.eval_batch_size
     )

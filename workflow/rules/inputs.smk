@@ -3,7 +3,7 @@
 
 rule pretrain:
     output:
-        "results/inputs/models/{model}/manifest.json",
+        PATHS.output(MODEL, "{model}"),
     log:
         "results/logs/pretrain/{model}.log",
     wildcard_constraints:
@@ -14,14 +14,14 @@ rule pretrain:
         mem_mb=lambda wildcards: model_needs(wildcards.model).mem_mb,
         runtime=lambda wildcards: model_needs(wildcards.model).minutes,
     params:
-        spec="results/inputs/models/{model}/spec.json",
+        spec=str(PATHS.spec(MODEL, "{model}")),
     shell:
         "{PYTHON} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
 
 
 rule prefetch_model:
     output:
-        "results/inputs/models/{model}/manifest.json",
+        PATHS.output(MODEL, "{model}"),
     log:
         "results/logs/prefetch_model/{model}.log",
     wildcard_constraints:
@@ -31,7 +31,7 @@ rule prefetch_model:
         mem_mb=lambda wildcards: model_needs(wildcards.model).mem_mb,
         runtime=lambda wildcards: model_needs(wildcards.model).minutes,
     params:
-        spec="results/inputs/models/{model}/spec.json",
+        spec=str(PATHS.spec(MODEL, "{model}")),
     shell:
         "{PYTHON} -m harness prefetch model --spec {params.spec} --log {log}"
 
@@ -40,7 +40,7 @@ rule prefetch_rows:
     input:
         lambda wildcards: local_files(getattr(PLAN.rows[wildcards.rows].source, "paths", ())),
     output:
-        "results/inputs/rows/{rows}/manifest.json",
+        PATHS.output(ROWS, "{rows}"),
     log:
         "results/logs/prefetch_rows/{rows}.log",
     priority: 20
@@ -48,7 +48,7 @@ rule prefetch_rows:
         mem_mb=needs.SMALL.mem_mb,
         runtime=needs.SMALL.minutes,
     params:
-        spec="results/inputs/rows/{rows}/spec.json",
+        spec=str(PATHS.spec(ROWS, "{rows}")),
     shell:
         "{PYTHON} -m harness prefetch rows --spec {params.spec} --log {log}"
 
@@ -57,7 +57,7 @@ rule prefetch_suite:
     input:
         lambda wildcards: local_files(filter(None, [getattr(PLAN.suites[wildcards.suite].source, "path", None)])),
     output:
-        "results/inputs/suites/{suite}/manifest.json",
+        PATHS.output(SUITE, "{suite}"),
     log:
         "results/logs/prefetch_suite/{suite}.log",
     priority: 20
@@ -65,6 +65,6 @@ rule prefetch_suite:
         mem_mb=needs.SMALL.mem_mb,
         runtime=needs.SMALL.minutes,
     params:
-        spec="results/inputs/suites/{suite}/spec.json",
+        spec=str(PATHS.spec(SUITE, "{suite}")),
     shell:
         "{PYTHON} -m harness prefetch suite --spec {params.spec} --log {log}"

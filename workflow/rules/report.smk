@@ -4,9 +4,9 @@ FRAMES = ["runs", "scores", "documents", "trials", "steps", "believed", "observe
 
 rule collect:
     input:
-        [PLACES.run(run) / "train.json" for run in PLAN.runs],
-        [PLACES.score(run, evaluation) for run, evaluation in PLAN.eval_of.items()],
-        [PLACES.search(search) / "search.json" for search in PLAN.searches],
+        [PATHS.output(TRAIN, run) for run in PLAN.runs],
+        [PATHS.score(run, evaluation) for run, evaluation in PLAN.eval_of.items()],
+        [PATHS.output(SEARCH, search) for search in PLAN.searches],
     output:
         [STUDY / f"{name}.parquet" for name in FRAMES],
     log:

@@ -5,7 +5,7 @@ rule forecast:
     input:
         lambda wildcards: inputs_of(PLAN.forecasts[wildcards.forecast].training),
     output:
-        "results/forecasts/{forecast}/forecast.json",
+        PATHS.output(FORECAST, "{forecast}"),
     log:
         "results/logs/forecast/{forecast}.log",
     priority: 15
@@ -13,9 +13,9 @@ rule forecast:
         mem_mb=needs.SMALL.mem_mb,
         runtime=needs.SMALL.minutes,
     params:
-        spec="results/forecasts/{forecast}/spec.json",
+        spec=str(PATHS.spec(FORECAST, "{forecast}")),
     shell:
-        "{PYTHON} -m harness fit --spec {params.spec} --log {log}"
+        "{PYTHON} -m harness forecast --spec {params.spec} --log {log}"
 
 
 rule search:
@@ -23,7 +23,7 @@ rule search:
         lambda wildcards: inputs_of(PLAN.searches[wildcards.search].training),
         lambda wildcards: forecast_of(PLAN.searches[wildcards.search].training),
     output:
-        "results/searches/{search}/search.json",
+        PATHS.output(SEARCH, "{search}"),
     log:
         "results/logs/search/{search}.log",
     priority: 10
@@ -33,7 +33,7 @@ rule search:
         runtime=lambda wildcards: search_needs(wildcards.search).minutes,
         gpu=lambda wildcards: search_needs(wildcards.search).gpus,
     params:
-        spec="results/searches/{search}/spec.json",
+        spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
     shell:
         "{PYTHON} -m harness search --spec {params.spec} --threads {threads}{params.forecast} --log {log}"
@@ -45,7 +45,7 @@ rule train:
         lambda wildcards: search_of(wildcards.run),
         lambda wildcards: forecast_of(PLAN.runs[wildcards.run].training),
     output:
-        "results/runs/{run}/train.json",
+        PATHS.output(TRAIN, "{run}"),
     log:
         "results/logs/train/{run}.log",
     threads: RUNTIME.threads
@@ -54,7 +54,7 @@ rule train:
         runtime=lambda wildcards: run_needs(wildcards.run).minutes,
         gpu=lambda wildcards: run_needs(wildcards.run).gpus,
     params:
-        spec="results/runs/{run}/spec.json",
+        spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
     shell:
         "{PYTHON} -m harness train --spec {params.spec} --threads {threads}"
@@ -63,12 +63,12 @@ rule train:
 
 rule evaluate:
     input:
-        "results/runs/{run}/train.json",
+        PATHS.output(TRAIN, "{run}"),
         lambda wildcards: [
-            PLACES.suite(suite.name) / "manifest.json" for suite in PLAN.evals[wildcards.evaluation].suites
+            PATHS.output(SUITE, suite.name) for suite in PLAN.evals[wildcards.evaluation].suites
         ],
     output:
-        "results/runs/{run}/eval/{evaluation}.json",
+        PATHS.score("{run}", "{evaluation}"),
     log:
         "results/logs/evaluate/{run}--{evaluation}.log",
     threads: RUNTIME.threads
@@ -77,8 +77,8 @@ rule evaluate:
         runtime=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).minutes,
         gpu=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).gpus,
     params:
-        spec="results/evals/{evaluation}.json",
-        run="results/runs/{run}",
+        spec=str(PATHS.spec(EVALUATE, "{evaluation}")),
+        run=str(PATHS.run("{run}")),
     shell:
         "{PYTHON} -m harness evaluate --spec {params.spec} --run {params.run} --out {output}"
         " --threads {threads} --batch-size {RUNTIME.eval_batch_size} --log {log}"

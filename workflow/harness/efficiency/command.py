@@ -54,7 +54,7 @@ def forecast(args: argparse.Namespace, study: EfficiencyStudy, store: Store, rep
     entries = _entries(select(every_group(study), args.only))
     failed = fill_forecasts(entries, store, budget, cores=args.cores)
     made = report()
-    known = sum(store.forecast(entry) is not None for entry in entries)
+    known = sum(map(store.has_fresh_forecast, entries))
     say(f"{known} of {len(entries)} cells have a forecast; {made}; all in {store.folder}")
     for line in failed:
         say(f"error: {line}")

@@ -7,16 +7,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from harness.efficiency.budget import Budget
-from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by
 from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.plan import Entry
 from harness.efficiency.process import TimeIsUpError, Worker
 from harness.efficiency.record import ForecastRecord
-from harness.efficiency.store import Store
+from harness.efficiency.store import Store, cell_sha256
 from harness.progress import duration, say
+from harness.records.code import code_of, step_forecast
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -28,12 +29,14 @@ def make_forecast(job: Job) -> Reply:
     from harness.step.flops import attention_width, step_cost
     from harness.step.outcomes import CannotRunError
 
-    started = time.perf_counter()
+    started, code = time.perf_counter(), code_of(step_forecast(job.cell.module))
     facts: dict[str, Any] = {
         "cell": job.named,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "asked_sha256": cell_sha256(job.cell),
-        "code_sha256": code_sha256(forecast_by(job.cell)),
+        "code_sha256": code.sha256,
+        "sources": dict(code.sources),
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     try:
         found = forecast(job.cell)
@@ -64,7 +67,7 @@ def make_forecast(job: Job) -> Reply:
 def fill_forecasts(
     entries: Sequence[Entry], store: Store, budget: Budget, *, cores: int, worker: Callable[[], Worker] | None = None
 ) -> list[str]:
-    """Make every forecast that is not on disk; returns one line for each that failed by a fault of the program.
+    """Make what today's code has not forecast yet; returns one line for each that failed by a fault of the program.
 
     Args:
         entries: the cells, most wanted first.
@@ -73,7 +76,7 @@ def fill_forecasts(
         cores: processes side by side.
         worker: makes their handles.
     """
-    waiting = deque(entry for entry in entries if store.forecast(entry) is None)
+    waiting = deque(entry for entry in entries if not store.has_fresh_forecast(entry))
     total = len(waiting)
     failed: list[str] = []
     lock = threading.Lock()
@@ -96,7 +99,7 @@ def fill_forecasts(
                         failed.append(f"{entry.words}: {reply.why}")
                         say(f"[forecast {number}/{total}] {entry.words}: error: {reply.why}")
                         continue
-                    store.add_forecast(entry, reply.forecast)
+                    store.keep(reply.forecast)
                 say(f"[forecast {number}/{total}] {entry.words}: {_summary(reply.forecast)}")
 
     threads = [threading.Thread(target=serve) for _ in range(min(cores, total))]

@@ -19,6 +19,8 @@ Status = Literal["ok", "oom", "skipped", "error"]
 """`ok`, `oom` and `skipped` are outcomes; `error` is a bad program, and is tried again by the next run."""
 
 
+NOT_YET = "not measured yet"
+
 MFU_FORMULA = (
     "FLOP of a mean step / (seconds of a mean step x the card's dense bf16 peak): 2 N FLOP a token for each product "
     "with N weights, causal attention by half; forward, the gradients of the inputs of visited layers and of the "
@@ -138,14 +140,15 @@ class CellRecord(StrictRecord):
     facts_why: str | None = None
     device: DeviceRecord
     memory: MemoryBlock | None = None
-    memory_why: str | None = "not measured yet"
+    memory_why: str | None = NOT_YET
     timing: tuple[TimingBlock, ...] = ()
-    timing_why: str | None = "not measured yet"
+    timing_why: str | None = NOT_YET
     oom: OutOfMemory | None = None
     predicted: Predicted | None = None
     predicted_why: str | None = "no forecast was made"
+    cell_sha256: str | None = Field(default=None, description="of the cell alone; null in records older than this")
     asked_sha256: str = Field(description="of the cell, its device, warm-up, steps and repeats")
-    code_sha256: str = Field(description="of the code that decides what is measured; see harness.efficiency.identity")
+    code_sha256: str = Field(description="of the code that decides what is measured; see harness.records.code")
     provenance: Provenance
 
 
@@ -171,3 +174,7 @@ class ForecastRecord(StrictRecord):
     packages: dict[str, str]
     asked_sha256: str
     code_sha256: str
+    sources: dict[str, str] = Field(
+        default_factory=dict, description="first 12 digits of the hash of each file of that code, by module"
+    )
+    started_utc: str | None = Field(default=None, description="null in records older than this")

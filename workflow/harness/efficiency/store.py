@@ -1,20 +1,42 @@
-"""Records on disk: one file a cell and device, written whole after every block, read back only if still true."""
+"""Records on disk: nothing that was measured or forecast is ever overwritten, and today's question finds its answer.
+
+A record is a file of its own for each question, card and code: `<labels>--<asked>--<card>--<code>.json`, where `asked`
+and `code` are the first 8 digits of the record's own hashes and a forecast's card is `forecast`. Another option, number
+of repeats, card or version of the code adds a file. The code is named by its hash and not by a running number, so that
+folders filled on several machines can be laid together.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from harness.efficiency.identity import cell_sha256, code_sha256, forecast_by, measured_by
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
-from harness.efficiency.record import CellRecord, ForecastRecord, Predicted
+from harness.efficiency.record import NOT_YET, Block, CellRecord, ForecastRecord, Named, Predicted
 from harness.records import atomic
+from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
+from harness.step.spec import Cell
+
+R = TypeVar("R", CellRecord, ForecastRecord)
+
+FORECAST = "forecast"
+"""Stands in a file's name where a measured record has its card."""
+
+
+def cell_sha256(cell: Cell, **more: Any) -> str:
+    """Hash of a cell, and of whatever else was asked for."""
+    asked = {"cell": cell.model_dump(mode="json"), **more}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +59,65 @@ class Asked:
         )
 
 
+def file_name(record: CellRecord | ForecastRecord) -> str:
+    """What the file of a record is called."""
+    card = FORECAST if isinstance(record, ForecastRecord) else _slug(record.device.name)
+    return f"{record.cell.name}--{record.asked_sha256[:8]}--{card}--{record.code_sha256[:8]}.json"
+
+
+def is_stale(record: CellRecord | ForecastRecord, cell: Cell) -> bool:
+    """Whether other code than today's made a record of this cell."""
+    roots = step_forecast if isinstance(record, ForecastRecord) else measurement
+    return record.code_sha256 != code_of(roots(cell.module)).sha256
+
+
 class Store:
-    """The records and forecasts of one results folder."""
+    """The records and forecasts of one study's folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     # ------------------------------------------------------------ measured
 
-    def path(self, entry: Entry, device: DeviceKind) -> Path:
-        """Where a cell's record lies."""
-        return self.folder / "records" / device / f"{entry.named.name}.json"
-
     def current(self, entry: Entry, asked: Asked, device: DeviceRecord | None = None) -> CellRecord | None:
-        """The cell's record, if it answers the same question by the same code; else None.
+        """The cell's newest record that answers the same question by the same code; else None.
+
+        A record with status `error` is one: what had been measured before the program failed stays measured.
 
         Args:
             entry: the cell.
             asked: what is measured.
             device: a record of another card counts as none; None: any card.
         """
-        record = read_record(self.path(entry, asked.device))
-        if record is None or record.status == "error":
-            return None
         same = (
-            record.asked_sha256 == asked.sha256(entry)
-            and record.code_sha256 == code_sha256(measured_by(entry.cell))
+            record
+            for record in self._of_cell(entry.named, CellRecord)
+            if record.asked_sha256 == asked.sha256(entry)
+            and not is_stale(record, entry.cell)
             and (device is None or device.name == record.device.name)
         )
-        return record if same else None
+        return max(same, key=_made, default=None)
+
+    def measured(self, entry: Entry, kind: DeviceKind) -> list[CellRecord]:
+        """Every record of this very cell on a kind of device, whatever else was asked; the one to show comes last.
+
+        That is the newest by today's code, else the newest.
+        """
+        cell = entry.cell
+        mine = [
+            record
+            for record in self._of_cell(entry.named, CellRecord)
+            if record.device.kind == kind
+            and (record.module, record.options, record.settings, record.shape, record.numerics, record.seed)
+            == (cell.module, cell.options, cell.settings, cell.shape, cell.numerics, cell.seed)
+            and record.cell_sha256 in (None, cell_sha256(cell))
+        ]
+        return sorted(mine, key=lambda record: (not is_stale(record, cell), _made(record)))
 
     def add(self, unit: Unit, reply: Reply, asked: Asked, device: DeviceRecord) -> CellRecord:
         """Put what came of a block into the cell's record."""
         entry = unit.entry
-        record = self.current(entry, asked, device) or self._fresh(entry, asked, device)
+        record = _before_error(self.current(entry, asked, device) or self._fresh(entry, asked, device))
         changes: dict[str, object] = {}
         if reply.status != "ok":
             changes |= {"status": reply.status, "status_why": reply.why, "oom": reply.oom}
@@ -86,19 +133,19 @@ class Store:
             changes |= {"parameters": reply.parameters, "trainable_parameters": reply.trainable_parameters}
             changes |= {"facts_why": None}
         record = self.predicted(entry, record.model_copy(update=changes))
-        self._write(self.path(entry, asked.device), record)
+        self.keep(record)
         return record
 
     def predict(self, entry: Entry, asked: Asked) -> None:
         """Put the forecast into a record that was written before there was one."""
         record = self.current(entry, asked)
         if record is not None and record.predicted is None:
-            self._write(self.path(entry, asked.device), self.predicted(entry, record))
+            self.keep(self.predicted(entry, record))
 
     def predicted(self, entry: Entry, record: CellRecord) -> CellRecord:
         """The record with the forecast beside what was measured, if there is a forecast by today's code."""
         found = self.forecast(entry)
-        if found is None:
+        if found is None or is_stale(found, entry.cell):
             return record.model_copy(update={"predicted": None, "predicted_why": "no forecast was made by this code"})
         if found.peak_bytes is None:
             return record.model_copy(update={"predicted": None, "predicted_why": found.status_why})
@@ -116,6 +163,7 @@ class Store:
 
     def _fresh(self, entry: Entry, asked: Asked, device: DeviceRecord) -> CellRecord:
         cell = entry.cell
+        made_by = provenance(roots=measurement(cell.module), inputs={}, device=device.name)
         return CellRecord(
             cell=entry.named,
             status="ok",
@@ -129,63 +177,73 @@ class Store:
             trainable_parameters=None,
             facts_why="no block of this cell ran to its end",
             device=device,
+            cell_sha256=cell_sha256(cell),
             asked_sha256=asked.sha256(entry),
-            code_sha256=code_sha256(measured_by(cell)),
-            provenance=provenance(sources=measured_by(cell), inputs={}, device=device.name),
+            code_sha256=made_by.source_sha256,
+            provenance=made_by,
         )
-
-    def _write(self, path: Path, record: CellRecord | ForecastRecord) -> None:
-        atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
 
     # ------------------------------------------------------------ forecast
 
-    def forecast_path(self, entry: Entry) -> Path:
-        """Where a cell's forecast lies."""
-        return self.folder / "forecasts" / f"{entry.named.name}.json"
-
     def forecast(self, entry: Entry) -> ForecastRecord | None:
-        """The cell's forecast, if it is one of this cell by today's code."""
-        path = self.forecast_path(entry)
-        if not path.is_file():
-            return None
-        try:
-            record = ForecastRecord.model_validate_json(path.read_bytes())
-        except ValidationError:
-            return None
-        same = record.asked_sha256 == cell_sha256(entry.cell) and record.code_sha256 == code_sha256(
-            forecast_by(entry.cell)
-        )
-        return record if same else None
+        """The newest forecast of this very cell, by today's code if there is one; see `is_stale`."""
+        mine = [r for r in self._of_cell(entry.named, ForecastRecord) if r.asked_sha256 == cell_sha256(entry.cell)]
+        return max(mine, key=lambda record: (not is_stale(record, entry.cell), _made(record)), default=None)
 
-    def add_forecast(self, entry: Entry, record: ForecastRecord) -> None:
-        """Keep a forecast."""
-        self._write(self.forecast_path(entry), record)
+    def has_fresh_forecast(self, entry: Entry) -> bool:
+        """Whether today's code has forecast this cell."""
+        found = self.forecast(entry)
+        return found is not None and not is_stale(found, entry.cell)
 
-    # ------------------------------------------------------------ all
+    # ------------------------------------------------------------ files
 
     def records(self) -> Iterator[CellRecord]:
-        """Every readable record, whatever made it."""
-        for path in sorted((self.folder / "records").glob("*/*.json")):
-            record = read_record(path)
-            if record is not None:
+        """Every readable record of what was measured, whatever made it."""
+        yield from self._read("*", CellRecord)
+
+    def _of_cell(self, named: Named, kind: type[R]) -> Iterator[R]:
+        """Records with these labels; whether they are of this cell, their hashes and options say."""
+        for record in self._read(f"{named.name}--*", kind):
+            if record.cell == named:
                 yield record
 
+    def _read(self, pattern: str, kind: type[R]) -> Iterator[R]:
+        for path in sorted((self.folder / "records").glob(f"{pattern}.json")):
+            is_forecast = path.stem.split("--")[-2:-1] == [FORECAST]
+            if is_forecast != (kind is ForecastRecord):
+                continue
+            try:
+                yield kind.model_validate_json(path.read_bytes())
+            except ValidationError:
+                continue  # of another time, with another shape
 
-def read_record(path: Path) -> CellRecord | None:
-    """A record of today's shape; None where there is none, or one of another time."""
-    if not path.is_file():
-        return None
-    try:
-        return CellRecord.model_validate_json(path.read_bytes())
-    except ValidationError:
-        return None
+    def keep(self, record: CellRecord | ForecastRecord) -> None:
+        """Write a record to its own file; what is there under the same name has less of the same record."""
+        atomic.write_text(self.folder / "records" / file_name(record), record.model_dump_json(indent=2) + "\n")
+
+
+def _made(record: CellRecord | ForecastRecord) -> str:
+    """When a record was begun, in a form that sorts; those that do not say it come first."""
+    return record.provenance.started_utc if isinstance(record, CellRecord) else record.started_utc or ""
+
+
+def _before_error(record: CellRecord) -> CellRecord:
+    """The record with its blocks alone, if an error ended it: the block that failed is tried again."""
+    if record.status != "error":
+        return record
+    missing = {f"{block}_why": None if getattr(record, block) else NOT_YET for block in get_args(Block)}
+    return record.model_copy(update={"status": "ok", "status_why": None, **missing})
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def is_done(unit: Unit, record: CellRecord | None) -> bool:
-    """Whether this block needs no measuring: it is there, or the cell cannot be measured."""
+    """Whether this block needs no measuring: it is there, or the cell cannot be measured. An error is tried again."""
     if record is None:
         return False
-    if record.status != "ok":
+    if record.status in ("oom", "skipped"):
         return True
     if unit.do == "memory":
         return record.memory is not None

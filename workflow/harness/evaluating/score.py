@@ -68,7 +68,7 @@ def evaluate(
             name=job.name, run=train_record.name, status="skipped",
             status_why=f"no checkpoint to score: training ended as {train_record.status} ({reason})",
             decoding={}, scores=[], wall_s=time.perf_counter() - started,
-            provenance=provenance(sources=EVALUATION, inputs={}),
+            provenance=provenance(roots=EVALUATION, inputs={}),
         ))  # fmt: skip
 
     from harness.inputs.models import load_model, load_tokenizer
@@ -82,7 +82,7 @@ def evaluate(
     inputs = {f"suite:{label}": path for label, path in files.items()} | {"rows:train": rows_folder / "train.json"}
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
-    origin = provenance(sources=EVALUATION, inputs=inputs, device=device)
+    origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
     tokenizer = load_tokenizer(checkpoint)
     lm = wrap(model, tokenizer, batch_size=batch_size)

@@ -16,6 +16,7 @@ from torch._subclasses import fake_tensor
 
 from baselines.method import Expectation, ModelFacts
 from grass.host import using
+from harness.errors import first_line
 from harness.forecasting.fake_device import CountingHost, ForecastHost, tensors_without_values
 from harness.forecasting.tracker import Kind, Span, Tracker
 from harness.measuring.census import state_bytes, state_tensors
@@ -111,7 +112,7 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
                 raise
             raise NoForecastError(
                 "the code asks a tensor for values, or a device, that a forecast does not have (numbers are read "
-                f"through baselines.method.host_number): {str(error).splitlines()[0]}"
+                f"through baselines.method.host_number): {first_line(error)}"
             ) from error
         return run.forecast(wall_s=time.perf_counter() - started, auto=cell.options.get("offload") == "auto")
 

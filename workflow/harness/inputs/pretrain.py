@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,11 +17,15 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.inputs.generated import pieces
+from harness.inputs.make_models import describe_model
 from harness.inputs.prompts import training_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.progress import Progress
 from harness.records.atomic import whole_folder
-from harness.study.spec import Corpus, PretrainedHere
+from harness.records.code import PRETRAINED_MODEL
+from harness.records.provenance import provenance
+from harness.records.run import ModelRecord
+from harness.study.spec import Corpus, ModelJob, PretrainedHere
 
 _POSITIONS = 512
 """Longest text the model takes; rotary positions cost nothing."""
@@ -36,6 +42,28 @@ class Pretrained:
     parameters: int
     losses: list[tuple[int, float]]
     """(step, mean loss in nats per token since the entry before), about ten entries."""
+
+
+def make_pretrained(job: ModelJob, folder: Path) -> ModelRecord:
+    """Pretrain a study's own model into `folder`/model and write manifest.json beside it, last.
+
+    Raises ValueError for a model that is found or fetched.
+    """
+    started = time.perf_counter()
+    if not isinstance(job.source, PretrainedHere):
+        raise ValueError(f"{job.name}: this model is not pretrained here; use `prefetch model`")
+    origin = provenance(roots=PRETRAINED_MODEL, inputs={})
+    weights = folder / "model"
+    losses = pretrain(job.source, weights).losses
+    return describe_model(
+        job.name,
+        weights,
+        where=os.path.relpath(weights),
+        into=folder,
+        started=started,
+        provenance=origin,
+        losses=losses,
+    )
 
 
 def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:

@@ -1,69 +1,247 @@
-"""Which code decides what each kind of record says; named here once, for makers of records and for `plan`."""
+"""Which code decides what a record says, and the one hash of it that all kinds of records carry.
+
+A record depends on the modules that make it and on whatever these import, however deep: the closure of a few root
+modules, named below for each kind and read from the import statements. So no list of modules has to be kept up, and a
+method's file makes only its own records stale. This module needs the standard library alone.
+"""
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
+import tokenize
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
-from baselines import find_method
+Roots = tuple[str, ...]
+"""Modules that make a record; their closure decides what it says."""
 
-ROWS = ("harness.inputs.rows", "harness.inputs.generated", "harness.inputs.prompts")
-FOUND_MODEL = ("harness.inputs.models",)
-PRETRAINED_MODEL = (
-    *FOUND_MODEL,
-    "harness.inputs.pretrain",
-    "harness.inputs.generated",
-    "harness.inputs.tokenizer",
-    "harness.inputs.prompts",
-)
-EVALUATION = (
-    "harness.evaluating",
-    "harness.tasks",
-    "harness.inputs.prompts",
-    "harness.inputs.tokens",
-    "harness.inputs.models",
-)
+ROWS: Roots = ("harness.inputs.make_rows",)
+FOUND_MODEL: Roots = ("harness.inputs.make_models",)
+PRETRAINED_MODEL: Roots = ("harness.inputs.pretrain",)
+EVALUATION: Roots = ("harness.evaluating.score",)
+
+
+def training(module: str) -> Roots:
+    """Of a training run of the method in `baselines.<module>`."""
+    return ("harness.training.loop", "harness.measuring.rates", f"baselines.{module}")
+
+
+def search(module: str) -> Roots:
+    """Of a search of that method's learning rate."""
+    return ("harness.training.search", f"baselines.{module}")
+
+
+def run_forecast(module: str) -> Roots:
+    """Of a forecast of the memory of that method's runs."""
+    return ("harness.forecasting.run_forecast", f"baselines.{module}")
+
+
+def step_forecast(module: str) -> Roots:
+    """Of a forecast of the memory of one step, a cell of an efficiency study."""
+    return ("harness.forecasting.forecast", "harness.step.flops", f"baselines.{module}")
+
+
+def measurement(module: str) -> Roots:
+    """Of the memory and speed of one step as measured."""
+    return ("harness.efficiency.measure", f"baselines.{module}")
+
+
+APART = ("grass.heatmap", "harness.progress", "harness.records", "harness.study")
+"""Modules and packages that are imported by what makes records and decide nothing of what a record says: a figure of
+the library, progress lines, how records are written down (their shape has a version of its own), and the question,
+which is in the name of the record."""
+
+DATA = (".j2", ".json", ".yaml")
+"""Files that a package reads beside its modules, such as the tasks of lm-eval."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """The code behind a record."""
+
+    sha256: str
+    sources: Mapping[str, str]
+    """First 12 digits of each file's own hash, by module; a data file is `<package>/<file>`."""
 
 
 @cache
-def training(module: str) -> tuple[str, ...]:
-    """Code behind a training run or a search of the method in `baselines.<module>`."""
-    return (
-        "grass",
-        "baselines.method",
-        *method_files(find_method(module).__module__),
-        "harness.inputs.tokens",
-        "harness.inputs.prompts",
-        "harness.inputs.models",
-        "harness.training",
-        "harness.measuring.card",
-        "harness.measuring.census",
-        "harness.measuring.clock",
-        "harness.measuring.device",
-        "harness.measuring.host",
-        "harness.measuring.meters",
-        "harness.measuring.nvml",
-    )
+def code_of(roots: Roots) -> Code:
+    """The code behind a record made by these modules, as it is today.
 
-
-def forecast(module: str) -> tuple[str, ...]:
-    """Code behind a forecast of the memory of a run of the method in `baselines.<module>`."""
-    return (*training(module), "harness.efficiency", "harness.forecasting")
+    Raises:
+        ModuleNotFoundError: there is no such root.
+    """
+    return _ours().code(roots)
 
 
 @cache
-def method_files(module: str) -> tuple[str, ...]:
-    """A method's file and those of other methods that it imports anywhere, however deep."""
-    found, left = set(), [module]
-    while left:
-        name = left.pop()
-        found.add(name)
-        spec = importlib.util.find_spec(name)
-        assert spec is not None
-        assert spec.origin is not None
-        tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
-        left += [i for i in imported - found if i.startswith("baselines.") and i != "baselines.method"]
-    return tuple(sorted(found))
+def _ours() -> Tree:
+    # found without importing them: `grass` would import torch
+    specs = {name: importlib.util.find_spec(name) for name in ("grass", "baselines", "harness")}
+    return Tree({name: Path(spec.origin).parent for name, spec in specs.items() if spec and spec.origin})
+
+
+class Tree:
+    """The source files of some packages, each read once.
+
+    Args:
+        folders: of the top-level packages, by name; imports of anything else are not followed.
+        apart: what does not count, see `APART`.
+    """
+
+    def __init__(self, folders: Mapping[str, Path], apart: Sequence[str] = APART) -> None:
+        self._folders, self._apart = folders, apart
+        self._imports: dict[str, frozenset[str]] = {}
+        self._hashes: dict[Path, str] = {}
+
+    def code(self, roots: Iterable[str]) -> Code:
+        """The code of the closure of `roots`.
+
+        Raises:
+            ModuleNotFoundError: there is no such root.
+        """
+        files: dict[str, Path] = {}
+        for module in self.closure(roots):
+            path = self._file(module)
+            assert path is not None
+            files[module] = path
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            files |= {f"{package}/{beside.name}": beside for beside in path.parent.iterdir() if beside.suffix in DATA}
+        hashes = {name: self._hash(files[name]) for name in sorted(files)}
+        whole = "".join(f"{name} {digest}\n" for name, digest in hashes.items())
+        return Code(
+            sha256=hashlib.sha256(whole.encode()).hexdigest(),
+            sources={name: digest[:12] for name, digest in hashes.items()},
+        )
+
+    def closure(self, roots: Iterable[str]) -> list[str]:
+        """The roots and every module that they import, however deep, and wherever the import stands.
+
+        A parent package counts only where it is itself imported from: `import grass.loss` runs `grass/__init__.py`,
+        which decides nothing of what `grass.loss` computes.
+
+        Raises:
+            ModuleNotFoundError: there is no such root.
+        """
+        left = list(roots)
+        for root in left:
+            if self._file(root) is None:
+                raise ModuleNotFoundError(f"no source for {root!r}")
+        found: set[str] = set()
+        while left:
+            module = left.pop()
+            if module not in found and not any(module == name or module.startswith(f"{name}.") for name in self._apart):
+                found.add(module)
+                left += self._imported_by(module)
+        return sorted(found)
+
+    def _file(self, module: str) -> Path | None:
+        top, *rest = module.split(".")
+        if top not in self._folders:
+            return None
+        path = self._folders[top].joinpath(*rest)
+        return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.is_file()), None)
+
+    def _imported_by(self, module: str) -> frozenset[str]:
+        if module not in self._imports:
+            path = self._file(module)
+            assert path is not None
+            package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+            names = imported_names(path.read_text(encoding="utf-8"), package=package)
+            self._imports[module] = frozenset(name for name in names if self._file(name) is not None)
+        return self._imports[module]
+
+    def _hash(self, path: Path) -> str:
+        if path not in self._hashes:
+            text = path.read_text(encoding="utf-8")
+            self._hashes[path] = hashlib.sha256((bare(text) if path.suffix == ".py" else text).encode()).hexdigest()
+        return self._hashes[path]
+
+
+def imported_names(text: str, *, package: str) -> set[str]:
+    """Whatever may be a module among the names that a module's text imports; imports for type checkers alone are none.
+
+    Args:
+        text: of the module.
+        package: that the module is in, which relative imports count from.
+    """
+    found = set()
+    for node in _executed(ast.parse(text).body):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            found |= {source, *(f"{source}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def _executed(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    for node in nodes:
+        if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING":
+            yield from _executed(node.orelse)
+        else:
+            yield node
+            yield from _executed(ast.iter_child_nodes(node))
+
+
+def _name(node: ast.expr) -> str | None:
+    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+
+
+_FSTRING_START, _FSTRING_END = (getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END"))
+"""Kinds of tokens at the ends of an f-string, which is taken apart since Python 3.12; before, it was one string."""
+_LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
+
+
+def bare(text: str) -> str:
+    """What of a module's text decides what it does, the same under every version of Python.
+
+    One line a logical line: its tokens with a space between them, behind a `>` for each block that opens before it and
+    a `<` for each that closes. Comments, blank lines, wrapped lines and strings that are statements leave no trace.
+    """
+    found: list[str] = []
+    line: list[str] = []
+    borders, acts = "", False
+    for kind, word in _tokens(text):
+        if kind == tokenize.NEWLINE:
+            if acts:
+                found.append(" ".join([borders, *line]))
+                borders = ""
+            line, acts = [], False
+        elif kind in (tokenize.INDENT, tokenize.DEDENT):
+            borders += ">" if kind == tokenize.INDENT else "<"
+        else:
+            line.append(word)
+            acts = acts or kind != tokenize.STRING
+    return "\n".join(found)
+
+
+def _tokens(text: str) -> Iterator[tuple[int, str]]:
+    """Kind and text of each token but layout; an f-string is a name, so that none is taken for a docstring."""
+    lines, depth, start = text.split("\n"), 0, (0, 0)
+    for token in tokenize.generate_tokens(StringIO(text).readline):
+        if token.type == _FSTRING_START:
+            start = start if depth else token.start
+            depth += 1
+        elif token.type == _FSTRING_END:
+            depth -= 1
+            if not depth:
+                yield tokenize.NAME, _between(lines, start, token.end)
+        elif not depth and token.type not in _LAYOUT:
+            is_f = token.type == tokenize.STRING and "f" in token.string[: token.string.index(token.string[-1])].lower()
+            yield tokenize.NAME if is_f else token.type, token.string
+
+
+def _between(lines: Sequence[str], start: tuple[int, int], end: tuple[int, int]) -> str:
+    """The text from one (line, column) to another; lines count from 1."""
+    (first, left), (last, right) = start, end
+    inside = list(lines[first - 1 : last])
+    inside[-1] = inside[-1][:right]
+    inside[0] = inside[0][left:]
+    return "\n".join(inside)

@@ -2,21 +2,98 @@
 
 from __future__ import annotations
 
-RUN_COLUMNS: dict[str, str] = {
-    "run": "string", "model": "string", "task": "string", "method": "string", "module": "string", "seed": "Int64",
-    "status": "string", "status_why": "string", "lr": "Float64", "lr_searched": "boolean", "recipe_changes": "string",
-    "steps": "Int64", "parameters": "Int64", "trainable_parameters": "Int64", "train_loss": "Float64",
-    "validation_loss": "Float64", "clipped_share": "Float64", "train_rows": "Int64", "truncated_rows": "Int64",
-    "dropped_rows": "Int64", "train_s": "Float64", "prepare_s": "Float64", "step_median_s": "Float64",
-    "step_p95_s": "Float64", "timed_steps": "Int64", "throughput_tokens_per_s": "Float64",
-    "throughput_total_tokens_per_s": "Float64", "throughput_why": "string", "host_peak_bytes": "Int64",
-    "host_pss_bytes": "Int64", "method_pinned_peak_bytes": "Int64", "device_allocated_peak_bytes": "Int64",
-    "device_reserved_peak_bytes": "Int64", "device_why": "string", "alloc_retries": "Int64",
-    "nvml_process_peak_bytes": "Int64", "nvml_why": "string", "nvml_device_delta_peak_bytes": "Int64",
-    "nvml_delta_why": "string", "nvml_source": "string", "foreign_why": "string", "state_peak_bytes": "Int64",
-    "failed_checks": "string", "notes": "string", "stale": "boolean", "git_commit": "string", "platform": "string",
-    "device": "string",
-}  # fmt: skip
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from harness.records.code import code_of, training
+from harness.records.run import EVALUATION, Check, TrainRecord, largest
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the runs: its type, and what of a run's record it shows."""
+
+    dtype: str
+    source: str
+    """Path of the value in the record; where a block on the way is null, the value is too. Empty: the record."""
+    made: Callable[[Any], Any] | None = None
+    """What the value becomes in the table."""
+
+    def of(self, record: TrainRecord) -> Any:
+        """The value for one run."""
+        value: Any = record
+        for key in filter(None, self.source.split(".")):
+            value = getattr(value, key)
+            if value is None:
+                return None
+        return value if self.made is None else self.made(value)
+
+
+def _peak(by_phase: Mapping[str, int | None]) -> int | None:
+    """Highest of the phases of training; evaluating is none."""
+    return largest(by_phase, without=EVALUATION)
+
+
+def _failed(checks: Sequence[Check]) -> str:
+    return "; ".join(check.name for check in checks if not check.ok)
+
+
+def _is_stale(record: TrainRecord) -> bool:
+    """Whether other code than today's made it."""
+    return record.provenance.source_sha256 != code_of(training(record.module)).sha256
+
+
+RUNS: dict[str, Column] = {
+    "run": Column("string", "name"),
+    "model": Column("string", "model"),
+    "task": Column("string", "task"),
+    "method": Column("string", "method"),
+    "module": Column("string", "module"),
+    "seed": Column("Int64", "seed"),
+    "status": Column("string", "status"),
+    "status_why": Column("string", "status_why"),
+    "lr": Column("Float64", "lr"),
+    "lr_searched": Column("boolean", "lr_searched"),
+    "recipe_changes": Column("string", "recipe_changes", ", ".join),
+    "steps": Column("Int64", "steps_done"),
+    "parameters": Column("Int64", "parameters"),
+    "trainable_parameters": Column("Int64", "trainable_parameters"),
+    "train_loss": Column("Float64", "train_loss"),
+    "validation_loss": Column("Float64", "validation_loss"),
+    "clipped_share": Column("Float64", "clipped_share"),
+    "train_rows": Column("Int64", "data.train_rows"),
+    "truncated_rows": Column("Int64", "data.truncated_rows"),
+    "dropped_rows": Column("Int64", "data.dropped_rows"),
+    "train_s": Column("Float64", "timing.train_s"),
+    "prepare_s": Column("Float64", "timing.prepare_s"),
+    "step_median_s": Column("Float64", "timing.step_median_s"),
+    "step_p95_s": Column("Float64", "timing.step_p95_s"),
+    "timed_steps": Column("Int64", "timing.timed_steps"),
+    "throughput_tokens_per_s": Column("Float64", "timing.throughput_tokens_per_s"),
+    "throughput_total_tokens_per_s": Column("Float64", "timing.throughput_total_tokens_per_s"),
+    "throughput_why": Column("string", "timing.throughput_why"),
+    "host_peak_bytes": Column("Int64", "memory.host_peak_bytes", _peak),
+    "host_pss_bytes": Column("Int64", "memory.host_pss_bytes", _peak),
+    "method_pinned_peak_bytes": Column("Int64", "memory.method_pinned_peak_bytes"),
+    "device_allocated_peak_bytes": Column("Int64", "memory.device_allocated_peak_bytes", _peak),
+    "device_reserved_peak_bytes": Column("Int64", "memory.device_reserved_peak_bytes", _peak),
+    "device_why": Column("string", "memory.device_why"),
+    "alloc_retries": Column("Int64", "memory.alloc_retries"),
+    "nvml_process_peak_bytes": Column("Int64", "memory.nvml_process_peak_bytes"),
+    "nvml_why": Column("string", "memory.nvml_why"),
+    "nvml_device_delta_peak_bytes": Column("Int64", "memory.nvml_device_delta_peak_bytes"),
+    "nvml_delta_why": Column("string", "memory.nvml_delta_why"),
+    "nvml_source": Column("string", "memory.nvml_source"),
+    "foreign_why": Column("string", "memory.foreign_why"),
+    "state_peak_bytes": Column("Int64", "memory.state_peak_bytes"),
+    "failed_checks": Column("string", "engagement", _failed),
+    "notes": Column("string", "notes", "; ".join),
+    "stale": Column("boolean", "", _is_stale),
+    "git_commit": Column("string", "provenance.git_commit"),
+    "platform": Column("string", "provenance.platform"),
+    "device": Column("string", "provenance.device"),
+}
 """One row a run. Bytes by phase are maxima over all phases but eval, which is no part of training."""
 
 SCORE_COLUMNS: dict[str, str] = {
@@ -58,7 +135,7 @@ OBSERVED_COLUMNS: dict[str, str] = {
 layer's own weights on fixed validation rows, and the loss on those rows."""
 
 FRAMES: dict[str, dict[str, str]] = {
-    "runs": RUN_COLUMNS,
+    "runs": {name: column.dtype for name, column in RUNS.items()},
     "scores": SCORE_COLUMNS,
     "documents": DOCUMENT_COLUMNS,
     "trials": TRIAL_COLUMNS,

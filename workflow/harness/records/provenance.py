@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import importlib.metadata
-import importlib.util
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
 from harness.records.atomic import sha256
+from harness.records.code import Roots, code_of
 from harness.records.run import Provenance
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "numpy", "snakemake")
 
 
-def provenance(*, sources: Sequence[str], inputs: Mapping[str, Path], device: str = "cpu") -> Provenance:
+def provenance(*, roots: Roots, inputs: Mapping[str, Path], device: str = "cpu") -> Provenance:
     """Describe the making of a record.
 
     Args:
-        sources: modules or packages whose code made it, e.g. `("grass", "baselines.grass")`.
+        roots: modules that made it, see `harness.records.code`.
         inputs: every file that was read, by role.
         device: "cpu" or the accelerator's name.
     """
+    code = code_of(roots)
     commit, why, dirty = _git()
     torch = sys.modules.get("torch")
     return Provenance(
-        source_sha256=source_sha256(tuple(sources)),
+        source_sha256=code.sha256,
+        sources=dict(code.sources),
         git_commit=commit,
         git_commit_why=why,
         git_dirty=dirty,
@@ -43,43 +43,6 @@ def provenance(*, sources: Sequence[str], inputs: Mapping[str, Path], device: st
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         input_sha256={role: sha256(path) for role, path in sorted(inputs.items())},
     )
-
-
-@cache
-def source_sha256(sources: tuple[str, ...]) -> str:
-    """Hash of the code of modules and packages, comments, docstrings and layout left out.
-
-    A record whose hash differs from today's was made by other code: `plan` calls it stale. The text hashed is what
-    `ast.unparse` prints, which may differ between Python versions, so the version is part of the hash.
-    """
-    total = hashlib.sha256(f"{sys.version_info.major}.{sys.version_info.minor}".encode())
-    for source in sorted(sources):
-        for file in _files(source):
-            total.update(_bare(file).encode())
-    return total.hexdigest()
-
-
-def _files(source: str) -> list[Path]:
-    spec = importlib.util.find_spec(source)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"no source for {source!r}")
-    if spec.submodule_search_locations:
-        return sorted(p for p in Path(spec.origin).parent.rglob("*") if p.suffix in {".py", ".yaml", ".j2"})
-    return [Path(spec.origin)]
-
-
-def _bare(file: Path) -> str:
-    text = file.read_text(encoding="utf-8")
-    if file.suffix != ".py":
-        return text
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body
-            first = body[0] if body else None
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and len(body) > 1:
-                node.body = body[1:]
-    return ast.unparse(tree)
 
 
 @cache

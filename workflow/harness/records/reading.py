@@ -17,9 +17,10 @@ _AGAIN = "if this is the file that is meant, delete it and run again"
 
 
 class Origin(BaseModel):
-    """Of a record's provenance: the hash of the code that made it."""
+    """Of a record's provenance: the code that made it, see `harness.records.code`."""
 
     source_sha256: str
+    sources: dict[str, str] = {}
 
 
 class Stamp(BaseModel):

@@ -30,6 +30,10 @@ class Provenance(Record):
 
     schema_version: int = SCHEMA_VERSION
     source_sha256: str = Field(description="of the code that made this record, comments left out")
+    sources: dict[str, str] = Field(
+        default_factory=dict,
+        description="first 12 digits of the sha256 of each of its files, by module; empty in records older than this",
+    )
     git_commit: str | None
     git_commit_why: str | None = None
     git_dirty: bool | None
@@ -54,7 +58,7 @@ class ModelRecord(Record):
     provenance: Provenance
 
 
-class FitRecord(Record):
+class RunForecast(Record):
     """Peak memory of a run's largest step, forecast before it starts (forecast.json)."""
 
     name: str

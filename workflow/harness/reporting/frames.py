@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.records.atomic import whole_file
 from harness.records.columns import ADDED, FRAMES
 
@@ -91,7 +91,7 @@ def read_table(path: Path) -> DataFrame:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the collect stage first") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no parquet file ({str(error).splitlines()[0]}); {_COLLECT}") from error
+        raise UserError(f"{path}: no parquet file ({first_line(error)}); {_COLLECT}") from error
 
 
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:

@@ -17,9 +17,9 @@ def run(args: argparse.Namespace) -> int:
     from harness.reporting.collecting import collect
     from harness.reporting.frames import write_frames
     from harness.study.config import load_study
-    from harness.study.paths import Places
+    from harness.study.paths import Paths
     from harness.study.plan import resolve_study
 
-    frames = collect(resolve_study(load_study(args.config, inputs_needed=False)), Places(args.out.parent))
+    frames = collect(resolve_study(load_study(args.config, inputs_needed=False)), Paths(args.out.parent))
     write_frames(frames, args.out)
     return 0

@@ -39,19 +39,19 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
 
     from harness.evaluating.score import evaluate
     from harness.records.reading import read
-    from harness.study.paths import Places
+    from harness.study.paths import Paths
     from harness.study.progress import announce
     from harness.study.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)
-    places = Places(args.run.parents[1])
+    paths = Paths(args.run.parents[1])
     job = read(args.spec, EvalJob)
     training = read(args.run / "spec.json", RunJob).training
     record = evaluate(
         job,
         train_record=train_record,
-        suite_folders={suite.label: places.suite(suite.name) for suite in job.suites},
-        rows_folder=places.rows(training.rows.name),
+        suite_folders={suite.label: paths.suite(suite.name) for suite in job.suites},
+        rows_folder=paths.rows(training.rows.name),
         out=args.out,
         batch_size=args.batch_size,
     )

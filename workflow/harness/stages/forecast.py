@@ -1,4 +1,8 @@
-"""`python -m harness forecast`: peak memory of a fine-tuning step, with no GPU and no weights."""
+"""`python -m harness forecast`: peak memory of a fine-tuning step, with no GPU and no weights.
+
+Of one step, printed: --model and --method. Of a study's run, as the pipeline asks for it: --spec; the forecast is
+written beside the spec, and a run that cannot fit its GPU then never starts.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,11 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--model", help="a model of the study, or a folder with a config.json")
+    asked.add_argument("--spec", type=Path, help="results/forecasts/<forecast>/spec.json; all else is in it")
     parser.add_argument("--config", type=Path, default=Path("config/efficiency.yaml"), help="an efficiency study")
-    parser.add_argument("--model", required=True, help="a model of the study, or a folder with a config.json")
-    parser.add_argument("--method", required=True, help="a method of the study")
+    parser.add_argument("--method", help="a method of the study")
     parser.add_argument("--settings", default="plain", help="settings of the study, such as plain or lean")
     parser.add_argument("--batch", type=int, default=1, help="rows of the micro-batch")
     parser.add_argument("--length", type=int, default=1024, help="tokens a row")
@@ -21,7 +27,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the forecast, or why there is none; nothing is written."""
+    """Forecast a step or a run; 0 also where there is no forecast, which is an answer."""
+    if args.spec is not None:
+        return _of_run(args.spec)
+    if args.method is None:
+        raise ValueError("--method is needed beside --model: a method of the study")
+    return _of_step(args)
+
+
+def _of_run(spec: Path) -> int:
+    """Write forecast.json beside the spec of a run's forecast."""
+    from harness.forecasting.run_forecast import GIB, forecast_run
+    from harness.inputs.models import model_folder
+    from harness.records import atomic
+    from harness.records.reading import read
+    from harness.records.run import ModelRecord
+    from harness.study.jobs import FORECAST, MODEL
+    from harness.study.paths import Paths
+    from harness.study.progress import announce
+    from harness.study.spec import ForecastJob
+
+    job = read(spec, ForecastJob)
+    paths, training = Paths(spec.parents[2]), job.training
+    manifest = read(paths.output(MODEL, training.model.name), ModelRecord)
+    found = forecast_run(training, name=job.name, model=model_folder(manifest), rows=paths.rows(training.rows.name))
+    atomic.write_json(paths.output(FORECAST, job.name), found.model_dump(mode="json"))
+    said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{found.peak_bytes / GIB:.2f} GiB"
+    announce(f"forecast {job.name}: {said}")
+    return 0
+
+
+def _of_step(args: argparse.Namespace) -> int:
+    """Print the forecast of one step, or why there is none; nothing is written."""
     from harness.step.spec import cell_of, load_efficiency, shape_of
 
     study, shape = load_efficiency(args.config), shape_of(args.batch, args.length)

@@ -13,15 +13,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also list inputs and searches, one a line")
 
 
+SHOWN = 12
+"""Files named in the summary of what made records stale."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
     from harness.records.reading import Stamp, read
     from harness.study.config import load_study
-    from harness.study.paths import Places
+    from harness.study.jobs import EVALUATE, TRAIN
+    from harness.study.paths import Paths
     from harness.study.plan import folder_bytes, outputs, resolve_study
-    from harness.study.stale import current_sha256
+    from harness.study.stale import changed_files, is_stale
 
-    places = Places()
+    paths = Paths()
     plan = resolve_study(load_study(args.config, inputs_needed=False))
     study = plan.study
     print(
@@ -29,26 +34,31 @@ def run(args: argparse.Namespace) -> int:
         f"= {len(plan.runs)} runs, {len(plan.searches)} searches"
     )
     counts: dict[str, Counter[str]] = {}
-    for output in outputs(plan, places):
+    changed: Counter[str] = Counter()
+    for output in outputs(plan, paths):
         state, detail = "to do", ""
         if output.path.exists():
             record = read(output.path, Stamp)
-            fresh = record.provenance.source_sha256 == current_sha256(plan, output)
-            state, detail = ("done" if fresh else "stale"), record.status
-        counts.setdefault(output.kind, Counter())[state] += 1
-        if output.kind == "train" or args.all:
-            print(f"  {state:<6} {output.kind:<9}{detail:<11}{output.name}")
+            state, detail = "done", record.status
+            if is_stale(record.provenance, output):
+                state = "stale"
+                changed.update(changed_files(record.provenance, output))
+        counts.setdefault(output.kind.name, Counter())[state] += 1
+        if output.kind is TRAIN or args.all:
+            print(f"  {state:<6} {output.kind.name:<9}{detail:<11}{output.name}")
     print()
     for kind, counter in counts.items():
         print(f"  {kind:<9}" + ", ".join(f"{number} {state}" for state, number in sorted(counter.items())))
-    folders = [
-        *(places.model(n) for n in plan.models),
-        *(places.rows(n) for n in plan.rows),
-        *(places.suite(n) for n in plan.suites),
-        *(places.search(n) for n in plan.searches),
-        *(places.run(n) for n in plan.runs),
-    ]
-    print(f"  on disk  {folder_bytes(folders) / 2**20:.1f} MiB under {places.root}/")
-    if any(counter["stale"] for counter in counts.values()):
+    folders = {output.path.parent for output in outputs(plan, paths) if output.kind is not EVALUATE}
+    print(f"  on disk  {folder_bytes(folders) / 2**20:.1f} MiB under {paths.root}/")
+    if changed:
         print("  stale: made by other code than today's. It is kept; to make it anew: snakemake --force <its file>")
+        print(f"  what differs, with the number of records: {_summary(changed)}")
     return 0
+
+
+def _summary(changed: Counter[str]) -> str:
+    """The files that differ for most records, in one line."""
+    named = [f"{name} ({number})" for name, number in changed.most_common(SHOWN)]
+    more = len(changed) - len(named)
+    return ", ".join(named) + (f", and {more} more files" if more else "")

@@ -19,15 +19,15 @@ def run(args: argparse.Namespace) -> int:
 
     folder: Path = args.spec.parent
     if args.kind == "rows":
-        from harness.inputs.rows import make_rows
+        from harness.inputs.make_rows import make_rows
 
         make_rows(read(args.spec, RowsJob), folder)
     elif args.kind == "suite":
-        from harness.inputs.rows import make_suite
+        from harness.inputs.make_rows import make_suite
 
         make_suite(read(args.spec, SuiteJob), folder)
     else:
-        from harness.inputs.models import make_model
+        from harness.inputs.make_models import make_model
 
         make_model(read(args.spec, ModelJob), folder)
     return 0

@@ -16,13 +16,13 @@ def run(args: argparse.Namespace) -> int:
     """Write the model and its manifest beside the spec."""
     import torch
 
-    from harness.inputs.models import make_model
+    from harness.inputs.pretrain import make_pretrained
     from harness.records.reading import read
     from harness.study.progress import announce
     from harness.study.spec import ModelJob
 
     torch.set_num_threads(args.threads)
     job = read(args.spec, ModelJob)
-    record = make_model(job, args.spec.parent)
+    record = make_pretrained(job, args.spec.parent)
     announce(f"pretrain {job.name}: loss {record.pretraining_loss[-1][1]:.3f}")
     return 0

@@ -18,26 +18,27 @@ def run(args: argparse.Namespace) -> int:
     """Copy; refuse a study that is not finished, and text that names a place on this machine."""
     from harness.records import atomic
     from harness.study.config import load_study
-    from harness.study.paths import Places
+    from harness.study.paths import Paths
     from harness.study.plan import outputs, resolve_study
 
-    places = Places()
+    paths = Paths()
     plan = resolve_study(load_study(args.config, inputs_needed=False))
-    made = places.study(plan.study.study)
-    missing = [o.path for o in outputs(plan, places) if not o.path.exists()]
+    made = paths.study(plan.study.study)
+    missing = [o.path for o in outputs(plan, paths) if not o.path.exists()]
     if missing or not (made / "report.html").exists():
         raise UserError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
-    target = places.root / "published" / plan.study.study
+    target = paths.root / "published" / plan.study.study
     with atomic.whole_folder(target) as temporary:
         for path in sorted(made.iterdir()):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
-        for output in outputs(plan, places):
-            copy = temporary / "records" / output.path.relative_to(places.root)
+        for output in outputs(plan, paths):
+            copy = temporary / "records" / output.path.relative_to(paths.root)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(output.path, copy)
-            spec = output.path.parent / "spec.json"
-            if spec.exists():
-                shutil.copy(spec, copy.parent)
+            spec = paths.spec(output.kind, output.job.name)
+            told = temporary / "records" / spec.relative_to(paths.root)
+            told.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(spec, told)
         (temporary / "figures" / ".snakemake_timestamp").unlink(missing_ok=True)
         (temporary / "tables" / ".snakemake_timestamp").unlink(missing_ok=True)
         shutil.copy(args.config, temporary / "study.yaml")
@@ -48,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_machine_paths(folder: Path) -> None:
     """A record that names this machine's folders says nothing to others, and too much."""
-    places = {str(Path.home()), str(Path.cwd())} - {"/"}
+    folders = {str(Path.home()), str(Path.cwd())} - {"/"}
     for path in folder.rglob("*"):
         if path.suffix in {".json", ".jsonl", ".md", ".csv", ".tex", ".html", ".yaml", ".svg"}:
             text = path.read_text(encoding="utf-8")
-            found = [place for place in places if place in text]
+            found = [name for name in folders if name in text]
             if found:
                 raise UserError(
                     f"{path.relative_to(folder)} names {found[0]}: give paths through a variable and run again"

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
         "train-record": record.TrainRecord,
         "eval-record": record.EvalRecord,
         "search-record": record.SearchRecord,
-        "forecast-record": record.FitRecord,
+        "forecast-record": record.RunForecast,
     }
     old = []
     for name, model in models.items():

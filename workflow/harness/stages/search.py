@@ -33,23 +33,23 @@ def run(args: argparse.Namespace) -> int:
 def _search(args: argparse.Namespace, job: SearchJob) -> int:
     import torch
 
-    from harness.forecasting.fit import refusal_of
+    from harness.forecasting.run_forecast import refusal_of
     from harness.inputs.models import model_folder
     from harness.records import atomic
     from harness.records.reading import read
     from harness.records.run import ModelRecord
-    from harness.study.paths import Places
+    from harness.study.paths import Paths
     from harness.study.progress import announce
     from harness.training.loading import Inputs
     from harness.training.search import search
 
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
-    places = Places(folder.parents[1])
-    manifest = read(places.model(job.training.model.name) / "manifest.json", ModelRecord)
-    inputs = Inputs(model_folder(manifest), places.rows(job.training.rows.name))
-    record = search(job, inputs=inputs, trials_folder=places.state(job.name), refusal=refusal_of(args.forecast))
+    paths = Paths(folder.parents[1])
+    manifest = read(paths.model(job.training.model.name) / "manifest.json", ModelRecord)
+    inputs = Inputs(model_folder(manifest), paths.rows(job.training.rows.name))
+    record = search(job, inputs=inputs, trials_folder=paths.state(job.name), refusal=refusal_of(args.forecast))
     atomic.write_json(folder / "search.json", record.model_dump(mode="json"))
-    shutil.rmtree(places.state(job.name), ignore_errors=True)
+    shutil.rmtree(paths.state(job.name), ignore_errors=True)
     announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")
     return 0

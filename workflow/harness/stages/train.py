@@ -34,34 +34,34 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, job: RunJob) -> int:
     import torch
 
-    from harness.forecasting.fit import refusal_of
+    from harness.forecasting.run_forecast import refusal_of
     from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
     from harness.records import atomic
     from harness.records.reading import read
     from harness.records.run import ModelRecord, SearchRecord
-    from harness.study.paths import Places
+    from harness.study.paths import Paths
     from harness.study.progress import announce
     from harness.training.loading import Inputs
     from harness.training.loop import train
 
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
-    places = Places(folder.parents[1])
-    manifest = read(places.model(job.training.model.name) / "manifest.json", ModelRecord)
+    paths = Paths(folder.parents[1])
+    manifest = read(paths.model(job.training.model.name) / "manifest.json", ModelRecord)
     lr, search = job.lr, job.search_job()
     if search is not None:
-        found = read(places.search(search.name) / "search.json", SearchRecord)
+        found = read(paths.search(search.name) / "search.json", SearchRecord)
         # no rate trained: the run fails at the grid's first one in the same way, and is recorded as such
         lr = found.lr if found.lr is not None else search.search.grid[0]
-    state = places.state(job.name)
+    state = paths.state(job.name)
     record = train(
         job.training,
         name=job.name,
         lr=lr,
         lr_searched=search is not None,
         seed=job.seed,
-        inputs=Inputs(model_folder(manifest), places.rows(job.training.rows.name), manifest.folder),
+        inputs=Inputs(model_folder(manifest), paths.rows(job.training.rows.name), manifest.folder),
         folder=folder,
         state_folder=state,
         checkpoint_every=args.checkpoint_every,

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
 from grass.host import current, using
+from harness.errors import first_line
 from harness.step.attach import attach, new_method
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.loss import chunked_token_loss, token_loss
@@ -39,7 +40,7 @@ def configuration(model: Geometry | Path) -> Any:
         try:
             return AutoConfig.from_pretrained(model)
         except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"{model}/config.json: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{model}/config.json: {first_line(error)}") from error
     return AutoConfig.for_model(model.architecture, **model.fields())
 
 

@@ -17,7 +17,7 @@ from baselines.method import Recipe
 from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
-from harness.study.paths import Places, resolve
+from harness.study.paths import Paths, resolve
 from harness.study.spec import EvalJob, FileSuite, HubModel, LocalModel, ModelJob, PretrainedHere, SearchJob, Training
 
 BASE_BYTES = 8 * 2**30
@@ -55,24 +55,24 @@ SMALL = Needs(mem_mb=8_000, minutes=30)
 """Of a job that reads rows or records and makes files, tables or figures of them; or forecasts on fake tensors."""
 
 
-def of_model(job: ModelJob, places: Places) -> Needs:
+def of_model(job: ModelJob, paths: Paths) -> Needs:
     """Pretraining, hashing or fetching a model."""
     source = job.source
     if not isinstance(source, PretrainedHere):
         return Needs(mem_mb=SMALL.mem_mb, minutes=120 if isinstance(source, HubModel) else 60)
-    count = parameters(job, places)
+    count = parameters(job, paths)
     step_s = STEP_S + _TRAIN_FLOP * count * source.rows * source.length / _FLOP_PER_S["cpu", "fp32"]
     return _needs(held_bytes=20 * count, seconds=source.steps * step_s)
 
 
-def of_training(training: Training, places: Places, *, runs: int = 1) -> Needs:
+def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
     """Training runs one after the other in one process.
 
     Held on the host at most: the weights as they are loaded and as they are saved, on a CPU their gradients, and both
     moments of every parameter, which methods that offload keep there.
     """
     recipe = training.recipe
-    count = parameters(training.model, places)
+    count = parameters(training.model, paths)
     weight, state = _BYTES[recipe.weight_dtype], _BYTES[recipe.state_dtype]
     step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
     return _needs(
@@ -82,16 +82,16 @@ def of_training(training: Training, places: Places, *, runs: int = 1) -> Needs:
     )
 
 
-def of_search(search: SearchJob, places: Places) -> Needs:
+def of_search(search: SearchJob, paths: Paths) -> Needs:
     """Every trial of a search, with all extensions of its grid."""
     trials = (len(search.search.grid) + search.search.max_extensions) * len(search.search.seeds)
-    return of_training(search.training, places, runs=trials)
+    return of_training(search.training, paths, runs=trials)
 
 
-def of_evaluation(job: EvalJob, training: Training, places: Places, *, batch_size: int) -> Needs:
+def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size: int) -> Needs:
     """Every suite: each row read twice, for its answer and for the loss, and answered token by token."""
     recipe = training.recipe
-    count = parameters(training.model, places)
+    count = parameters(training.model, paths)
     token_s = _READ_FLOP * count / _rate(recipe)
     seconds = 0.0
     for suite in job.suites:
@@ -104,7 +104,7 @@ def of_evaluation(job: EvalJob, training: Training, places: Places, *, batch_siz
     )
 
 
-def parameters(job: ModelJob, places: Places) -> int:
+def parameters(job: ModelJob, paths: Paths) -> int:
     """Parameters of a model, rather too many: counted, else by the size of its files, else `UNKNOWN_PARAMETERS`."""
     source = job.source
     if isinstance(source, PretrainedHere):
@@ -117,7 +117,7 @@ def parameters(job: ModelJob, places: Places) -> int:
             return UNKNOWN_PARAMETERS
         # two bytes each, the fewest that weights have before they are quantised
         return _file_bytes(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")) // 2 or UNKNOWN_PARAMETERS
-    manifest = places.model(job.name) / "manifest.json"
+    manifest = paths.model(job.name) / "manifest.json"
     counted = read(manifest, ModelRecord).parameters if manifest.is_file() else None
     return counted or UNKNOWN_PARAMETERS
 

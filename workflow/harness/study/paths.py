@@ -9,56 +9,62 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
+from harness.study.jobs import EVALUATE, FORECAST, KINDS, MODEL, ROWS, SEARCH, SUITE, TRAIN, Kind
 
-RESERVED = ("inputs", "searches", "forecasts", "runs", "evals", "state", "logs", "published")
+RESERVED = (*dict.fromkeys(kind.top for kind in KINDS), "state", "logs", "published")
 """Names under results/ that no study may take."""
 
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
 @dataclass(frozen=True)
-class Places:
+class Paths:
     """Paths below one results folder."""
 
     root: Path = Path("results")
 
+    def spec(self, kind: Kind[Any], name: str) -> Path:
+        """Resolved spec of a job."""
+        return self.root / kind.spec_file.format(name=name)
+
+    def output(self, kind: Kind[Any], name: str) -> Path:
+        """Declared output of a job of any kind but an evaluation, which has one a run: `score`."""
+        return self.root / kind.output.format(name=name)
+
     def model(self, name: str) -> Path:
         """Folder of a model job."""
-        return self.root / "inputs" / "models" / name
+        return self.output(MODEL, name).parent
 
     def rows(self, name: str) -> Path:
         """Folder of training and validation rows."""
-        return self.root / "inputs" / "rows" / name
+        return self.output(ROWS, name).parent
 
     def suite(self, name: str) -> Path:
         """Folder of test rows."""
-        return self.root / "inputs" / "suites" / name
+        return self.output(SUITE, name).parent
 
     def search(self, name: str) -> Path:
         """Folder of a learning-rate search."""
-        return self.root / "searches" / name
+        return self.output(SEARCH, name).parent
 
     def forecast(self, name: str) -> Path:
-        """Folder of a forecast of memory."""
-        return self.root / "forecasts" / name
+        """Folder of a forecast of a run's memory."""
+        return self.output(FORECAST, name).parent
 
     def run(self, name: str) -> Path:
         """Folder of a training run."""
-        return self.root / "runs" / name
+        return self.output(TRAIN, name).parent
 
     def state(self, name: str) -> Path:
         """Resume state of a run or search; never a declared output, since Snakemake deletes those before a job."""
         return self.root / "state" / name
 
-    def eval_spec(self, name: str) -> Path:
-        """Resolved spec of an evaluation, shared by the runs it scores."""
-        return self.root / "evals" / f"{name}.json"
-
     def score(self, run: str, evaluation: str) -> Path:
         """Scores of one run."""
-        return self.run(run) / "eval" / f"{evaluation}.json"
+        return self.root / EVALUATE.output.format(run=run, name=evaluation)
 
     def study(self, label: str) -> Path:
         """What is made from a study's records."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from harness.records import atomic
 from harness.study.config import dagger, load_study, method_of, recipe_of
-from harness.study.paths import Places
+from harness.study.jobs import EVALUATE, KINDS, J, Kind
+from harness.study.paths import Paths
 from harness.study.spec import (
     EvalJob,
-    FitJob,
+    ForecastJob,
     Job,
     ModelJob,
     PretrainedHere,
@@ -24,8 +25,6 @@ from harness.study.spec import (
     Training,
 )
 
-State = Literal["done", "stale", "to do"]
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,12 +35,17 @@ class Plan:
     rows: dict[str, RowsJob]
     suites: dict[str, SuiteJob]
     searches: dict[str, SearchJob]
-    forecasts: dict[str, FitJob]
-    """Of the runs on a GPU; on a CPU there is no device memory to fit."""
+    forecasts: dict[str, ForecastJob]
+    """Of the runs on a GPU; on a CPU there is no device memory to forecast."""
     runs: dict[str, RunJob]
     evals: dict[str, EvalJob]
     eval_of: dict[str, str]
     """Name of the evaluation that scores each run."""
+
+    def jobs(self, kind: Kind[J]) -> dict[str, J]:
+        """All jobs of one kind, by name."""
+        found: dict[str, J] = getattr(self, kind.plural)
+        return found
 
     @property
     def pretrained(self) -> list[str]:
@@ -49,7 +53,7 @@ class Plan:
         return [name for name, job in self.models.items() if isinstance(job.source, PretrainedHere)]
 
 
-def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
+def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
     """Load a study, resolve it, and write the specs that are not there yet.
 
     A dry run writes nothing and does not need the input files: a study can be looked at before its data is fetched.
@@ -59,7 +63,7 @@ def open_study(path: Path, places: Places, *, dry_run: bool = False) -> Plan:
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
     if not dry_run:
-        write_specs(plan, places)
+        write_specs(plan, paths)
     return plan
 
 
@@ -95,9 +99,9 @@ def _add_runs(
         recipe=recipe,
         recipe_changes=tuple(dagger(study, label)),
     )
-    fit = fit_job(training)
-    if fit is not None:
-        plan.forecasts[fit.name] = fit
+    forecast = forecast_job(training)
+    if forecast is not None:
+        plan.forecasts[forecast.name] = forecast
     evaluation = EvalJob(task=rows.label, suites=suites, max_length=recipe.max_length)
     plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
@@ -115,59 +119,46 @@ def _add_runs(
             plan.searches[search.name] = search
 
 
-def fit_job(training: Training) -> FitJob | None:
+def forecast_job(training: Training) -> ForecastJob | None:
     """The forecast that a run waits for; None on a CPU."""
-    return FitJob(training=training) if training.recipe.device == "cuda" else None
+    return ForecastJob(training=training) if training.recipe.device == "cuda" else None
 
 
-def write_specs(plan: Plan, places: Places) -> None:
+def write_specs(plan: Plan, paths: Paths) -> None:
     """Write each job's resolved spec where it is absent; what is there is never touched."""
-    wanted: list[tuple[Path, Job]] = []
-    wanted += [(places.model(name) / "spec.json", job) for name, job in plan.models.items()]
-    wanted += [(places.rows(name) / "spec.json", job) for name, job in plan.rows.items()]
-    wanted += [(places.suite(name) / "spec.json", job) for name, job in plan.suites.items()]
-    wanted += [(places.search(name) / "spec.json", job) for name, job in plan.searches.items()]
-    wanted += [(places.forecast(name) / "spec.json", job) for name, job in plan.forecasts.items()]
-    wanted += [(places.run(name) / "spec.json", job) for name, job in plan.runs.items()]
-    wanted += [(places.eval_spec(name), job) for name, job in plan.evals.items()]
-    for path, job in wanted:
-        if not path.exists():
-            atomic.write_json(path, job.body())
+    for kind in KINDS:
+        for name, job in plan.jobs(kind).items():
+            path = paths.spec(kind, name)
+            if not path.exists():
+                atomic.write_json(path, job.body())
 
 
 @dataclass(frozen=True)
 class Output:
-    """A file that one job declares, and how long such a job takes compared with others."""
+    """A file that one job declares."""
 
     path: Path
-    kind: str
+    kind: Kind[Any]
     name: str
-    weight: float
-    """Optimizer steps the job makes, or as many as take about its time; for progress and time left."""
+    """Of the job; of an evaluation, the run's."""
+    job: Job
+
+    @property
+    def weight(self) -> float:
+        """How long the job takes, see `harness.study.jobs.Kind`."""
+        return self.kind.weight(self.job)
 
 
-START_WEIGHT = 120.0
-"""Start of a job that imports torch and transformers, in optimizer steps of the embedded model."""
-
-
-def outputs(plan: Plan, places: Places) -> list[Output]:
+def outputs(plan: Plan, paths: Paths) -> list[Output]:
     """Every declared output of the jobs before `collect`."""
-    found: list[Output] = []
-    for name, model in plan.models.items():
-        weight = 4.0 * model.source.steps if isinstance(model.source, PretrainedHere) else START_WEIGHT
-        found.append(Output(places.model(name) / "manifest.json", "model", name, weight))
-    found += [Output(places.rows(name) / "manifest.json", "rows", name, 20.0) for name in plan.rows]
-    found += [Output(places.suite(name) / "manifest.json", "suite", name, 20.0) for name in plan.suites]
-    for name in plan.forecasts:
-        found.append(Output(places.forecast(name) / "forecast.json", "forecast", name, START_WEIGHT))
-    for name, search in plan.searches.items():
-        trials = len(search.search.grid) * len(search.search.seeds)
-        weight = START_WEIGHT + trials * search.training.recipe.steps
-        found.append(Output(places.search(name) / "search.json", "search", name, weight))
-    for name, run in plan.runs.items():
-        weight = START_WEIGHT + run.training.recipe.steps
-        found.append(Output(places.run(name) / "train.json", "train", name, weight))
-        found.append(Output(places.score(name, plan.eval_of[name]), "evaluate", name, 1.2 * START_WEIGHT))
+    found = [
+        Output(paths.output(kind, name), kind, name, job)
+        for kind in KINDS
+        if kind is not EVALUATE
+        for name, job in plan.jobs(kind).items()
+    ]
+    for run, evaluation in plan.eval_of.items():
+        found.append(Output(paths.score(run, evaluation), EVALUATE, run, plan.evals[evaluation]))
     return found
 
 

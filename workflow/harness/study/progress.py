@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.progress import STUDY_FILE, duration, say
 from harness.study.config import load_study
-from harness.study.paths import Places
+from harness.study.paths import Paths
 from harness.study.plan import outputs, resolve_study
 
 STUDY_STARTED, STUDY_DONE = "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
@@ -35,5 +35,5 @@ def announce(what: str) -> None:
 
 def study_work(config: Path) -> tuple[float, float]:
     """Work done and work in all of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
-    listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Places())
+    listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Paths())
     return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)

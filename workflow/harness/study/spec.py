@@ -325,7 +325,7 @@ class RunJob(Job):
         return SearchJob(training=self.training, search=self.search)
 
 
-class FitJob(Job):
+class ForecastJob(Job):
     """Forecast of a run's peak memory, one for all seeds and learning rates."""
 
     training: Training

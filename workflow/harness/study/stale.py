@@ -1,22 +1,28 @@
-"""Whether a record was made by today's code."""
+"""Whether a record was made by today's code, and which files differ where it was not."""
 
 from __future__ import annotations
 
-from harness.records import code
-from harness.records.provenance import source_sha256
-from harness.study.plan import Output, Plan
+from harness.records.code import Code, code_of
+from harness.records.reading import Origin
+from harness.study.plan import Output
+
+UNSAID = "files that the record does not name"
+"""Of a record that is older than the hashes of single files."""
 
 
-def current_sha256(plan: Plan, output: Output) -> str:
-    """Hash that a record would carry if it were made by today's code."""
-    if output.kind == "model":
-        return source_sha256(code.PRETRAINED_MODEL if output.name in plan.pretrained else code.FOUND_MODEL)
-    if output.kind in ("rows", "suite"):
-        return source_sha256(code.ROWS)
-    if output.kind == "evaluate":
-        return source_sha256(code.EVALUATION)
-    if output.kind == "forecast":
-        return source_sha256(code.forecast(plan.forecasts[output.name].training.module))
-    if output.kind == "search":
-        return source_sha256((*code.training(plan.searches[output.name].training.module), "harness.training.search"))
-    return source_sha256(code.training(plan.runs[output.name].training.module))
+def current(output: Output) -> Code:
+    """The code that would make this record today."""
+    return code_of(output.kind.roots(output.job))
+
+
+def is_stale(provenance: Origin, output: Output) -> bool:
+    """Whether other code than today's made the record with this provenance."""
+    return provenance.source_sha256 != current(output).sha256
+
+
+def changed_files(provenance: Origin, output: Output) -> list[str]:
+    """The files of a stale record that differ from today's, came or went: by module, as in `harness.records.code`."""
+    then, now = provenance.sources, current(output).sources
+    if not then:
+        return [UNSAID]
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))

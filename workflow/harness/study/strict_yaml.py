@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 
 KeyPath = tuple[str | int, ...]
 _YAML = "tag:yaml.org,2002:"
@@ -67,7 +67,7 @@ def read_yaml(path: Path) -> Source:
         mend = next((f"; {mend}" for sign, mend in _SYNTAX.items() if sign in str(error.problem)), "")
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}{since}{mend}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}:1: not YAML: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{path}:1: not YAML: {first_line(error)}") from None
     if node is None:
         raise ConfigError(f"{path}:1: the file is empty; copy config/embedded.yaml and edit it")
     if not isinstance(value, dict):

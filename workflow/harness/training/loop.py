@@ -20,7 +20,7 @@ from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
 from harness.progress import Progress
 from harness.records import atomic
-from harness.records.code import training as sources_of
+from harness.records.code import training as roots_of
 from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
 from harness.step.loss import label_tokens, token_loss
@@ -116,7 +116,7 @@ def train(
         engagement=run.checks,
         notes=run.log.notes,
         provenance=provenance(
-            sources=sources_of(training.module),
+            roots=roots_of(training.module),
             inputs=inputs.files(),
             device=run.meters.device_name,
         ),

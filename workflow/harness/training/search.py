@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.records import atomic
-from harness.records.code import training as sources_of
+from harness.records.code import search as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
 from harness.records.run import SearchRecord, TrainRecord, Trial
@@ -59,7 +59,7 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str 
         at_edge=best is not None and best in (grid[0], grid[-1]),
         trials=trials,
         wall_s=time.perf_counter() - started,
-        provenance=provenance(sources=[*sources_of(job.training.module), "harness.training.search"], inputs={}),
+        provenance=provenance(roots=roots_of(job.training.module), inputs={}),
     )
 
 

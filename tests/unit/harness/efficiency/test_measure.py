@@ -158,7 +158,7 @@ def test_a_forecast_is_kept_with_what_it_is_of(entries: dict[str, Entry], tmp_pa
     assert record.peak_bytes == max(peak for phase, peak in record.by_phase_bytes.items() if phase != "load")
     assert record.by_kind_bytes["weights"] >= 2 * 35104
     assert record.packages["torch"] == importlib.metadata.version("torch")
-    store.add_forecast(entry, record)
+    store.keep(record)
     assert store.forecast(entry) == record
     assert store.forecast(entries["lora"]) is None
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from harness.errors import UserError
-from harness.inputs import models
-from harness.inputs.models import load_model, load_tokenizer, make_model, model_folder
-from harness.inputs.pretrain import batches
+from harness.inputs import make_models
+from harness.inputs.make_models import make_model
+from harness.inputs.models import load_model, load_tokenizer, model_folder
+from harness.inputs.pretrain import batches, make_pretrained
 from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
@@ -41,7 +42,7 @@ def tiny(**changes: Any) -> ModelJob:
 
 
 def test_a_pretrained_model_loads_with_plain_transformers_and_says_how_it_learnt(tmp_path: Path) -> None:
-    record = make_model(tiny(), tmp_path / "m")
+    record = make_pretrained(tiny(), tmp_path / "m")
     assert ModelRecord.model_validate_json((tmp_path / "m" / "manifest.json").read_text(encoding="utf-8")) == record
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(record.files_sha256)
     assert [step for step, _ in record.pretraining_loss] == list(range(2, 21, 2))
@@ -58,9 +59,9 @@ def test_pretraining_repeats_itself_and_leaves_the_random_state_alone(tmp_path: 
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    first = make_model(tiny(), tmp_path / "a")
+    first = make_pretrained(tiny(), tmp_path / "a")
     assert torch.rand(1) == expected
-    again, other = make_model(tiny(), tmp_path / "b"), make_model(tiny(seed=1), tmp_path / "c")
+    again, other = make_pretrained(tiny(), tmp_path / "b"), make_pretrained(tiny(seed=1), tmp_path / "c")
     weights = "model.safetensors"
     assert first.files_sha256[weights] == again.files_sha256[weights] != other.files_sha256[weights]
 
@@ -75,7 +76,7 @@ def test_every_pretraining_row_starts_a_piece_and_is_full() -> None:
 
 
 def test_facts_count_every_parameter_once(tmp_path: Path) -> None:
-    model = load_model(model_folder(make_model(tiny(), tmp_path / "m")), weight_dtype="bf16")
+    model = load_model(model_folder(make_pretrained(tiny(), tmp_path / "m")), weight_dtype="bf16")
     facts = facts_of(model)
     assert facts.total_parameters == sum(p.numel() for p in model.parameters())
     assert facts.layer_parameters == (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16,) * 2
@@ -148,7 +149,7 @@ def test_a_download_that_cannot_be_had_is_one_line(tmp_path: Path, monkeypatch: 
     def offline(*_: object, **__: object) -> None:
         raise ConnectionError("no\nnetwork")
 
-    monkeypatch.setattr(models, "snapshot_download", offline)
+    monkeypatch.setattr(make_models, "snapshot_download", offline)
     source = HubModel(kind="hub", repo="org/name", revision="0" * 40)
     with pytest.raises(UserError, match=r"org/name at 0+: cannot be downloaded \(ConnectionError\)") as caught:
         make_model(ModelJob(label="hub", source=source), tmp_path / "m")

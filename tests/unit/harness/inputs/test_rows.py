@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from harness.errors import UserError
 from harness.inputs.generated import split_of
-from harness.inputs.rows import Row, make_rows, make_suite, read_rows
+from harness.inputs.make_rows import make_rows, make_suite
+from harness.inputs.rows import Row, read_rows
 from harness.records.atomic import sha256
 from harness.records.run import RowsRecord
 from harness.study.paths import resolve

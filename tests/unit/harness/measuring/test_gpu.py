@@ -327,7 +327,7 @@ def test_every_stage_that_computes_takes_its_lease_before_torch_is_imported(devi
         record = TrainRecord(
             name="r", status="ok", model="m", task="t", method="full", module="full", options={}, seed=0,
             recipe=training.recipe.model_dump(mode="json"), recipe_changes=[], lr=None, lr_searched=False,
-            steps_done=0, checkpoint=checkpoint, parameters=None, provenance=provenance(sources=(), inputs={}),
+            steps_done=0, checkpoint=checkpoint, parameters=None, provenance=provenance(roots=(), inputs={}),
         )  # fmt: skip
         write_json(tmp_path / name / "train.json", record.model_dump(mode="json"))
         evaluate = ["evaluate", "--spec", "x", "--run", str(tmp_path / name), "--out", "x", *threads]

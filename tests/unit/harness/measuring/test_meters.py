@@ -411,7 +411,7 @@ def test_a_runs_record_gets_its_machines_rates_unless_it_was_on_the_cpu_or_not_a
     record = TrainRecord(
         name="r", status="ok", model="m", task="t", method="full", module="full", options={}, seed=0,
         recipe={"device": "cuda"}, recipe_changes=[], lr=None, lr_searched=False, steps_done=0, checkpoint=None,
-        parameters=None, provenance=provenance(sources=(), inputs={}),
+        parameters=None, provenance=provenance(roots=(), inputs={}),
     )  # fmt: skip
     measured = with_rates(record, torch=FakeTorch())
     assert measured.transfer is not None

@@ -56,7 +56,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def records(folder: Path) -> dict[str, CellRecord]:
-    paths = (folder / "out" / "records" / "cpu").glob("*.json")
+    paths = (folder / "out" / "records").glob("*--cpu--*.json")
     found = [CellRecord.model_validate_json(path.read_bytes()) for path in paths]
     return {record.cell.label: record for record in found}
 
@@ -66,7 +66,7 @@ def test_a_killed_run_loses_the_block_in_progress_and_the_next_one_finishes(tmp_
     study = load_efficiency(data.tiny_file(tmp_path))
     for group in plan(study, "cpu", ["tiny/lora/lean/4x1024", "tiny/grass-decoder/lean/4x1024"]):
         for entry in group.entries:
-            Store(tmp_path / "out").add_forecast(entry, data.forecast_record(entry, 1.0))
+            Store(tmp_path / "out").keep(data.forecast_record(entry, 1.0))
     env = environment(tmp_path)
     first = subprocess.Popen(command(tmp_path), env=env, stderr=subprocess.PIPE, text=True)
     assert first.stderr is not None
@@ -79,7 +79,7 @@ def test_a_killed_run_loses_the_block_in_progress_and_the_next_one_finishes(tmp_
     before = records(tmp_path)
     blocks = sum((r.memory is not None) + len(r.timing) for r in before.values())
     assert 3 <= blocks < 6
-    assert not list((tmp_path / "out" / "records" / "cpu").glob(".*.part"))
+    assert not list((tmp_path / "out" / "records").glob(".*.part"))
 
     second = subprocess.run(command(tmp_path), env=env, capture_output=True, text=True, timeout=300, check=False)
     assert second.returncode == 0, second.stderr

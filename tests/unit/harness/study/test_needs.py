@@ -9,7 +9,7 @@ import pytest
 from harness.records.atomic import write_json
 from harness.study import needs
 from harness.study.config import load_study
-from harness.study.paths import Places
+from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
 from harness.study.spec import HubModel, LocalModel, ModelJob
 from house import ROOT
@@ -20,64 +20,64 @@ def plan_of(name: str) -> Plan:
 
 
 @pytest.fixture
-def places(tmp_path: Path) -> Places:
-    return Places(tmp_path)
+def paths(tmp_path: Path) -> Paths:
+    return Paths(tmp_path)
 
 
-def test_the_embedded_study_asks_for_a_small_machine(places: Places) -> None:
+def test_the_embedded_study_asks_for_a_small_machine(paths: Paths) -> None:
     """Each of its runs took less than two minutes and 1 GB on one core."""
     plan = plan_of("embedded")
     for run in plan.runs.values():
-        asked = needs.of_training(run.training, places)
+        asked = needs.of_training(run.training, paths)
         assert 2_000 < asked.mem_mb < 10_000
         assert 2 < asked.minutes < 180
         assert asked.gpus == 0
     (model,) = plan.models.values()
-    assert 440_000 < needs.parameters(model, places) < 660_000
-    assert needs.of_model(model, places).gpus == 0
+    assert 440_000 < needs.parameters(model, paths) < 660_000
+    assert needs.of_model(model, paths).gpus == 0
 
 
-def test_a_search_takes_as_long_as_all_its_trials(places: Places) -> None:
+def test_a_search_takes_as_long_as_all_its_trials(paths: Paths) -> None:
     plan = plan_of("embedded")
     search = next(iter(plan.searches.values()))
-    one = needs.of_training(search.training, places).minutes * 60 - needs.START_S
+    one = needs.of_training(search.training, paths).minutes * 60 - needs.START_S
     trials = len(search.search.grid) + search.search.max_extensions
-    asked = needs.of_search(search, places)
+    asked = needs.of_search(search, paths)
     assert asked.minutes * 60 - needs.START_S == pytest.approx(trials * one, rel=0.1)
-    assert asked.mem_mb == needs.of_training(search.training, places).mem_mb
+    assert asked.mem_mb == needs.of_training(search.training, paths).mem_mb
 
 
-def test_the_papers_runs_ask_for_a_gpu_and_room_for_moments_on_the_host(places: Places) -> None:
+def test_the_papers_runs_ask_for_a_gpu_and_room_for_moments_on_the_host(paths: Paths) -> None:
     plan = plan_of("paper")
     for name, run in plan.runs.items():
         training = run.training
-        asked = needs.of_training(training, places)
+        asked = needs.of_training(training, paths)
         assert asked.gpus == 1
-        weights = needs.parameters(training.model, places) * 2
+        weights = needs.parameters(training.model, paths) * 2
         assert asked.mem_mb * 1e6 > 2 * weights
-        score = needs.of_evaluation(plan.evals[plan.eval_of[name]], training, places, batch_size=16)
+        score = needs.of_evaluation(plan.evals[plan.eval_of[name]], training, paths, batch_size=16)
         assert score.gpus == 1
         assert score.minutes > 15
 
 
 def test_parameters_are_counted_or_taken_from_files_or_assumed(
-    places: Places, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    paths: Paths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GRASS_NONE", raising=False)
-    assert needs.parameters(_local("${GRASS_NONE}/model"), places) == needs.UNKNOWN_PARAMETERS
-    assert needs.parameters(_local(str(tmp_path / "gone")), places) == needs.UNKNOWN_PARAMETERS
+    assert needs.parameters(_local("${GRASS_NONE}/model"), paths) == needs.UNKNOWN_PARAMETERS
+    assert needs.parameters(_local(str(tmp_path / "gone")), paths) == needs.UNKNOWN_PARAMETERS
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    assert needs.parameters(_local(str(tmp_path)), places) == 500
+    assert needs.parameters(_local(str(tmp_path)), paths) == 500
 
     hub = ModelJob(label="m", source=HubModel(kind="hub", repo="o/n", revision="0" * 40))
-    assert needs.parameters(hub, places) == needs.UNKNOWN_PARAMETERS
+    assert needs.parameters(hub, paths) == needs.UNKNOWN_PARAMETERS
     origin = {
         "source_sha256": "0", "git_commit": None, "git_dirty": None, "packages": {}, "python": "3", "platform": "p",
         "device": "cpu", "threads": 1, "started_utc": "now", "input_sha256": {},
     }  # fmt: skip
     record = {"name": "m", "folder": "f", "files_sha256": {}, "parameters": 7, "wall_s": 1.0, "provenance": origin}
-    write_json(places.model(hub.name) / "manifest.json", record)
-    assert needs.parameters(hub, places) == 7
+    write_json(paths.model(hub.name) / "manifest.json", record)
+    assert needs.parameters(hub, paths) == 7
 
 
 def _local(path: str) -> ModelJob:

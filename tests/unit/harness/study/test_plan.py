@@ -13,10 +13,11 @@ import pytest
 import study_files
 from harness.__main__ import main
 from harness.study.config import load_study
-from harness.study.paths import Places
+from harness.study.jobs import KINDS, TRAIN
+from harness.study.paths import Paths
 from harness.study.plan import Plan, open_study, outputs, resolve_study
-from harness.study.spec import EvalJob, Job, ModelJob, RowsJob, RunJob, SearchJob, SuiteJob
-from harness.study.stale import current_sha256
+from harness.study.spec import EvalJob, Job
+from harness.study.stale import current
 from house import ROOT
 
 # without a fixed rate and a task's own recipe; with an untrained row
@@ -209,19 +210,11 @@ def test_a_tasks_recipe_is_for_all_methods_and_wears_no_dagger(tmp_path: Path) -
 
 
 def spec_files(root: Path) -> dict[Path, type[Job]]:
-    kinds: list[tuple[str, type[Job]]] = [
-        ("inputs/models/*/spec.json", ModelJob),
-        ("inputs/rows/*/spec.json", RowsJob),
-        ("inputs/suites/*/spec.json", SuiteJob),
-        ("searches/*/spec.json", SearchJob),
-        ("runs/*/spec.json", RunJob),
-        ("evals/*.json", EvalJob),
-    ]
-    return {path: job for pattern, job in kinds for path in root.glob(pattern)}
+    return {path: kind.spec for kind in KINDS for path in root.glob(kind.spec_file.format(name="*"))}
 
 
 def test_every_spec_file_reads_back_as_the_job_it_is_named_after(tmp_path: Path) -> None:
-    plan = open_study(written(tmp_path), Places(tmp_path / "results"))
+    plan = open_study(written(tmp_path), Paths(tmp_path / "results"))
     files = spec_files(tmp_path / "results")
     assert len(files) == len(every_name(plan))
     for path, job in files.items():
@@ -230,35 +223,35 @@ def test_every_spec_file_reads_back_as_the_job_it_is_named_after(tmp_path: Path)
 
 
 def test_a_spec_is_written_once_and_never_touched_again(tmp_path: Path) -> None:
-    places = Places(tmp_path / "results")
-    open_study(written(tmp_path), places)
-    first = {path: path.stat() for path in spec_files(places.root)}
+    paths = Paths(tmp_path / "results")
+    open_study(written(tmp_path), paths)
+    first = {path: path.stat() for path in spec_files(paths.root)}
     # even one that somebody changed: what was run stays on record
     changed = next(iter(first))
     changed.write_text("{}")
     first[changed] = changed.stat()
     time.sleep(0.02)
-    open_study(written(tmp_path, ("rank: 4", "rank: 8")), places)
-    after = spec_files(places.root)
+    open_study(written(tmp_path, ("rank: 4", "rank: 8")), paths)
+    after = spec_files(paths.root)
     assert len(after) == len(first) + 3  # two runs and a search of the new rank
     for path, stat in first.items():
         assert (path.stat().st_mtime_ns, path.stat().st_ino) == (stat.st_mtime_ns, stat.st_ino)
 
 
 def test_a_lost_spec_is_written_anew(tmp_path: Path) -> None:
-    places = Places(tmp_path / "results")
-    open_study(written(tmp_path), places)
-    lost = next(path for path in spec_files(places.root) if path.parent.parent.name == "runs")
+    paths = Paths(tmp_path / "results")
+    open_study(written(tmp_path), paths)
+    lost = next(path for path in spec_files(paths.root) if path.parent.parent.name == "runs")
     text = lost.read_text()
     lost.unlink()
-    open_study(written(tmp_path), places)
+    open_study(written(tmp_path), paths)
     assert lost.read_text() == text
 
 
 def test_a_dry_run_writes_nothing_and_needs_no_data(tmp_path: Path) -> None:
     files = "{kind: files, paths: [nowhere.json], seed: 1, validation_rows: 8}"
     generated = "{kind: generated, family: arithmetic, seed: 1, train_rows: 40, validation_rows: 8}"
-    plan = open_study(written(tmp_path, (generated, files)), Places(tmp_path / "results"), dry_run=True)
+    plan = open_study(written(tmp_path, (generated, files)), Paths(tmp_path / "results"), dry_run=True)
     assert len(plan.runs) == 5
     assert not (tmp_path / "results").exists()
 
@@ -270,11 +263,11 @@ def test_the_plan_stage_tells_done_from_stale_from_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    path, places = written(tmp_path), Places()
-    plan = open_study(path, places)
-    trained = [output for output in outputs(plan, places) if output.kind == "train"]
+    path, paths = written(tmp_path), Paths()
+    plan = open_study(path, paths)
+    trained = [output for output in outputs(plan, paths) if output.kind is TRAIN]
     done, stale = trained[0], trained[1]
-    for output, digest in ((done, current_sha256(plan, done)), (stale, "0" * 64)):
+    for output, digest in ((done, current(done).sha256), (stale, "0" * 64)):
         record = {"status": "ok", "provenance": {"source_sha256": digest}}
         output.path.write_text(json.dumps(record))
     assert main(["plan", "--config", str(path)]) == 0
@@ -290,6 +283,28 @@ def test_the_plan_stage_tells_done_from_stale_from_to_do(
     assert "mine: 1 models x 1 tasks x 3 methods = 5 runs, 2 searches" in shown
     assert "train    1 done, 1 stale, 3 to do" in shown
     assert "stale: made by other code than today's" in shown
+    assert "with the number of records: files that the record does not name (1)\n" in shown
+
+
+def test_the_plan_stage_names_the_files_that_made_records_stale_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, paths = written(tmp_path), Paths()
+    plan = open_study(path, paths)
+    for output in outputs(plan, paths):
+        if output.kind is not TRAIN:
+            continue
+        sources = dict(current(output).sources)
+        sources["harness.training.loop"] = "0" * 12
+        sources["baselines.gone"] = "1" * 12
+        if output.job.training.module == "lora":
+            del sources["baselines.lora"]
+        provenance = {"source_sha256": "0" * 64, "sources": sources}
+        output.path.write_text(json.dumps({"status": "ok", "provenance": provenance}))
+    assert main(["plan", "--config", str(path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "what differs" in line]
+    assert line.endswith(": baselines.gone (5), harness.training.loop (5), baselines.lora (2)")
 
 
 def test_the_plan_stage_writes_nothing(

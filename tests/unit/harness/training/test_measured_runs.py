@@ -17,6 +17,7 @@ from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.errors import UserError
 from harness.measuring.meters import Meters
+from harness.records import columns
 from harness.records.columns import ADDED, FRAMES
 from harness.records.reading import read_jsonl
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
@@ -143,7 +144,7 @@ def test_a_foreign_process_voids_memory_and_speed_but_not_accuracy(
     assert (beside.status, beside.validation_loss, beside.train_loss) == ("ok", alone.validation_loss, alone.train_loss)
     assert beside.memory.state_peak_bytes == alone.memory.state_peak_bytes
 
-    row = collecting._run_row(beside)
+    row = {name: column.of(beside) for name, column in columns.RUNS.items()}
     assert row.keys() == FRAMES["runs"].keys()
     assert (row["foreign_why"], row["throughput_why"]) == (why, f"void: {why}")
     for key in ("throughput_tokens_per_s", "device_allocated_peak_bytes", "nvml_process_peak_bytes", "train_s"):

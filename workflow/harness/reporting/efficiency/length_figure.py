@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from harness.reporting.efficiency.memory_figures import hollow, measured_words, title_of
+from harness.reporting.efficiency.memory_figures import dagger, dagger_words, hollow, measured_words, title_of
 from harness.reporting.efficiency.published_table import MODELS, PAPER_SETTINGS, UNNAMED
 from harness.reporting.efficiency.rows import Row, Rows, Source
 from harness.reporting.efficiency.sheets import GIB
@@ -55,8 +55,17 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
     figure.suptitle(
         f"{model}: {title_of(measured, 'lines forecast, filled markers measured')}", x=0.01, ha="left", fontsize=9.5
     )
+    marks = {row.named.method: dagger(row) for row in sorted(every, key=dagger)}
     handles = [
-        Line2D([], [], color=look.colour, marker=look.marker, linestyle=look.line, markerfacecolor="white", label=name)
+        Line2D(
+            [],
+            [],
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
+            markerfacecolor="white",
+            label=name + marks[name],
+        )
         for name, look in looks.items()
         if name in shown
     ]
@@ -68,7 +77,7 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
         caption=f"Peak device memory against the length of a row on {model}. Lines with hollow markers are forecasts, "
         f"filled markers are measured. {measured_words(rows, model, measured)} Stars: published values, in the colour "
         "of their method, with an arrow where only a bound is published (above 24); GB read as GiB, settings and model "
-        "inferred. The axis does not begin at 0; methods beyond it are named at the top.",
+        f"inferred. {dagger_words(every)}The axis does not begin at 0; methods beyond it are named at the top.",
         alt=f"Lines of peak memory against sequence length by method on {model}.",
         figure=figure,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -13,6 +14,7 @@ from harness.reporting.efficiency.rows import Row, Rows
 from harness.reporting.efficiency.sheets import GIB, gib
 from harness.reporting.style import Drawing, grid, legend_below
 
+DAGGER = "†"
 FORECAST_ONLY = f"forecast, {NOT_MEASURED}"
 # light to dark, so that grey print keeps the order; the hatches tell neighbours apart without any colour
 KINDS: dict[str, tuple[str, str]] = {
@@ -56,8 +58,8 @@ def memory_stack(rows: Rows, model: str) -> Drawing:
         caption=f"Peak device memory of a training step on {model} under the worst draw of layers, by what it is made "
         "of at the peak. Bars and the numbers beside them are forecasts, computed without a GPU from the real code on "
         "tensors without values; diamonds are measured. "
-        f"{measured_words(rows, model, measured)} Panels differ in settings, and are not to "
-        "be compared with one another.",
+        f"{measured_words(rows, model, measured)} {dagger_words(row for part in shown for row in part)}"
+        "Panels differ in settings, and are not to be compared with one another.",
         alt=f"Stacked horizontal bars of peak memory by method on {model}.",
         figure=figure,
     )
@@ -85,8 +87,8 @@ def _bar(panel: Any, place: int, row: Row) -> None:
     elif row.measured is not None and row.measured.status != "ok":
         text += f"  ({row.measured.status})"
     panel.annotate(
-        text, (max(end, 0 if peak is None else peak.value / GIB), place), xytext=(7, 0), textcoords="offset points",
-        va="center", fontsize=7.5,
+        text + dagger(row), (max(end, 0 if peak is None else peak.value / GIB), place), xytext=(7, 0),
+        textcoords="offset points", va="center", fontsize=7.5,
     )  # fmt: skip
 
 
@@ -102,6 +104,16 @@ def _diamond() -> Line2D:
 def hollow(**look: Any) -> Line2D:
     """A marker without a line, for a legend."""
     return Line2D([], [], color="none", markerfacecolor="white", markeredgecolor="black", **look)
+
+
+def dagger(row: Row) -> str:
+    """The mark of what other code than today's forecast or measured."""
+    return DAGGER if row.forecast_stale or row.stale else ""
+
+
+def dagger_words(rows: Iterable[Row]) -> str:
+    """What the mark says, for a caption in which it may stand."""
+    return f"{DAGGER}: forecast or measured by other code than today's. " if any(map(dagger, rows)) else ""
 
 
 def title_of(measured: bool, legend: str) -> str:

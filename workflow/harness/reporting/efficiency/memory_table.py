@@ -14,6 +14,7 @@ from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 
 REFERENCE = "lora"
 NOT_MEASURED = "not measured on a GPU"
+OTHER_CODE = "forecast by other code than today's."
 
 
 def memory_table(rows: Rows) -> Table:
@@ -36,6 +37,7 @@ def memory_table(rows: Rows) -> Table:
             | {
                 "forecast_peak_bytes": said,
                 "forecast_ratio_to_lora": ratios["forecast"],
+                "forecast_stale": None if row.forecast is None else row.forecast_stale,
                 "forecast_peak_phase": None if row.forecast is None else row.forecast.peak_phase,
                 "forecast_host_bytes": None if row.forecast is None else row.forecast.host_bytes,
                 "measured_allocated_peak_bytes": peak,
@@ -51,7 +53,7 @@ def memory_table(rows: Rows) -> Table:
         display.append(
             shown_labels(row)
             | {
-                "forecast, GiB": gib(said) + _why_no_forecast(row, notes),
+                "forecast, GiB": gib(said) + beware_forecast(row, notes),
                 "forecast to LoRA": number(ratios["forecast"], 3),
                 "measured, GiB": gib(peak) + beware(row, notes, peak is None),
                 "measured to LoRA": number(ratios["measured"], 3),
@@ -125,15 +127,18 @@ def outcome(row: Row) -> dict[str, Any]:
 def beware(row: Row, notes: Footnotes, missing: bool) -> str:
     """Why a figure is missing, or of what one must beware."""
     record = row.measured
+    elsewhere = notes.mark(f"measured on {', '.join(row.also_on)} too, not shown here.") if row.also_on else ""
     if record is None:
-        return notes.mark(f"{NOT_MEASURED}.")
-    mark = notes.mark(f"{record.status}: {record.status_why}.") if record.status != "ok" else ""
+        return elsewhere or notes.mark(f"{NOT_MEASURED}.")
+    mark = elsewhere + notes.mark(f"{record.status}: {record.status_why}.") if record.status != "ok" else ""
     if missing and record.status == "ok" and record.memory_why:
         mark += notes.mark(f"{record.memory_why}.")
     return mark + (notes.mark("measured by other code than today's.") if row.stale else "")
 
 
-def _why_no_forecast(row: Row, notes: Footnotes) -> str:
+def beware_forecast(row: Row, notes: Footnotes) -> str:
+    """Why there is no forecast, or of what one must beware."""
+    mark = notes.mark(OTHER_CODE) if row.forecast_stale else ""
     if row.forecast is None or row.forecast.status == "ok":
-        return ""
-    return notes.mark(f"{row.forecast.status}: {row.forecast.status_why}.")
+        return mark
+    return mark + notes.mark(f"{row.forecast.status}: {row.forecast.status_why}.")

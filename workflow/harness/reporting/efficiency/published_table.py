@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from harness.reporting.efficiency.memory_table import NOT_MEASURED
+from harness.reporting.efficiency.memory_table import NOT_MEASURED, OTHER_CODE
 from harness.reporting.efficiency.rows import Row, Rows
 from harness.reporting.efficiency.sheets import GIB, sheet
 from harness.reporting.published import Number, Published
@@ -57,6 +57,7 @@ class _Ours:
         batch = 4 if n.metric == "throughput_ratio" else 1
         self.shape = f"{batch}x{(n.task or '').removeprefix('length-')}"
         self.forecast: float | None = None
+        self.stale = False
         self.measured: float | None = None
         self.why: str | None = "this study has no such method"
         row = rows.get(self.model, settings, self.shape, method)
@@ -74,6 +75,7 @@ class _Ours:
     def _memory(self, row: Row, rows: Rows) -> None:
         forecast, measured = row.peak("forecast"), row.peak("measured")
         self.forecast = None if forecast is None else forecast.value / GIB
+        self.stale = row.forecast_stale
         self.measured = None if measured is None else measured.value / GIB
         self.why = None if measured is not None else _reason(row)
 
@@ -127,7 +129,7 @@ def _line(ours: _Ours, published: Published, notes: Footnotes) -> tuple[dict[str
         "published": f"{'> ' if n.bound == 'above' else ''}{number(n.value, 2)}"
         + (notes.mark(n.note) if n.note else ""),
         "tolerance": f"± {number(n.tolerance, 2)}" + notes.mark(published.tolerances[n.tolerance_why]),
-        "forecast": ours.shown(ours.forecast),
+        "forecast": ours.shown(ours.forecast) + (notes.mark(OTHER_CODE) if ours.stale else ""),
         "residual": signed(ours.residual, 2),
         "measured": ours.shown(ours.measured) + (notes.mark(f"{ours.why}.") if ours.why else ""),
         "source": n.source,

@@ -11,11 +11,9 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from harness.efficiency.identity import code_sha256, measured_by
 from harness.efficiency.plan import Entry, Group
 from harness.efficiency.record import CellRecord, ForecastRecord, Named, TimingBlock
-from harness.efficiency.store import Store, read_record
-from harness.records.device import DeviceKind
+from harness.efficiency.store import Store, is_stale
 
 Source = Literal["measured", "forecast"]
 Quantity = Literal["peak memory", "tokens per second", "bound on tokens per second"]
@@ -73,6 +71,8 @@ class Row:
     """On a GPU."""
     rehearsed: CellRecord | None
     """On a CPU: proves that the program works, and says nothing about a GPU."""
+    also_on: tuple[str, ...] = ()
+    """Other cards that the cell was measured on; a group of cells is shown on one card."""
 
     @property
     def named(self) -> Named:
@@ -82,13 +82,17 @@ class Row:
     @property
     def stale(self) -> bool:
         """Measured by other code than today's."""
-        made_by = None if self.measured is None else self.measured.code_sha256
-        return made_by is not None and made_by != code_sha256(measured_by(self.entry.cell))
+        return self.measured is not None and is_stale(self.measured, self.entry.cell)
+
+    @property
+    def forecast_stale(self) -> bool:
+        """Forecast by other code than today's."""
+        return self.forecast is not None and is_stale(self.forecast, self.entry.cell)
 
     @property
     def group(self) -> tuple[str, str, str]:
         """What is compared with one another: model, settings, shape."""
-        return self.named.model, self.named.settings, self.named.shape
+        return _group(self.named)
 
     def peak(self, source: Source) -> Figure | None:
         """Peak of allocated device memory, in bytes."""
@@ -192,27 +196,38 @@ def read_rows(groups: Sequence[Group], store: Store) -> Rows:
     """Join the plan with the records and forecasts on disk.
 
     Records are taken as they are: those that another version of the code made, too. A table is about what was
-    measured, and names who made it; whether to measure again is the session's business.
+    measured, and names who made it; whether to measure again is the session's business. Cells that are compared are
+    shown on one card: the one that most of them were measured on, and of those the one used last.
     """
-    return Rows(
-        Row(
+    measured = {e.named.name: store.measured(e, "cuda") for group in groups for e in group.entries}
+    card_of = _cards([record for found in measured.values() for record in found])
+
+    def row(entry: Entry, timed: bool) -> Row:
+        mine, card = measured[entry.named.name], card_of.get(_group(entry.named))
+        rehearsed = store.measured(entry, "cpu")
+        return Row(
             entry=entry,
-            timed=group.timed,
+            timed=timed,
             forecast=store.forecast(entry),
-            measured=_of_cell(store, entry, "cuda"),
-            rehearsed=_of_cell(store, entry, "cpu"),
+            measured=next((record for record in reversed(mine) if record.device.name == card), None),
+            rehearsed=rehearsed[-1] if rehearsed else None,
+            also_on=tuple(sorted({record.device.name for record in mine} - {card})),
         )
-        for group in groups
-        for entry in group.entries
-    )
+
+    return Rows(row(entry, group.timed) for group in groups for entry in group.entries)
 
 
-def _of_cell(store: Store, entry: Entry, device: DeviceKind) -> CellRecord | None:
-    record = read_record(store.path(entry, device))
-    same = record is not None and (record.options, record.settings, record.shape, record.numerics) == (
-        entry.cell.options,
-        entry.cell.settings,
-        entry.cell.shape,
-        entry.cell.numerics,
-    )
-    return record if same else None
+def _cards(records: Sequence[CellRecord]) -> dict[tuple[str, str, str], str]:
+    """The card that each group of cells is shown on, by model, settings and shape."""
+    groups: dict[tuple[str, str, str], dict[str, dict[str, str]]] = {}
+    for record in sorted(records, key=lambda record: record.provenance.started_utc):
+        seen = groups.setdefault(_group(record.cell), {}).setdefault(record.device.name, {})
+        seen[record.cell.name] = record.provenance.started_utc
+    return {
+        group: max(cards, key=lambda card: (len(cards[card]), max(cards[card].values())))
+        for group, cards in groups.items()
+    }
+
+
+def _group(named: Named) -> tuple[str, str, str]:
+    return named.model, named.settings, named.shape

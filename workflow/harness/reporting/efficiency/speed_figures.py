@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from harness.efficiency.plan import CORNERS
+from harness.reporting.efficiency.memory_figures import dagger, dagger_words
 from harness.reporting.efficiency.memory_table import NOT_MEASURED, REFERENCE
 from harness.reporting.efficiency.rows import Row, Rows, ratio
 from harness.reporting.efficiency.sheets import GIB
@@ -37,7 +38,9 @@ def throughput_bars(rows: Rows, model: str) -> Drawing:
     return Drawing(
         name=f"throughput--{model}",
         caption=f"Tokens per second of training steps on {model}, measured on {_device(rows, model)}: bars at the "
-        "median repeat, a dot a repeat, methods interleaved. Layers are drawn uniformly, the same for every method. "
+        "median repeat, a dot a repeat, methods interleaved. "
+        f"{dagger_words(row for _, part in corners for row in part)}"
+        "Layers are drawn uniformly, the same for every method. "
         "Panels differ in settings, and are not to be compared with one another.",
         alt=f"Horizontal bars of tokens per second by method on {model}.",
         figure=figure,
@@ -53,7 +56,12 @@ def _bar(panel: Any, place: int, row: Row, colour: str) -> None:
     panel.barh(place, row.speed, height=0.62, color=colour, alpha=0.5, edgecolor=colour)
     panel.plot(values, [place] * len(values), "o", color="#222222", markersize=2.8, zorder=4)
     panel.annotate(
-        f"{row.speed:,.0f}", (max(values), place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5
+        f"{row.speed:,.0f}{dagger(row)}",
+        (max(values), place),
+        xytext=(6, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=7.5,
     )
 
 
@@ -86,7 +94,9 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     handles = {
         label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    legend_below(figure, list(handles.values()), list(handles))
+    shown = [row for corner, _ in corners for row in rows.known(model, *corner)]
+    marks = {row.named.method: dagger(row) for row in sorted(shown, key=dagger)}
+    legend_below(figure, list(handles.values()), [method + marks[method] for method in handles])
     source = (
         f"Tokens per second against peak device memory (torch's allocator) on {model}, measured on "
         f"{_device(rows, model)}."
@@ -96,7 +106,8 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     )
     return Drawing(
         name=f"speed-and-memory--{model}",
-        caption=f"{source} Up and to the left is better; the grey line joins the methods that no other beats in both. "
+        caption=f"{source} {dagger_words(shown)}Up and to the left is better; the grey line joins the methods that no "
+        "other beats in both. "
         "Panels differ in settings, and are not to be compared with one another; their axes do not begin at 0.",
         alt=f"Scatter of {'speed' if timed else 'a bound on speed'} against peak memory by method on {model}.",
         figure=figure,

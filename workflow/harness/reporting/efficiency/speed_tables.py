@@ -11,6 +11,7 @@ from harness.efficiency.plan import RESIDENT
 from harness.efficiency.record import MFU_FORMULA
 from harness.reporting.efficiency.memory_table import (
     NOT_MEASURED,
+    OTHER_CODE,
     REFERENCE,
     beware,
     host_columns,
@@ -131,6 +132,8 @@ def offload_table(rows: Rows) -> Table:
             }
             | {f"peak {s}, moved / resident, GiB": f"{gib(pair[0])} / {gib(pair[1])}" for s, pair in peaks.items()}
         )
+    if any(row.forecast_stale for row in rows if row.named.variant == RESIDENT):
+        notes.add(f"Among the forecasts some are {OTHER_CODE} The table of peak memory marks them.")
     notes.add(
         "Overhead: tokens per second lost against the same method with the active layers' moments on the device, "
         "repeat by repeat."

@@ -12,7 +12,7 @@ from typing import Literal
 
 from harness.efficiency.arithmetic import mean_step_s
 from harness.efficiency.plan import RESIDENT
-from harness.reporting.efficiency.memory_table import NOT_MEASURED, REFERENCE
+from harness.reporting.efficiency.memory_table import NOT_MEASURED, OTHER_CODE, REFERENCE
 from harness.reporting.efficiency.rows import Rows, Source, ratio
 from harness.reporting.efficiency.sheets import GIB, sheet
 from harness.reporting.efficiency.speed_tables import FULL
@@ -210,6 +210,8 @@ def target_table(rows: Rows) -> Table:
         "The paper's figures are from secondary readings; its settings are taken to be `plain`, and its probing share "
         "is the middle of 2 to 6 %."
     )
+    if any(row.forecast_stale for row in rows):
+        notes.add(f"Among the forecasts some are {OTHER_CODE} The table of peak memory marks them.")
     notes.add("Ratios are between equal settings. Goals in GiB are not divided by the paper's: those are of others.")
     return sheet("targets", "Goals set before measuring, the paper's figures, and ours.", raw, display, notes)
 

@@ -111,7 +111,7 @@ def test_throughput_bars_show_every_repeat(store: Store) -> None:
 def test_a_method_without_time_says_why(store: Store) -> None:
     data.measure_methods(store, "lean", "4x1024")
     full = data.entry(MAIN, "full", "lean", "4x1024")
-    data.keep(store, data.cell_record(full, status="oom", status_why="no memory"), full)
+    store.keep(data.cell_record(full, status="oom", status_why="no memory"))
     assert "  oom" in texts(throughput_bars(rows_of(store), MAIN))
 
 
@@ -131,7 +131,7 @@ def test_speed_against_memory_joins_the_unbeaten_methods(store: Store) -> None:
 def test_without_a_gpu_speed_is_a_bound_to_loras(store: Store) -> None:
     for method, bound in (("lora", 1000.0), ("grass-decoder", 1250.0)):
         of = data.entry(MAIN, method, "plain", "1x1024")
-        store.add_forecast(of, data.forecast_record(of, data.PEAKS[method], bound_tokens_per_s=bound))
+        store.keep(data.forecast_record(of, data.PEAKS[method], bound_tokens_per_s=bound))
     (panel,) = speed_and_memory(rows_of(store), MAIN).figure.axes
     points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines[1:]}
     assert points == {"lora": (pytest.approx(19.4), 1.0), "grass-decoder": (pytest.approx(17.0), 1.25)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import efficiency_data as data
@@ -75,10 +76,31 @@ def test_a_ratio_of_unlike_settings_is_refused(store: Store) -> None:
 
 def test_figures_of_two_cards_have_no_ratio(store: Store) -> None:
     data.measure_methods(store, "plain", "1x1024")
-    lora = data.entry(MAIN, "lora", "plain", "1x1024")
-    data.keep(store, data.cell_record(lora, 19.4, (1.0,), device=data.device_record(name="Another GPU")), lora)
+    rows = rows_of(store)
+    grass, lora = (rows.get(MAIN, "plain", "1x1024", method) for method in ("grass", "lora"))
+    assert grass is not None
+    assert lora is not None
+    other = replace(lora, measured=data.cell_record(lora.entry, 19.4, (1.0,), device=data.device_record(name="Other")))
     with pytest.raises(UnlikeError):
-        memory_table(rows_of(store))
+        ratio(grass.peak("measured"), other.peak("measured"))
+    with pytest.raises(UnlikeError):
+        grass.speed_ratios(other)
+
+
+def test_cells_that_are_compared_are_shown_on_one_card_and_another_is_named(store: Store) -> None:
+    data.measure_methods(store, "plain", "1x1024")
+    for method, started in (("lora", "2030"), ("grass", "2031")):
+        entry = data.entry(MAIN, method, "plain", "1x1024")
+        other = data.cell_record(entry, 1.0, (1.0,), device=data.device_record(name="Another GPU"))
+        later = other.provenance.model_copy(update={"started_utc": started})
+        store.keep(other.model_copy(update={"provenance": later}))
+    table = memory_table(rows_of(store))
+    assert {row["device"] for row in csv_rows(table)} == {data.CARD}
+    assert "measured on Another GPU too, not shown here." in table.markdown()
+    # most of the cells decide, whenever they were measured; of equals the last
+    data.measure_methods(store, "lean", "1x1024", device=data.device_record(name="Another GPU"))
+    rows = rows_of(store)
+    assert {row.measured.device.name for row in rows.known(MAIN, "lean", "1x1024") if row.measured} == {"Another GPU"}
 
 
 def test_ratios_of_speed_are_taken_repeat_by_repeat(store: Store) -> None:
@@ -112,7 +134,7 @@ def test_the_memory_table_has_forecast_beside_measured(store: Store) -> None:
 
 def test_out_of_memory_is_a_row_with_its_reason(store: Store) -> None:
     full = data.entry(MAIN, "full", "plain", "1x1024")
-    data.keep(store, data.cell_record(full, status="oom", status_why="in phase update: no memory"), full)
+    store.keep(data.cell_record(full, status="oom", status_why="in phase update: no memory"))
     table = memory_table(rows_of(store))
     (row,) = csv_rows(table)
     assert (row["method"], row["status"], row["measured_allocated_peak_bytes"]) == ("full", "oom", "")
@@ -126,11 +148,28 @@ def test_records_of_other_code_are_shown_and_marked(store: Store) -> None:
     assert "measured by other code than today's." in memory_table(rows_of(store)).markdown()
 
 
+def test_forecasts_of_other_code_are_shown_and_marked(store: Store) -> None:
+    data.forecast_methods(store, "plain", "1x1024", code_sha256="of yesterday")
+    rows, mark = rows_of(store), "forecast by other code than today's."
+    assert {row["forecast_stale"] for row in csv_rows(memory_table(rows))} == {"True"}
+    for table in (memory_table(rows), target_table(rows), published_table(rows, PUBLISHED)):
+        assert mark in table.markdown()
+    for drawing in draw(rows, PUBLISHED):
+        assert "†: forecast or measured by other code than today's." in drawing.caption
+        texts = [text.get_text() for panel in drawing.figure.axes for text in panel.texts]
+        texts += [text.get_text() for legend in drawing.figure.legends for text in legend.get_texts()]
+        assert any(text.endswith("†") for text in texts), drawing.name
+    data.forecast_methods(store, "plain", "1x1024")
+    for table in (memory_table(rows_of(store)), target_table(rows_of(store))):
+        assert mark not in table.markdown()
+    assert not any("†" in drawing.caption for drawing in draw(rows_of(store), PUBLISHED))
+
+
 def test_moving_is_compared_with_resident(store: Store) -> None:
     """1225 tokens/s against 1250 are 2 % lost."""
     for variant, speed, peak in (("", 1225.0, 14.7), ("offload=resident", 1250.0, 16.2)):
         entry = data.entry(MAIN, "grass-decoder", "lean", "4x1024", variant)
-        data.keep(store, data.cell_record(entry, peak, (speed, speed)), entry)
+        store.keep(data.cell_record(entry, peak, (speed, speed)))
     (row,) = csv_rows(offload_table(rows_of(store)))
     assert float(row["overhead_share"]) == pytest.approx(0.02)
     assert int(row["move_measured_peak_bytes"]) < int(row["resident_measured_peak_bytes"])
@@ -197,7 +236,7 @@ def test_times_of_a_cpu_are_in_no_table_or_figure_but_their_own(store: Store) ->
     for method in ("lora", "grass-decoder"):
         entry = data.entry("tiny", method, "lean", "4x1024", device="cpu")
         made = data.cell_record(entry, speeds=(123.0,), device=data.device_record("cpu", "cpu"))
-        data.keep(store, made.model_copy(update={"memory": data.memory_block(None)}), entry, "cpu")
+        store.keep(made.model_copy(update={"memory": data.memory_block(None)}))
     rows = rows_of(store)
     for table in (memory_table(rows), throughput_table(rows), offload_table(rows)):
         assert table.raw.empty

@@ -11,10 +11,10 @@ from harness.forecasting.forecast import NoForecastError, forecast
 from harness.inputs.models import load_tokenizer
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
-from harness.records.code import forecast as sources_of
+from harness.records.code import run_forecast as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import FitRecord
+from harness.records.run import RunForecast
 from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, Numerics, Settings, Shape
 from harness.study.spec import Training
@@ -22,7 +22,7 @@ from harness.study.spec import Training
 GIB = 2**30
 
 
-def foresee(training: Training, *, name: str, model: Path, rows: Path) -> FitRecord:
+def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> RunForecast:
     """Forecast the largest step of a run: full micro-batches whose rows are all as long as the longest.
 
     Args:
@@ -51,18 +51,18 @@ def foresee(training: Training, *, name: str, model: Path, rows: Path) -> FitRec
         found, why = forecast(cell), None
     except (CannotRunError, NoForecastError) as error:
         found, why = None, str(error)
-    return FitRecord(
+    return RunForecast(
         name=name,
         longest_row_tokens=longest,
         peak_bytes=None if found is None else found.peak_bytes,
         peak_phase=None if found is None else found.peak_phase,
         needed_bytes=None if found is None else needed_bytes(found),
         peak_why=why,
-        provenance=provenance(sources=sources_of(training.module), inputs={"config": model / "config.json"}),
+        provenance=provenance(roots=roots_of(training.module), inputs={"config": model / "config.json"}),
     )
 
 
-def refusal(record: FitRecord, total_bytes: int) -> str | None:
+def refusal(record: RunForecast, total_bytes: int) -> str | None:
     """Why a run cannot fit a GPU of `total_bytes`; None where it does, or where nothing was forecast."""
     if record.needed_bytes is None or record.needed_bytes <= total_bytes:
         return None
@@ -77,5 +77,5 @@ def refusal_of(file: Path | None) -> str | None:
     """The same for the GPU that this process was lent; `file` is the record, None for a run that has none."""
     if file is None:
         return None
-    record = read(file, FitRecord)
+    record = read(file, RunForecast)
     return refusal(record, torch.cuda.get_device_properties(0).total_memory)

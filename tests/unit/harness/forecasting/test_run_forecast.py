@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.forecasting.fit import foresee, refusal
-from harness.records.run import FitRecord
+from harness.forecasting.run_forecast import forecast_run, refusal
+from harness.records.run import RunForecast
 from harness.study.config import load_study
-from harness.study.paths import Places
+from harness.study.jobs import FORECAST
+from harness.study.paths import Paths
 from harness.study.plan import outputs, resolve_study
-from harness.study.spec import FitJob, Training
+from harness.study.spec import ForecastJob, Training
 from harness.training.loading import Inputs
 from harness.training.loop import train
 from house import ROOT
@@ -22,25 +23,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return tiny_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def foreseen(inputs: Inputs, training: Training) -> FitRecord:
-    return foresee(training, name="fit", model=inputs.model, rows=inputs.rows)
+def forecast_of(inputs: Inputs, training: Training) -> RunForecast:
+    return forecast_run(training, name="fit", model=inputs.model, rows=inputs.rows)
 
 
 def test_only_runs_on_a_gpu_wait_for_a_forecast_and_seeds_share_it() -> None:
     for name, device in (("paper", "cuda"), ("embedded", "cpu")):
         plan = resolve_study(load_study(ROOT / "config" / f"{name}.yaml", inputs_needed=False))
         assert {run.training.recipe.device for run in plan.runs.values()} == {device}
-        wanted = {FitJob(training=run.training).name for run in plan.runs.values()} if device == "cuda" else set()
+        wanted = {ForecastJob(training=run.training).name for run in plan.runs.values()} if device == "cuda" else set()
         assert set(plan.forecasts) == wanted
-        files = [o.path for o in outputs(plan, Places()) if o.kind == "forecast"]
+        files = [o.path for o in outputs(plan, Paths()) if o.kind is FORECAST]
         assert files == [Path("results/forecasts") / name / "forecast.json" for name in plan.forecasts]
         assert len(files) < len(plan.runs)
 
 
 def test_gradients_that_wait_for_the_second_micro_batch_are_counted(inputs: Inputs) -> None:
-    whole = foreseen(inputs, tiny_training("full", {}, batch_size=8, micro_batch_size=4))
-    alone = foreseen(inputs, tiny_training("full", {}, batch_size=4, micro_batch_size=4))
-    four = foreseen(inputs, tiny_training("full", {}, batch_size=16, micro_batch_size=4))
+    whole = forecast_of(inputs, tiny_training("full", {}, batch_size=8, micro_batch_size=4))
+    alone = forecast_of(inputs, tiny_training("full", {}, batch_size=4, micro_batch_size=4))
+    four = forecast_of(inputs, tiny_training("full", {}, batch_size=16, micro_batch_size=4))
     assert whole.peak_bytes is not None
     assert alone.peak_bytes is not None
     assert whole.peak_bytes > alone.peak_bytes
@@ -48,21 +49,21 @@ def test_gradients_that_wait_for_the_second_micro_batch_are_counted(inputs: Inpu
 
 
 def test_rows_are_taken_as_long_as_the_longest_of_them(inputs: Inputs) -> None:
-    long = foreseen(inputs, tiny_training("full", {}, max_length=96))
-    short = foreseen(inputs, tiny_training("full", {}, max_length=20))
+    long = forecast_of(inputs, tiny_training("full", {}, max_length=96))
+    short = forecast_of(inputs, tiny_training("full", {}, max_length=20))
     assert (short.longest_row_tokens, long.longest_row_tokens > 20) == (20, True)
     assert (short.peak_bytes or 0) < (long.peak_bytes or 0)
 
 
 def test_what_cannot_be_forecast_has_its_reason_and_is_not_refused(inputs: Inputs) -> None:
-    record = foreseen(inputs, tiny_training("lisa", {"active_layers": 9}))
+    record = forecast_of(inputs, tiny_training("lisa", {"active_layers": 9}))
     assert (record.peak_bytes, record.peak_why) == (None, "active_layers 9 is above the model's 4 layers")
     assert refusal(record, 1) is None
 
 
 def test_a_run_that_cannot_fit_is_a_row_with_the_numbers_and_takes_no_step(inputs: Inputs) -> None:
     training = tiny_training("full", {})
-    record = foreseen(inputs, training)
+    record = forecast_of(inputs, training)
     assert record.needed_bytes is not None
     assert refusal(record, record.needed_bytes) is None
     why = refusal(record, record.needed_bytes - 1)

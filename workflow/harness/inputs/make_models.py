@@ -1,0 +1,148 @@
+"""Models made ready: found in a folder or fetched from the hub, checked, and described by a manifest."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from httpx import HTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from harness.errors import UserError, first_line
+from harness.records.atomic import sha256, write_json
+from harness.records.code import FOUND_MODEL
+from harness.records.provenance import provenance
+from harness.records.run import ModelRecord, Provenance
+from harness.study.paths import resolve
+from harness.study.spec import HubModel, ModelJob, PretrainedHere
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def make_model(job: ModelJob, folder: Path) -> ModelRecord:
+    """Find or fetch a model and write manifest.json into `folder`; for one pretrained here see `inputs.pretrain`.
+
+    A fetched model lies in `folder`/model, a local one stays where it is and is only hashed. The manifest is written
+    last: where it stands, the model is whole.
+
+    Raises UserError, in one line, for a folder that holds no model, for a download that cannot be had, and for a model
+    that is to be pretrained.
+    """
+    started = time.perf_counter()
+    source = job.source
+    if isinstance(source, PretrainedHere):
+        raise UserError(f"{job.name}: this model is pretrained here; use `pretrain`, not `prefetch`")
+    origin = provenance(roots=FOUND_MODEL, inputs={})
+    if isinstance(source, HubModel):
+        weights = folder / "model"
+        _fetch(source, weights)
+        where = os.path.relpath(weights)
+    else:
+        weights, where = resolve(source.path), source.path
+    return describe_model(job.name, weights, where=where, into=folder, started=started, provenance=origin)
+
+
+def describe_model(
+    name: str,
+    weights: Path,
+    *,
+    where: str,
+    into: Path,
+    started: float,
+    provenance: Provenance,
+    losses: Sequence[tuple[int, float]] = (),
+) -> ModelRecord:
+    """Check a model's folder and write its manifest.
+
+    Args:
+        name: of the record.
+        weights: the folder.
+        where: the same as the manifest names it.
+        into: folder of the manifest.
+        started: when making it ready began (s, `time.perf_counter`).
+        provenance: of the record.
+        losses: of pretraining, (step, nats per token).
+
+    Raises:
+        UserError: the folder holds no model; one line.
+    """
+    files = _checked_files(weights, asked=where)
+    record = ModelRecord(
+        name=name,
+        folder=where,
+        files_sha256={file.name: sha256(file) for file in files},
+        parameters=_count_parameters(weights, asked=where),
+        pretraining_loss=list(losses),
+        wall_s=time.perf_counter() - started,
+        provenance=provenance,
+    )
+    write_json(into / "manifest.json", record.model_dump(mode="json"))
+    return record
+
+
+def _checked_files(folder: Path, *, asked: str) -> list[Path]:
+    """The files that make up a model; raises UserError naming the first kind that is missing."""
+    if not folder.is_dir():
+        raise UserError(f"{asked}: no such folder; give the folder of a model in Hugging Face layout")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{asked}: no config.json in it; give the folder of a model in Hugging Face layout")
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise UserError(
+            f"{asked}: no tokenizer in it (one of {', '.join(_TOKENIZERS)}); copy the model's tokenizer there"
+        )
+    weights = [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
+    if not weights:
+        raise UserError(f"{asked}: no weights in it ({' or '.join(_WEIGHTS)}); download or convert them")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        # Offline, the hub client takes a folder with a broken download for whole; a copied folder may lack a shard too.
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{asked}: {index.name} has no readable weight_map; fetch it again") from error
+        missing = sorted(name for name in shards if not (folder / name).is_file())
+        if missing:
+            raise UserError(
+                f"{asked}: {len(missing)} of {len(shards)} shards missing, first {missing[0]}; fetch them again"
+            )
+    texts = [file for pattern in ("*.json", "*.model", "*.txt") for file in folder.glob(pattern)]
+    return sorted({*weights, *texts} - {folder / "manifest.json"})
+
+
+def _count_parameters(folder: Path, *, asked: str) -> int:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{asked}/config.json: transformers makes no causal language model of it ({first_line(error)}); "
+            "give the folder of one"
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _fetch(source: HubModel, folder: Path) -> None:
+    # Straight into its place: the hub client resumes a broken download by what it finds there.
+    name = f"{source.repo} at {source.revision}"
+    try:
+        snapshot_download(
+            source.repo,
+            revision=source.revision,
+            local_dir=folder,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
+        )
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise UserError(
+            f"{name}: not on the hub, or closed to you; check repo and revision, or set HF_TOKEN"
+        ) from error
+    except (HTTPError, OSError) as error:
+        raise UserError(
+            f"{name}: cannot be downloaded ({type(error).__name__}); run `prefetch` with a network, or use kind: local"
+        ) from error
