@@ -64,9 +64,7 @@ rule train:
 rule evaluate:
     input:
         PATHS.output(TRAIN, "{run}"),
-        lambda wildcards: [
-            PATHS.output(SUITE, suite.name) for suite in PLAN.evals[wildcards.evaluation].suites
-        ],
+        lambda wildcards: [PATHS.output(SUITE, suite.name) for suite in PLAN.evals[wildcards.evaluation].suites],
     output:
         PATHS.score("{run}", "{evaluation}"),
     log:
