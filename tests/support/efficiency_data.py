@@ -10,15 +10,16 @@ from typing import Any
 from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
 from harness.efficiency.record import CellRecord, ForecastRecord, MemoryBlock, TimingBlock
+from harness.efficiency.spec import EfficiencyStudy, load_efficiency
 from harness.efficiency.store import Asked, Store, cell_sha256
 from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
+from harness.records.units import GIB
+from harness.reporting.efficiency.rows import Rows, read_rows
 from harness.reporting.published import Published, load_published
-from harness.step.spec import EfficiencyStudy, load_efficiency
 from house import ROOT
 
-GIB = 2**30
 CARD = "Test GPU"
 MAIN = "llama-2-7b"
 TINY = """\
@@ -52,6 +53,17 @@ settings:
 shapes:
   4x1024: {batch: 2, length: 16}
 numerics: {weight_dtype: bf16, state_dtype: bf16, max_grad_norm: 1.0}
+anchor: {cuda: tiny, cpu: tiny}
+compared: [lora, grass-decoder]
+corners: [{settings: lean, shape: 4x1024}]
+resident: {offload: resident}
+order:
+  - kind: corners
+    beside: [{method: grass-decoder, options: {offload: resident}, settings: lean, shape: 4x1024}]
+  - {kind: variants, methods: [grass-decoder], options: {active_layers: 4}}
+  - {kind: everything}
+reference: lora
+published: {settings: lean, metrics: {peak_memory: {batch: 1, settings: [lean]}}, models: {}, unnamed: tiny}
 """
 """One group on a CPU: lora, grass-decoder and grass-decoder with resident states; then one with more active layers."""
 
@@ -70,7 +82,15 @@ def published() -> Published:
 
 def tiny_file(folder: Path, *edits: tuple[str, str]) -> Path:
     """The small study as a file, with some of its text replaced."""
-    text = TINY
+    return _edited(TINY, folder, edits)
+
+
+def study_file(folder: Path, *edits: tuple[str, str]) -> Path:
+    """A copy of the repository's study, with some of its text replaced."""
+    return _edited((ROOT / "config" / "efficiency.yaml").read_text(encoding="utf-8"), folder, edits)
+
+
+def _edited(text: str, folder: Path, edits: tuple[tuple[str, str], ...]) -> Path:
     for old, new in edits:
         assert old in text, old
         text = text.replace(old, new)
@@ -81,8 +101,9 @@ def tiny_file(folder: Path, *edits: tuple[str, str]) -> Path:
 
 def tiny_entries(folder: Path) -> dict[str, Entry]:
     """The small study's cells by label, with a LISA that keeps moments beside the others."""
-    lisa = "  lisa: {module: lisa, options: {active_layers: 2, sample_every: 50, state: keep}}\nsettings:"
-    read = load_efficiency(tiny_file(folder, ("settings:", lisa)))
+    lisa = "  lisa: {module: lisa, options: {active_layers: 2, sample_every: 50, state: keep}}\nsettings:\n"
+    compared = ("[lora, grass-decoder]", "[lora, grass-decoder, lisa]")
+    read = load_efficiency(tiny_file(folder, ("settings:\n", lisa), compared))
     return {e.named.label: e for g in plan(read, "cpu") for e in g.entries if e.named.shape == "4x1024"}
 
 
@@ -231,6 +252,11 @@ def forecast_record(of: Entry, gib: float, **changes: Any) -> ForecastRecord:
         "code_sha256": code_of(step_forecast(of.cell.module)).sha256,
     }
     return ForecastRecord(**fields | changes)
+
+
+def rows_of(store: Store) -> Rows:
+    """All that a store knows of the repository's study."""
+    return read_rows(study(), store)
 
 
 PEAKS = {

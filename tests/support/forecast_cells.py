@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, Literal
 
+from harness.efficiency.spec import EfficiencyStudy, cell_of, load_efficiency
 from harness.forecasting.forecast import Forecast, forecast
-from harness.step.spec import Cell, EfficiencyStudy, Geometry, Numerics, Settings, Shape, cell_of, load_efficiency
+from harness.step.spec import Cell, Geometry, Numerics, Settings, Shape
 from house import ROOT
 
 LAYERS, VOCABULARY, WIDTH, PARAMETERS = 3, 96, 32, 38624

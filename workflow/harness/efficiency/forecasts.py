@@ -18,6 +18,7 @@ from harness.efficiency.record import ForecastRecord
 from harness.efficiency.store import Store, cell_sha256
 from harness.progress import duration, say
 from harness.records.code import code_of, step_forecast
+from harness.records.units import gib
 
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -113,7 +114,7 @@ def fill_forecasts(
 def _summary(record: ForecastRecord) -> str:
     if record.peak_bytes is None:
         return f"{record.status} ({record.status_why})"
-    return f"{record.peak_bytes / 2**30:.2f} GiB in {record.peak_phase}, {duration(record.wall_s)}"
+    return f"{gib(record.peak_bytes)} GiB in {record.peak_phase}, {duration(record.wall_s)}"
 
 
 def _since(started: float) -> float:

@@ -6,28 +6,17 @@ that a drift of clocks or temperature meets all of them alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
+from harness.efficiency.order import AtCorners, Corner, Everything, Lengths, Line, Variants
 from harness.efficiency.record import Block, Named
+from harness.efficiency.spec import EfficiencyStudy, cell_of, row_shape, variant_name
 from harness.errors import UserError
 from harness.records.device import DeviceKind
-from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
-
-ANCHOR: dict[DeviceKind, str] = {"cuda": "llama-2-7b", "cpu": "tiny"}
-"""The model that is measured in every way. A CPU rehearses on the tiny one alone."""
-COMPARED = ("lora", "grass", "grass-decoder", "full", "lisa", "lisa-keep", "dora")
-CORNERS = (("plain", "1x1024"), ("lean", "1x1024"), ("lean", "4x1024"))
-"""(settings, shape) of the targets."""
-OFFLOAD_CORNER = ("lean", "4x1024")
-RESIDENT = "offload=resident"
-MORE_LAYERS = "active_layers=4"
-MIDDLE_MODELS = ("gemma-2b", "tinyllama-1.1b")
-LENGTHS = (1792, 256, 4096, 512, 2048)
-"""Tokens of one row, 1024 being in the corners; 1792 is the published one. Memory alone is measured there."""
-LATE_MODELS = ("llama-3.1-8b", "qwen3-8b")
+from harness.step.spec import Cell
 
 
 @dataclass(frozen=True)
@@ -67,20 +56,24 @@ class Unit:
 
 
 def plan(study: EfficiencyStudy, device: DeviceKind, only: Sequence[str] = ()) -> list[Group]:
-    """All groups in the order of their priority; labels that the study lacks are left out.
+    """All groups in the order of their priority; a cell that two lines of the order ask for is in the first one's.
 
     Args:
         study: with its models, methods, settings and shapes.
-        device: a CPU measures the tiny model alone.
+        device: a CPU measures its anchor alone.
         only: see `select`.
     """
+    anchor = study.anchor.of(device)
     groups: list[Group] = []
     seen: set[str] = set()
-    for request in _asked(study, ANCHOR[device], rehearsal=device == "cpu"):
-        new = tuple(entry for entry in _entries(study, *request.cells) if entry.named.name not in seen)
-        seen.update(entry.named.name for entry in new)
-        if new:
-            groups.append(Group(new, timed=request.timed))
+    for line in study.order:
+        for group in _groups(study, line, anchor):
+            if device == "cpu" and group.entries[0].named.model != anchor:
+                continue
+            new = tuple(entry for entry in group.entries if entry.named.name not in seen)
+            seen.update(entry.named.name for entry in new)
+            if new:
+                groups.append(Group(new, timed=group.timed))
     return select(groups, only)
 
 
@@ -88,12 +81,16 @@ def every_group(study: EfficiencyStudy) -> list[Group]:
     """The cells of a GPU's plan, then those that only a rehearsal has."""
     groups = plan(study, "cuda")
     known = {entry.named.name for group in groups for entry in group.entries}
-    if ANCHOR["cpu"] in study.models:
-        for group in plan(study, "cpu"):
-            more = tuple(entry for entry in group.entries if entry.named.name not in known)
-            if more:
-                groups.append(Group(more, group.timed))
+    for group in plan(study, "cpu"):
+        more = tuple(entry for entry in group.entries if entry.named.name not in known)
+        if more:
+            groups.append(Group(more, group.timed))
     return groups
+
+
+def cells(groups: Iterable[Group]) -> list[Entry]:
+    """All cells of the groups, in their order."""
+    return [entry for group in groups for entry in group.entries]
 
 
 def select(groups: Iterable[Group], only: Sequence[str]) -> list[Group]:
@@ -139,69 +136,52 @@ def units(groups: Iterable[Group], repeats: int) -> Iterator[Unit]:
                     yield Unit(entry, "timing", repeat)
 
 
-@dataclass(frozen=True)
-class _Request:
-    cells: tuple[str, Sequence[tuple[str, str]], str, str, Shape | None]
-    """Model, (method, variant) pairs, settings, shape, and the shape where the study does not list it."""
-    timed: bool = True
+def _groups(study: EfficiencyStudy, line: Line, anchor: str) -> Iterator[Group]:
+    compared = _as_entered(study.compared)
+    match line:
+        case AtCorners():
+            for model in line.models or (anchor,):
+                for corner in study.corners:
+                    beside = [(v.method, v.options) for v in line.beside if v.at == corner]
+                    yield _group(study, model, [*compared, *beside], corner)
+        case Variants():
+            for corner in study.corners:
+                yield _group(study, anchor, [(method, line.options) for method in line.methods], corner)
+        case Lengths():
+            for settings in line.settings:
+                for tokens in line.tokens:
+                    row = Corner(settings=settings, shape=row_shape(tokens))
+                    yield _group(study, anchor, compared, row, timed=False)
+        case Everything():
+            for model in study.models:
+                for settings in study.settings:
+                    for shape in study.shapes:
+                        where = Corner(settings=settings, shape=shape)
+                        yield _group(study, model, _as_entered(study.methods), where)
 
 
-def _asked(study: EfficiencyStudy, anchor: str, *, rehearsal: bool) -> Iterator[_Request]:
-    for settings, shape in CORNERS:
-        variants = [(method, "") for method in COMPARED]
-        if (settings, shape) == OFFLOAD_CORNER:
-            variants.append(("grass-decoder", RESIDENT))
-        yield _Request((anchor, variants, settings, shape, None))
-    for settings, shape in CORNERS:
-        yield _Request((anchor, [("grass", MORE_LAYERS), ("grass-decoder", MORE_LAYERS)], settings, shape, None))
-    if not rehearsal:
-        for model in MIDDLE_MODELS:
-            yield from _corners(model)
-    for settings in ("plain", "lean"):
-        for length in LENGTHS:
-            yield _Request((anchor, [(m, "") for m in COMPARED], settings, f"1x{length}", _row(length)), timed=False)
-    if rehearsal:
-        rest: Iterable[str] = (anchor,)
-    else:
-        for model in LATE_MODELS:
-            yield from _corners(model)
-        rest = study.models
-    for model in rest:
-        for settings in study.settings:
-            for shape in study.shapes:
-                yield _Request((model, [(method, "") for method in study.methods], settings, shape, None))
+def _as_entered(methods: Iterable[str]) -> list[tuple[str, Mapping[str, Any]]]:
+    return [(method, {}) for method in methods]
 
 
-def _corners(model: str) -> Iterator[_Request]:
-    for settings, shape in CORNERS:
-        yield _Request((model, [(method, "") for method in COMPARED], settings, shape, None))
-
-
-def _row(length: int) -> Shape:
-    return Shape(batch=1, length=length)
-
-
-def _entries(
+def _group(
     study: EfficiencyStudy,
     model: str,
-    methods: Sequence[tuple[str, str]],
-    settings: str,
-    shape: str,
-    own_shape: Shape | None,
-) -> Iterator[Entry]:
-    measures = study.shapes.get(shape, own_shape)
-    if model not in study.models or settings not in study.settings or measures is None:
-        return
-    for method, variant in methods:
-        if method not in study.methods:
-            continue
-        cell = cell_of(study, model=model, method=method, settings=settings, shape=measures)
-        options = _options(variant)
-        if options.keys() <= cell.method_class().Config.model_fields.keys():
-            named = Named(model=model, settings=settings, shape=shape, method=method, variant=variant)
-            yield Entry(named, cell.with_options(**options) if options else cell)
-
-
-def _options(variant: str) -> dict[str, Any]:
-    pairs = (part.split("=") for part in variant.split(",") if part)
-    return {key: int(value) if value.isdigit() else value for key, value in pairs}
+    methods: Sequence[tuple[str, Mapping[str, Any]]],
+    where: Corner,
+    *,
+    timed: bool = True,
+) -> Group:
+    """Methods, each with the options that differ from its entry's."""
+    entries = []
+    for method, options in methods:
+        cell = cell_of(study, model=model, method=method, settings=where.settings, shape=study.shape(where.shape))
+        named = Named(
+            model=model,
+            settings=where.settings,
+            shape=where.shape,
+            method=method,
+            variant=variant_name(options),
+        )
+        entries.append(Entry(named, cell.with_options(**options) if options else cell))
+    return Group(tuple(entries), timed)

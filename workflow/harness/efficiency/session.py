@@ -1,19 +1,26 @@
-"""A measuring session: block after block, each kept before the next begins, until the plan or the budget ends."""
+"""A measuring session: block after block, each kept before the next begins, until the plan or the budget ends.
+
+No torch in this process: a worker measures, others forecast.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from harness.efficiency.budget import Budget, Estimates
+from harness.efficiency.forecasts import fill_forecasts
 from harness.efficiency.jobs import Job
-from harness.efficiency.plan import Group, Unit, units
+from harness.efficiency.plan import Group, Unit, cells, units
 from harness.efficiency.process import TimeIsUpError, Worker
 from harness.efficiency.record import CellRecord
 from harness.efficiency.store import Asked, Store, is_done
+from harness.measuring.gpu import lease_for
 from harness.progress import say
+from harness.records.units import gib
 
 NO_TIME = "the budget was used up"
 
@@ -31,6 +38,54 @@ class Outcome:
     errors: list[str] = field(default_factory=list)
     """One line for each cell that failed by a fault of the program."""
     device: str | None = None
+
+    def coverage(self, asked: Asked, budget: Budget, only: Sequence[str]) -> dict[str, Any]:
+        """What was asked of the session, and what of it was not done: for coverage.json."""
+        return {
+            "device": asked.device,
+            "device_name": self.device,
+            "budget_s": budget.seconds,
+            "spent_s": round(budget.spent(), 1),
+            "repeats": asked.repeats,
+            "timed_steps": asked.timed_steps,
+            "warmup_steps": asked.warmup_steps,
+            "only": list(only),
+            "blocks_measured": self.measured,
+            "blocks_kept": self.kept,
+            "not_measured": [
+                {"cell": unit.entry.words, "block": unit.do, "repeat": unit.repeat, "why": why}
+                for unit, why in self.missing
+            ],
+            "errors": self.errors,
+        }
+
+    def lines(self) -> Iterator[str]:
+        """What was not measured, a line a group, and what went wrong."""
+        missing: dict[str, list[str]] = {}
+        for unit, _ in self.missing:
+            named = unit.entry.named
+            missing.setdefault(f"{named.model}/{named.settings}/{named.shape}", []).append(named.label)
+        for group, labels in missing.items():
+            yield f"not measured: {group}: {', '.join(dict.fromkeys(labels))}"
+        for line in self.errors:
+            yield f"error: {line}"
+
+
+def run_session(groups: Sequence[Group], asked: Asked, store: Store, budget: Budget, *, cores: int) -> Outcome:
+    """Measure what the budget allows on the device, which is leased; then forecast what was measured, if time is left.
+
+    Raises:
+        NoGpuError: a GPU is asked for, and there is none.
+    """
+    if budget.left() <= 0:
+        return Outcome()
+    with lease_for(asked.device), Worker(asked.device) as worker:
+        outcome = measure_all(groups, asked, store, budget, worker)
+    seen = [entry for entry in cells(groups) if store.current(entry, asked) is not None]
+    outcome.errors += fill_forecasts(seen, store, budget, cores=cores)
+    for entry in seen:
+        store.predict(entry, asked)
+    return outcome
 
 
 def measure_all(
@@ -123,7 +178,7 @@ def _said(unit: Unit, record: CellRecord) -> str:
     if record.memory is None or record.memory.allocated_peak_bytes is None:
         why = record.memory_why if record.memory is None else record.memory.device_why
         return f"no device memory ({why})"
-    said = f"{record.memory.allocated_peak_bytes / 2**30:.2f} GiB in {record.memory.peak_phase}"
+    said = f"{gib(record.memory.allocated_peak_bytes)} GiB in {record.memory.peak_phase}"
     if record.predicted is not None:
-        said += f" (forecast {record.predicted.allocated_peak_bytes / 2**30:.2f})"
+        said += f" (forecast {gib(record.predicted.allocated_peak_bytes)})"
     return said

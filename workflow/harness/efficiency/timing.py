@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from grass.layers import find_layers
 from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
-from harness.efficiency.chance import by_chance
 from harness.efficiency.jobs import Job
 from harness.efficiency.record import TimingBlock
+from harness.efficiency.uniform_draws import uniform_policy
 from harness.efficiency.utilisation import utilisation
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
@@ -158,7 +158,7 @@ class _Steps:
 
     def _policy(self, place: int) -> Policy:
         job = self._job
-        return by_chance(place, draws=self.draws, repeat=job.repeat, repeats=job.repeats, seed=job.cell.seed)
+        return uniform_policy(place, draws=self.draws, repeat=job.repeat, repeats=job.repeats, seed=job.cell.seed)
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from harness.forecasting.forecast import Forecast, NoForecastError, forecast
+from harness.records.units import GIB
 from harness.step.cell import configuration
 from harness.step.flops import StepCost, attention_width, step_cost
 from harness.step.outcomes import CannotRunError
-from harness.step.spec import Cell, EfficiencyStudy, Shape, cell_of
+from harness.step.spec import Cell
 
-CONTEXT_BYTES = round(0.6 * 2**30)
+CONTEXT_BYTES = round(0.6 * GIB)
 """What a process holds on a card beside its tensors: the context of an H100 is 0.4 to 0.6 GiB."""
 UNSEEN = 1.04
 """Fragments and buffers inside kernels: an allocator's own peak is 1 to 4 % above the live storages."""
@@ -44,17 +45,15 @@ class Choice:
         return self.needed_bytes is not None and self.needed_bytes <= vram_bytes
 
 
-def choices(study: EfficiencyStudy, *, model: str, shape: Shape, vram_bytes: int) -> Iterator[Choice]:
-    """Every method under every setting, in the study's order; each takes seconds."""
-    for settings in study.settings:
-        for method in study.methods:
-            cell = cell_of(study, model=model, method=method, settings=settings, shape=shape)
-            try:
-                found = forecast(cell, capacity_bytes=vram_bytes)
-            except (CannotRunError, NoForecastError) as error:
-                yield Choice(method, settings, cell, None, str(error), None)
-                continue
-            yield Choice(method, settings, cell, found, None, _cost(cell, found))
+def choices(cells: Iterable[tuple[str, str, Cell]], *, vram_bytes: int) -> Iterator[Choice]:
+    """Every (method, settings, cell) with its forecast on a card of this size, as they come; each takes seconds."""
+    for method, settings, cell in cells:
+        try:
+            found = forecast(cell, capacity_bytes=vram_bytes)
+        except (CannotRunError, NoForecastError) as error:
+            yield Choice(method, settings, cell, None, str(error), None)
+            continue
+        yield Choice(method, settings, cell, found, None, _cost(cell, found))
 
 
 def best(found: list[Choice], *, vram_bytes: int) -> Choice | None:

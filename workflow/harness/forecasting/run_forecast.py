@@ -15,11 +15,10 @@ from harness.records.code import run_forecast as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
 from harness.records.run import RunForecast
+from harness.records.units import gib
 from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, Numerics, Settings, Shape
 from harness.study.spec import Training
-
-GIB = 2**30
 
 
 def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> RunForecast:
@@ -68,8 +67,8 @@ def refusal(record: RunForecast, total_bytes: int) -> str | None:
         return None
     assert record.peak_bytes is not None
     return (
-        f"cannot fit its GPU: the forecast of a step is {record.peak_bytes / GIB:.2f} GiB, in {record.peak_phase}, "
-        f"with context and fragments {record.needed_bytes / GIB:.2f} GiB, and the GPU has {total_bytes / GIB:.2f} GiB"
+        f"cannot fit its GPU: the forecast of a step is {gib(record.peak_bytes)} GiB, in {record.peak_phase}, "
+        f"with context and fragments {gib(record.needed_bytes)} GiB, and the GPU has {gib(total_bytes)} GiB"
     )
 
 

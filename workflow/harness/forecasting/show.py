@@ -8,15 +8,11 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.forecasting.forecast import Forecast
+from harness.records.units import GIB, MIB, gib
 from harness.step.spec import Cell
 
 _FIGURES = [field.name for field in fields(Forecast) if field.name not in ("facts", "promise")]
-_UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6}
-
-
-def gib(nbytes: float) -> str:
-    """Bytes as GiB with two digits."""
-    return f"{nbytes / 2**30:.2f}"
+_UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
 
 
 def parse_bytes(text: str) -> int:

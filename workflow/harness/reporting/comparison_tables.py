@@ -6,9 +6,10 @@ from typing import Any
 
 from pandas import DataFrame
 
+from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import cells, method_name, of_method, part
-from harness.reporting.run_tables import MIB, efficiency_numbers, search_rule
+from harness.reporting.run_tables import efficiency_numbers, search_rule
 from harness.reporting.score_tables import (
     ACCURACY,
     HELDOUT_LOSS,

@@ -10,6 +10,7 @@ from pandas import DataFrame
 from pydantic import Field, model_validator
 
 from baselines.method import Strict
+from harness.records.units import GIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import of_method
 from harness.reporting.stats import summarise
@@ -21,7 +22,6 @@ Metric = Literal[
     "accuracy", "accuracy_sd", "accuracy_difference", "peak_memory", "extra_memory", "throughput_ratio",
     "overhead_share",
 ]  # fmt: skip
-GIB = 2**30
 _UNITS = {"percent": ", %", "points": ", points", "GB": ", GB", "ratio": ""}
 
 

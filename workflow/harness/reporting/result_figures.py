@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import cells, of_method, trained
-from harness.reporting.run_tables import MIB
 from harness.reporting.style import Drawing, empty, grid, looks
 from harness.study.spec import Study
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from statistics import median
 from typing import Any
 
 import pandas as pd
 from pandas import DataFrame
 
+from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, groups, method_name, of_method, other_outcomes, trained, why
-from harness.reporting.stats import summarise
+from harness.reporting.stats import median_or_none, summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate
 from harness.study.spec import Study
-
-MIB = 2**20
 
 
 def learning_rate_table(frames: Frames, study: Study) -> Table:
@@ -164,7 +162,7 @@ def efficiency_numbers(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
         known = runs[column].dropna()
         return int(known.max()) if len(known) else None
 
-    speed, base = (_median(rows["throughput_tokens_per_s"]) for rows in (runs, reference))
+    speed, base = (median_or_none(rows["throughput_tokens_per_s"].dropna()) for rows in (runs, reference))
     machines = set(zip(runs["platform"], runs["device"], strict=True))
     machines |= set(zip(reference["platform"], reference["device"], strict=True))
     comparable = speed is not None and base is not None and len(machines) == 1
@@ -180,8 +178,8 @@ def efficiency_numbers(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
         "method_pinned_peak_bytes": largest("method_pinned_peak_bytes"),
         "alloc_retries": largest("alloc_retries"),
         "runs_beside_a_foreign_process": int(runs["foreign_why"].notna().sum()),
-        "step_p95_s": _median(runs["step_p95_s"]),
-        "throughput_total_median_tokens_per_s": _median(runs["throughput_total_tokens_per_s"]),
+        "step_p95_s": median_or_none(runs["step_p95_s"].dropna()),
+        "throughput_total_median_tokens_per_s": median_or_none(runs["throughput_total_tokens_per_s"].dropna()),
         "throughput_median_tokens_per_s": speed,
         "throughput_ratio_to_full": speed / base if comparable and speed and base else None,
         "clipped_mean_share": summarise([float(v) for v in runs["clipped_share"].dropna()]).mean,
@@ -250,11 +248,6 @@ def _optional_text(numbers: dict[str, Any]) -> dict[str, str]:
         return number(1000 * value, 1) if key == "step_p95_s" else number(value, 0)
 
     return {title: shown(key) for key, title in OPTIONAL.items()}
-
-
-def _median(values: pd.Series[Any]) -> float | None:
-    known = [float(v) for v in values.dropna()]
-    return median(known) if known else None
 
 
 # ---------------------------------------------------------------- every run

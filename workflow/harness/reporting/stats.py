@@ -11,8 +11,9 @@ exclude 0, and the larger of the two p values, after Holm's correction, must be 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,12 @@ class Summary:
     mean: float | None
     sd: float | None
     n: int
+
+
+def median_or_none(values: Iterable[float]) -> float | None:
+    """The median; None where there is nothing to take it of."""
+    known = [float(value) for value in values]
+    return median(known) if known else None
 
 
 def summarise(values: Sequence[float]) -> Summary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from pandas import DataFrame
 
 from harness.records.atomic import write_text
+from harness.records.units import GIB, gib
 
 UNKNOWN = "—"
 _MARK = re.compile(r"\^([a-z]+)\^")
@@ -95,6 +97,19 @@ class Table:
         write_text(folder / f"{self.name}.tex", self.latex())
 
 
+def table_of_rows(
+    name: str, caption: str, raw: Sequence[Mapping[str, Any]], display: Sequence[Mapping[str, str]], notes: Footnotes
+) -> Table:
+    """A table from its rows; a column's integers stay integers beside unknown ones. Without rows it has no notes."""
+    return Table(
+        name=name,
+        caption=caption,
+        raw=DataFrame(raw, dtype=object),
+        display=DataFrame(display),
+        footnotes=notes.lines() if raw else (),
+    )
+
+
 def number(value: float | None, digits: int) -> str:
     """A number for display, or the dash of an unknown one."""
     return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", "−")
@@ -103,6 +118,16 @@ def number(value: float | None, digits: int) -> str:
 def signed(value: float | None, digits: int) -> str:
     """The same with its sign."""
     return UNKNOWN if value is None else f"{value:+.{digits}f}".replace("-", "−")
+
+
+def gib_or_unknown(nbytes: float | None) -> str:
+    """Bytes as GiB, or the dash; four digits for a model so small that two would show nothing."""
+    return UNKNOWN if nbytes is None else gib(nbytes, 2 if nbytes >= GIB / 10 else 4)
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share as a percentage, or the dash."""
+    return UNKNOWN if share is None else f"{number(100 * share, digits)} %"
 
 
 def rate(value: float) -> str:

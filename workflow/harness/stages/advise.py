@@ -17,11 +17,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one row a method and setting as they come, then the best one's code; nothing is written."""
-    from harness.forecasting.show import gib, parse_bytes
-    from harness.step.spec import load_efficiency, shape_of
+    from harness.efficiency.spec import cell_of, load_efficiency
+    from harness.forecasting.show import parse_bytes
+    from harness.records.units import gib
+    from harness.step.spec import shape_of
 
     vram = parse_bytes(args.vram)
     study, shape = load_efficiency(args.config), shape_of(args.batch, args.length)
+    cells = [
+        (method, settings, cell_of(study, model=args.model, method=method, settings=settings, shape=shape))
+        for settings in study.settings
+        for method in study.methods
+    ]
 
     from harness.forecasting.advise import CONTEXT_BYTES, UNSEEN, Choice, best, choices
     from harness.forecasting.snippets import snippet
@@ -29,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.model}, {args.batch} x {args.length} tokens, a card of {gib(vram)} GiB\n")
     print(f"{'method':<16}{'settings':<10}{'peak GiB':>9}{'needs GiB':>11}  {'fits':<6}{'speed':>7}")
     found: list[Choice] = []
-    for choice in choices(study, model=args.model, shape=shape, vram_bytes=vram):
+    for choice in choices(cells, vram_bytes=vram):
         found.append(choice)
         if choice.forecast is None or choice.cost is None or choice.needed_bytes is None:
             print(f"{choice.method:<16}{choice.settings:<10}no forecast: {choice.reason}", flush=True)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import missing_package
+from harness.errors import UserError, missing_package
 
 if TYPE_CHECKING:
-    from harness.efficiency.command import Report
+    from harness.efficiency.spec import EfficiencyStudy
     from harness.efficiency.store import Store
-    from harness.step.spec import EfficiencyStudy
+
+Report = Callable[[], str]
+"""Makes tables and figures of what is on disk, and says what it made."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,23 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure or forecast, then write tables and figures; 1 if a cell failed by a fault of the program."""
-    from harness.efficiency.command import check, forecast, measure
+    from harness.efficiency.spec import load_efficiency
     from harness.efficiency.store import Store
     from harness.progress import say
-    from harness.step.spec import load_efficiency
 
-    check(args)
+    _check(args)
     study, store = load_efficiency(args.config), Store(args.out)
     report = _reporter(args, study, store)
     if args.report:
         say(f"{report()}; all in {store.folder}")
         return 0
-    return (forecast if args.forecast else measure)(args, study, store, report)
+    return (_forecast if args.forecast else _measure)(args, study, store, report)
 
 
 def _reporter(args: argparse.Namespace, study: EfficiencyStudy, store: Store) -> Report:
     """What makes tables and figures; a machine that only measures may lack what they need, and keeps its records."""
     try:
+        from harness.reporting.efficiency.published_table import check_published
         from harness.reporting.efficiency.report import write_report
         from harness.reporting.published import load_published
     except ModuleNotFoundError as error:
@@ -67,4 +71,68 @@ def _reporter(args: argparse.Namespace, study: EfficiencyStudy, store: Store) ->
             "no tables and figures here (run `python -m harness efficiency --report` where pandas and matplotlib are)"
         )
     published = load_published(args.published)
+    if study.published is not None:
+        check_published(args.config, study.published, published)
     return lambda: f"{len(write_report(study, store, published))} figures"
+
+
+def _measure(args: argparse.Namespace, study: EfficiencyStudy, store: Store, report: Report) -> int:
+    from harness.efficiency.budget import BUDGET_S, Budget
+    from harness.efficiency.plan import plan
+    from harness.efficiency.session import run_session
+    from harness.efficiency.store import Asked
+    from harness.measuring.gpu import NoGpuError
+    from harness.progress import say
+    from harness.records import atomic
+
+    budget = Budget(BUDGET_S if args.budget is None else args.budget)
+    groups = plan(study, args.device, args.only)
+    asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
+    try:
+        outcome = run_session(groups, asked, store, budget, cores=args.cores)
+    except NoGpuError as error:
+        raise UserError(f"{error}; or forecast (--forecast), or rehearse on the tiny model (--device cpu)") from error
+    made = report()
+    atomic.write_json(store.folder / "coverage.json", outcome.coverage(asked, budget, args.only))
+    say(
+        f"{outcome.measured} blocks measured in {budget.spent():.0f} s, {outcome.kept} needed none, "
+        f"{len(outcome.missing)} not measured; {made}; all in {store.folder}"
+    )
+    for line in outcome.lines():
+        say(f"  {line}")
+    return 1 if outcome.errors else 0
+
+
+def _forecast(args: argparse.Namespace, study: EfficiencyStudy, store: Store, report: Report) -> int:
+    from harness.efficiency.budget import Budget
+    from harness.efficiency.forecasts import fill_forecasts
+    from harness.efficiency.plan import cells, every_group, select
+    from harness.progress import say
+
+    entries = cells(select(every_group(study), args.only))
+    failed = fill_forecasts(entries, store, Budget(args.budget), cores=args.cores)
+    made = report()
+    known = sum(map(store.has_fresh_forecast, entries))
+    say(f"{known} of {len(entries)} cells have a forecast; {made}; all in {store.folder}")
+    for line in failed:
+        say(f"error: {line}")
+    return 1 if failed else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options out of range, and a folder in which nothing can be written."""
+    from harness.efficiency.arithmetic import PERIOD
+
+    for option, least in (("repeats", 1), ("cores", 1), ("steps", PERIOD), ("warmup", 0)):
+        value = getattr(args, option)
+        if value < least or (option in ("steps", "warmup") and value % PERIOD):
+            whole = f"a multiple of {PERIOD}" if option in ("steps", "warmup") else "a whole number"
+            raise UserError(f"--{option} {value}: {whole} of at least {least} is wanted")
+    if args.budget is not None and args.budget <= 0:
+        raise UserError(f"--budget {args.budget:g}: a number of seconds above 0 is wanted")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out):
+            pass
+    except OSError as error:
+        raise UserError(f"--out {args.out}: nothing can be written there ({error.strerror})") from error

@@ -10,6 +10,8 @@ import argparse
 import json
 from pathlib import Path
 
+from harness.errors import UserError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
@@ -31,17 +33,18 @@ def run(args: argparse.Namespace) -> int:
     if args.spec is not None:
         return _of_run(args.spec)
     if args.method is None:
-        raise ValueError("--method is needed beside --model: a method of the study")
+        raise UserError("--method is needed beside --model: name a method of the study")
     return _of_step(args)
 
 
 def _of_run(spec: Path) -> int:
     """Write forecast.json beside the spec of a run's forecast."""
-    from harness.forecasting.run_forecast import GIB, forecast_run
+    from harness.forecasting.run_forecast import forecast_run
     from harness.inputs.models import model_folder
     from harness.records import atomic
     from harness.records.reading import read
     from harness.records.run import ModelRecord
+    from harness.records.units import gib
     from harness.study.jobs import FORECAST, MODEL
     from harness.study.paths import Paths
     from harness.study.progress import announce
@@ -52,14 +55,15 @@ def _of_run(spec: Path) -> int:
     manifest = read(paths.output(MODEL, training.model.name), ModelRecord)
     found = forecast_run(training, name=job.name, model=model_folder(manifest), rows=paths.rows(training.rows.name))
     atomic.write_json(paths.output(FORECAST, job.name), found.model_dump(mode="json"))
-    said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{found.peak_bytes / GIB:.2f} GiB"
+    said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{gib(found.peak_bytes)} GiB"
     announce(f"forecast {job.name}: {said}")
     return 0
 
 
 def _of_step(args: argparse.Namespace) -> int:
     """Print the forecast of one step, or why there is none; nothing is written."""
-    from harness.step.spec import cell_of, load_efficiency, shape_of
+    from harness.efficiency.spec import cell_of, load_efficiency
+    from harness.step.spec import shape_of
 
     study, shape = load_efficiency(args.config), shape_of(args.batch, args.length)
     cell = cell_of(study, model=args.model, method=args.method, settings=args.settings, shape=shape)

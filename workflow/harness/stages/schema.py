@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
+    from harness.efficiency.spec import EfficiencyStudy
     from harness.records import atomic
     from harness.records import run as record
-    from harness.step.spec import EfficiencyStudy
     from harness.study import spec
 
     models: dict[str, type[BaseModel]] = {

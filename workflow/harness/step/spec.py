@@ -1,12 +1,10 @@
-"""What an efficiency study is asked to be: models as geometries, methods, settings and shapes. No torch here.
+"""What one training step is asked to be: a model, a method, settings, a shape and number formats. No torch here.
 
 Memory and speed of a step depend on shapes alone, so a model is its configuration, and its weights are random.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +13,6 @@ from pydantic import Field, ValidationError, model_validator
 from baselines import find_method
 from baselines.method import Method, Recipe, Strict
 from harness.errors import UserError
-from harness.study.spec import Label
-from harness.study.strict_yaml import read_yaml, validate
 
 
 class Geometry(Strict):
@@ -47,14 +43,6 @@ class Geometry(Strict):
         return self.model_dump(exclude={"architecture", "parameters"})
 
 
-class Entry(Strict):
-    """One row of the tables: a file in baselines/ with its options."""
-
-    module: str
-    options: dict[str, Any] = Field(default_factory=dict)
-    note: str = ""
-
-
 class Settings(Strict):
     """What is switched on for every method alike."""
 
@@ -75,19 +63,6 @@ class Numerics(Strict):
     weight_dtype: Literal["fp32", "bf16"]
     state_dtype: Literal["fp32", "bf16"] = Field(description="dtype of the optimizer's moments")
     max_grad_norm: float | None = Field(gt=0, description="global-norm clipping; null switches it off")
-
-
-class EfficiencyStudy(Strict):
-    """One efficiency study: every method on every model under every setting and shape."""
-
-    study: Label
-    title: str
-    notes: tuple[str, ...] = ()
-    models: dict[Label, Geometry] = Field(min_length=1)
-    methods: dict[Label, Entry] = Field(min_length=1)
-    settings: dict[Label, Settings] = Field(min_length=1)
-    shapes: dict[Label, Shape] = Field(min_length=1)
-    numerics: Numerics
 
 
 class Cell(Strict):
@@ -141,40 +116,6 @@ class Cell(Strict):
         return self.model_copy(update={"options": {**self.options, **changes}})
 
 
-def load_efficiency(path: Path) -> EfficiencyStudy:
-    """Read and check an efficiency study: its own keys and every method's options.
-
-    Raises:
-        ConfigError: the first thing that is wrong, in one line.
-    """
-    source = read_yaml(path)
-    study: EfficiencyStudy = validate(EfficiencyStudy, source.value, source)
-    for label, entry in study.methods.items():
-        try:
-            method = find_method(entry.module)
-        except LookupError as error:
-            raise source.error(("methods", label, "module"), str(error)) from None
-        validate(method.Config, entry.options, source, ("methods", label, "options"))
-    return study
-
-
-def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, shape: Shape) -> Cell:
-    """The cell named by labels; `model` may also be a folder with a config.json.
-
-    Raises:
-        UserError: a label that the study does not have.
-    """
-    entry = study.methods[_known("method", method, study.methods)]
-    return Cell(
-        model=model_of(study, model),
-        module=entry.module,
-        options=entry.options,
-        settings=study.settings[_known("settings", settings, study.settings)],
-        shape=shape,
-        numerics=study.numerics,
-    )
-
-
 def shape_of(batch: int, length: int) -> Shape:
     """The shape given on a command line.
 
@@ -185,27 +126,3 @@ def shape_of(batch: int, length: int) -> Shape:
         if value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
     return Shape(batch=batch, length=length)
-
-
-def model_of(study: EfficiencyStudy, name: str) -> Geometry | Path:
-    """The geometry with this label, or the folder with this path.
-
-    Raises:
-        UserError: neither.
-    """
-    if name in study.models:
-        return study.models[name]
-    if (Path(name) / "config.json").is_file():
-        return Path(name)
-    if Path(name).exists():
-        raise UserError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
-    _known("model", name, study.models, " (or the path of a folder with a config.json)")
-    raise AssertionError("unreachable")
-
-
-def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> str:
-    if label in among:
-        return label
-    near = difflib.get_close_matches(label, among, n=1)
-    meant = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{meant}")

@@ -13,11 +13,11 @@ from harness.efficiency.forecasts import make_forecast
 from harness.efficiency.jobs import Reply
 from harness.efficiency.measure import execute
 from harness.efficiency.plan import Entry, plan
+from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
 from harness.measuring.meters import Meters
 from harness.records.run import largest
 from harness.step.outcomes import is_out_of_memory, requested_bytes
-from harness.step.spec import load_efficiency
 
 from baselines.lora import Lora
 

@@ -1,4 +1,4 @@
-"""Which cells come first, how repeats are interleaved, what a time budget lets through, and draws by chance."""
+"""Which cells come first, how repeats are interleaved, what a time budget lets through, and uniform draws."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import efficiency_data as data
 import pytest
 from harness.efficiency.arithmetic import PERIOD, mean_step_s, percentile
 from harness.efficiency.budget import FIRST_S, MARGIN, REPORT_S, Budget, Estimates
-from harness.efficiency.chance import by_chance, drawn_sets, expected_reach, nth_set
-from harness.efficiency.plan import COMPARED, LENGTHS, Unit, plan, units
+from harness.efficiency.plan import Unit, plan, units
+from harness.efficiency.uniform_draws import expected_reach, nth_set, stratified_sets, uniform_policy
 from harness.errors import UserError
 
 STUDY = data.study()
@@ -25,13 +25,13 @@ def test_what_the_targets_need_comes_first() -> None:
     groups = plan(STUDY, "cuda")
     corners = [(g.entries[0].named.model, g.entries[0].named.settings, g.entries[0].named.shape) for g in groups]
     assert corners[:3] == [(MAIN, "plain", "1x1024"), (MAIN, "lean", "1x1024"), (MAIN, "lean", "4x1024")]
-    assert [e.named.label for e in groups[0].entries] == list(COMPARED)
-    assert [e.named.label for e in groups[2].entries] == [*COMPARED, "grass-decoder+offload=resident"]
+    assert [e.named.label for e in groups[0].entries] == list(STUDY.compared)
+    assert [e.named.label for e in groups[2].entries] == [*STUDY.compared, "grass-decoder+offload=resident"]
     assert {e.named.variant for group in groups[3:6] for e in group.entries} == {"active_layers=4"}
     models = list(dict.fromkeys(model for model, _, _ in corners))
     assert models == [MAIN, "gemma-2b", "tinyllama-1.1b", "llama-3.1-8b", "qwen3-8b", "tiny"]
     lengths = [shape for model, _, shape in corners if model == MAIN and "1024" not in shape]
-    assert lengths == [f"1x{n}" for n in (*LENGTHS, *LENGTHS)]
+    assert lengths == [f"1x{n}" for n in (1792, 256, 4096, 512, 2048) * 2]
     first_late, last_length = (
         corners.index(("llama-3.1-8b", "plain", "1x1024")),
         corners.index((MAIN, "lean", "1x2048")),
@@ -132,7 +132,7 @@ def test_more_tokens_are_estimated_to_take_longer() -> None:
     assert estimates.of(unit(shape="4x1024", settings="lean")) == 20.0
 
 
-# ---------------------------------------------------------------- draws by chance
+# ---------------------------------------------------------------- uniform draws
 
 
 def test_sets_are_numbered_in_lexicographic_order() -> None:
@@ -141,7 +141,7 @@ def test_sets_are_numbered_in_lexicographic_order() -> None:
 
 def test_draws_of_all_repeats_together_are_spread_over_all_sets() -> None:
     """32 layers, 2 active, 3 repeats of 4: the mean reach of 12 draws is that of uniform draws within 0.02."""
-    drawn = [drawn_sets(32, 2, draws=4, repeat=r, repeats=3, seed=0) for r in range(3)]
+    drawn = [stratified_sets(32, 2, draws=4, repeat=r, repeats=3, seed=0) for r in range(3)]
     reaches = [1 - min(chosen) / 32 for repeat in drawn for chosen in repeat]
     assert len(reaches) == 12
     assert fmean(reaches) == pytest.approx(expected_reach(32, 2), abs=0.02)
@@ -153,7 +153,7 @@ def test_each_draw_is_uniform_over_seeds() -> None:
     counted = Counter(
         layer
         for seed in range(1000)
-        for chosen in drawn_sets(5, 2, draws=2, repeat=0, repeats=1, seed=seed)
+        for chosen in stratified_sets(5, 2, draws=2, repeat=0, repeats=1, seed=seed)
         for layer in chosen
     )
     assert sum(counted.values()) == 4000
@@ -161,9 +161,9 @@ def test_each_draw_is_uniform_over_seeds() -> None:
 
 
 def test_all_methods_meet_the_same_draws_and_repeats_differ() -> None:
-    first = [by_chance(place, draws=4, repeat=0, repeats=3, seed=0)(32, 2) for place in range(4)]
-    assert first == drawn_sets(32, 2, draws=4, repeat=0, repeats=3, seed=0)
-    assert first != drawn_sets(32, 2, draws=4, repeat=1, repeats=3, seed=0)
+    first = [uniform_policy(place, draws=4, repeat=0, repeats=3, seed=0)(32, 2) for place in range(4)]
+    assert first == stratified_sets(32, 2, draws=4, repeat=0, repeats=3, seed=0)
+    assert first != stratified_sets(32, 2, draws=4, repeat=1, repeats=3, seed=0)
 
 
 # ---------------------------------------------------------------- arithmetic on steps

@@ -15,8 +15,8 @@ from harness.efficiency.forecasts import fill_forecasts
 from harness.efficiency.plan import Group, plan
 from harness.efficiency.process import Worker
 from harness.efficiency.session import Outcome, measure_all
+from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Asked, Store
-from harness.step.spec import load_efficiency
 
 ASKED = Asked(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
 

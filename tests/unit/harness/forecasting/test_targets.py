@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 from forecast_cells import study, true_size
-from harness.reporting.efficiency.published_table import MODELS
+from harness.records.units import GIB
+from harness.reporting.efficiency.published_table import our_model
 from harness.reporting.published import load_published
 from harness.step.cell import build_model
 from harness.step.facts import facts_of
@@ -15,14 +16,15 @@ from house import ROOT
 
 from baselines.method import ModelFacts
 
-GIB, MAIN = 2**30, "llama-2-7b"
+MAIN = "llama-2-7b"
 PUBLISHED = ROOT / "config" / "published" / "grass.yaml"
 
 
 def table4(model: str) -> dict[str, float]:
     """Peak memory in the paper's Table 4 by method; its "GB" are read as GiB."""
-    numbers = load_published(PUBLISHED).numbers
-    return {n.method: n.value for n in numbers if n.table == "Table 4" and MODELS.get(n.model or "") == model}
+    numbers, labels = load_published(PUBLISHED).numbers, study().published
+    assert labels is not None
+    return {n.method: n.value for n in numbers if n.table == "Table 4" and our_model(labels, n.model) == model}
 
 
 def gib(model: str, method: str, settings: str, batch: int = 1) -> float:

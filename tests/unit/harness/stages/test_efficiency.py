@@ -15,8 +15,8 @@ import pytest
 from harness.__main__ import main
 from harness.efficiency.plan import plan
 from harness.efficiency.record import CellRecord
+from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
-from harness.step.spec import load_efficiency
 
 FORBIDDEN = ("lm_eval", "datasets", "snakemake")
 """A machine that only measures may lack them."""

@@ -14,12 +14,13 @@ import pytest
 import torch
 from forecast_cells import METHODS, SETTINGS, SMALL, small
 from harness.__main__ import main
+from harness.efficiency.spec import load_efficiency
 from harness.errors import UserError
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
 from harness.step.cell import RandomBatches, build_model
-from harness.step.spec import Shape, load_efficiency
+from harness.step.spec import Shape
 from harness.study.strict_yaml import ConfigError
 from house import ROOT
 from torch import Tensor
@@ -50,6 +51,11 @@ settings:
 shapes:
   short: {batch: 1, length: 16}
 numerics: {weight_dtype: bf16, state_dtype: bf16, max_grad_norm: 1.0}
+anchor: {cuda: small, cpu: small}
+compared: [full, lora]
+corners: [{settings: lean, shape: short}]
+order: [{kind: everything}]
+reference: full
 """
 
 
@@ -139,7 +145,7 @@ def test_a_geometry_with_another_number_of_parameters_is_refused(tmp_path: Path)
 
 def test_reading_a_study_needs_no_torch() -> None:
     code = (
-        "import sys; from pathlib import Path; from harness.step.spec import load_efficiency; "
+        "import sys; from pathlib import Path; from harness.efficiency.spec import load_efficiency; "
         "load_efficiency(Path('config/efficiency.yaml')); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

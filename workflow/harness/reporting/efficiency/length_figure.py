@@ -7,15 +7,13 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from harness.efficiency.spec import PaperLabels
+from harness.records.units import GIB
 from harness.reporting.efficiency.memory_figures import dagger, dagger_words, hollow, measured_words, title_of
-from harness.reporting.efficiency.published_table import MODELS, PAPER_SETTINGS, UNNAMED
+from harness.reporting.efficiency.published_table import our_model
 from harness.reporting.efficiency.rows import Row, Rows, Source
-from harness.reporting.efficiency.sheets import GIB
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, grid, legend_below, looks_of
-
-CARD_GIB = 24
-"""Memory of a consumer card, which the paper's claim about long rows is about."""
 
 
 def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
@@ -28,21 +26,24 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
     chosen = [method for method, known in lengths.items() if known > 1] or list(lengths)
     looks = {method: look for method, look in looks_of(rows.methods).items() if method in chosen}
     measured = any(row.peak("measured") for row in every)
-    shown, beyond = _parted({method: [r for r in every if r.named.method == method] for method in looks})
+    card = rows.study.card_gib
+    by_method = {method: [r for r in every if r.named.method == method] for method in looks}
+    shown, beyond = _parted(by_method, card)
+    stars = _points(rows.study.published, published, model)
     for panel, setting in zip(axes[0], settings, strict=True):
         mine = [row for row in every if row.named.settings == setting]
         for method in shown:
             _line(panel, [row for row in mine if row.named.method == method], looks[method])
-        if setting == PAPER_SETTINGS:
-            _published_points(panel, published, model, {method: looks[method] for method in shown})
+        if rows.study.published is not None and setting == rows.study.published.settings:
+            _published_points(panel, stars, {method: looks[method] for method in shown})
         for place, method in enumerate(beyond):
             span = _span([row for row in mine if row.named.method == method])
             if span:
                 panel.annotate(f"{method}: {span} GiB, beyond the axis", (0.03, 0.98), xycoords="axes fraction",
                                xytext=(0, -10 * place), textcoords="offset points", va="top", fontsize=7.5,
                                color=looks[method].colour)  # fmt: skip
-        panel.axhline(CARD_GIB, color="#777777", linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
-        panel.annotate(f"{CARD_GIB} GB card", (1.0, CARD_GIB), xycoords=("axes fraction", "data"), xytext=(0, 2),
+        panel.axhline(card, color="#777777", linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
+        panel.annotate(f"{card:g} GB card", (1.0, card), xycoords=("axes fraction", "data"), xytext=(0, 2),
                        textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#555555")  # fmt: skip
         panel.set_title(setting, loc="left")
         panel.set_xlabel("tokens in the row (batch of one)")
@@ -69,24 +70,25 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
         for name, look in looks.items()
         if name in shown
     ]
-    if _points(published, model):
+    if stars:
         handles.append(hollow(marker="*", markersize=9, label="published"))
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
     return Drawing(
         name=f"memory-by-length--{model}",
         caption=f"Peak device memory against the length of a row on {model}. Lines with hollow markers are forecasts, "
         f"filled markers are measured. {measured_words(rows, model, measured)} Stars: published values, in the colour "
-        "of their method, with an arrow where only a bound is published (above 24); GB read as GiB, settings and model "
-        f"inferred. {dagger_words(every)}The axis does not begin at 0; methods beyond it are named at the top.",
+        f"of their method, with an arrow where only a bound is published (above {card:g}); GB read as GiB, settings "
+        f"and model inferred. {dagger_words(every)}The axis does not begin at 0; methods beyond it are named at the "
+        "top.",
         alt=f"Lines of peak memory against sequence length by method on {model}.",
         figure=figure,
     )
 
 
-def _parted(by_method: dict[str, list[Row]]) -> tuple[list[str], list[str]]:
+def _parted(by_method: dict[str, list[Row]], card_gib: float) -> tuple[list[str], list[str]]:
     """Methods that fit on a consumer card at some length, and those that would press all others together."""
     least = {method: min(found, default=0.0) for method, rows in by_method.items() if (found := _peaks(rows))}
-    fitting = [method for method, value in least.items() if value <= CARD_GIB]
+    fitting = [method for method, value in least.items() if value <= card_gib]
     return (fitting, [method for method in least if method not in fitting]) if fitting else (list(least), [])
 
 
@@ -119,17 +121,19 @@ def _line(panel: Any, rows: Sequence[Row], look: Any) -> None:
         panel.plot(*zip(*seen, strict=True), linestyle="none", markersize=5, **style)
 
 
-def _points(published: Published, model: str) -> list[tuple[str, int, float, bool]]:
+def _points(labels: PaperLabels | None, published: Published, model: str) -> list[tuple[str, int, float, bool]]:
     """(method, length, GiB, whether only a bound) of the paper's memory figures for this model."""
+    if labels is None:
+        return []
     return [
         (n.method, int((n.task or "").removeprefix("length-")), n.value, n.bound == "above")
         for n in published.numbers
-        if n.metric == "peak_memory" and (UNNAMED if n.model is None else MODELS.get(n.model)) == model
+        if n.metric == "peak_memory" and our_model(labels, n.model) == model
     ]
 
 
-def _published_points(panel: Any, published: Published, model: str, looks: dict[str, Any]) -> None:
-    for method, length, value, bound in _points(published, model):
+def _published_points(panel: Any, points: list[tuple[str, int, float, bool]], looks: dict[str, Any]) -> None:
+    for method, length, value, bound in points:
         if method not in looks:
             continue
         colour = looks[method].colour

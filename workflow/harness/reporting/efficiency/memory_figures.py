@@ -8,11 +8,12 @@ from typing import Any
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from harness.efficiency.plan import CORNERS
+from harness.efficiency.order import Corner
+from harness.records.units import GIB
 from harness.reporting.efficiency.memory_table import NOT_MEASURED
 from harness.reporting.efficiency.rows import Row, Rows
-from harness.reporting.efficiency.sheets import GIB, gib
 from harness.reporting.style import Drawing, grid, legend_below
+from harness.reporting.table import gib_or_unknown
 
 DAGGER = "†"
 FORECAST_ONLY = f"forecast, {NOT_MEASURED}"
@@ -29,20 +30,20 @@ KINDS: dict[str, tuple[str, str]] = {
 
 def memory_stack(rows: Rows, model: str) -> Drawing:
     """One panel a corner: a bar a method, stacked by kind from the forecast; a diamond where it was measured."""
-    corners = [corner for corner in CORNERS if rows.known(model, *corner)]
-    shown = [rows.known(model, *corner) for corner in corners]
+    corners = rows.in_corners(model)
+    shown = [part for _, part in corners]
     heights = [0.27 * len(part) + 0.5 for part in shown]
     figure, axes = grid(len(corners), 1, height=sum(heights) + 0.75, sharex=True, height_ratios=heights)
     right = max((_largest(row) for part in shown for row in part), default=1.0)
     measured = any(row.peak("measured") for part in shown for row in part)
-    for panel, (settings, shape), part in zip(axes[:, 0], corners, shown, strict=True):
+    for panel, (corner, part) in zip(axes[:, 0], corners, strict=True):
         for place, row in enumerate(part):
             _bar(panel, place, row)
         panel.set_yticks(range(len(part)), [row.named.label for row in part])
         panel.set_ylim(len(part) - 0.4, -0.6)
         panel.set_xlim(0, right * 1.16)
         panel.grid(visible=False, axis="y")
-        panel.set_title(f"{settings}, {shape.replace('x', ' x ')} tokens", loc="left")
+        panel.set_title(corner_title(corner), loc="left")
     axes[-1, 0].set_xlabel("peak device memory (GiB)")
     figure.suptitle(
         f"{model}: {title_of(measured, 'bars forecast, diamonds measured')}", x=0.01, ha="left", fontsize=9.5
@@ -79,11 +80,11 @@ def _bar(panel: Any, place: int, row: Row) -> None:
             end += width
     peak = row.peak("measured")
     refused = forecast is not None and forecast.status == "skipped"
-    text = gib(end * GIB) if end else "refuses these settings" if refused else "no forecast"
+    text = gib_or_unknown(end * GIB) if end else "refuses these settings" if refused else "no forecast"
     if peak is not None:
         at = peak.value / GIB
         panel.plot([at], [place], marker="D", color="white", markeredgecolor="black", markersize=5, zorder=5)
-        text += f"  (measured {gib(peak.value)})"
+        text += f"  (measured {gib_or_unknown(peak.value)})"
     elif row.measured is not None and row.measured.status != "ok":
         text += f"  ({row.measured.status})"
     panel.annotate(
@@ -104,6 +105,11 @@ def _diamond() -> Line2D:
 def hollow(**look: Any) -> Line2D:
     """A marker without a line, for a legend."""
     return Line2D([], [], color="none", markerfacecolor="white", markeredgecolor="black", **look)
+
+
+def corner_title(corner: Corner) -> str:
+    """Head of a corner's panel."""
+    return f"{corner.settings}, {corner.shape.replace('x', ' x ')} tokens"
 
 
 def dagger(row: Row) -> str:

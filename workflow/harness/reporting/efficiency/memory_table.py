@@ -5,26 +5,27 @@ A ratio is always to another method under the same settings.
 
 from __future__ import annotations
 
+import re
 from typing import Any, get_args
 
 from harness.records.run import Memory, largest
 from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
-from harness.reporting.efficiency.sheets import gib, sheet
-from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
+from harness.reporting.table import UNKNOWN, Footnotes, Table, gib_or_unknown, number, signed, table_of_rows
 
-REFERENCE = "lora"
 NOT_MEASURED = "not measured on a GPU"
 OTHER_CODE = "forecast by other code than today's."
 
 
 def memory_table(rows: Rows) -> Table:
     """Peak memory of every cell, forecast beside measured."""
+    reference = rows.study.reference
+    name, key = rows.study.name(reference), column_key(reference)
     notes = Footnotes()
     raw, display = [], []
     for row in rows.in_groups():
         if row.forecast is None and row.measured is None:
             continue
-        base = rows.beside(row, REFERENCE)
+        base = rows.beside(row, reference)
         ratios = {
             source: ratio(row.peak(source), None if base is None else base.peak(source)) for source in get_args(Source)
         }
@@ -36,12 +37,12 @@ def memory_table(rows: Rows) -> Table:
             labels(row)
             | {
                 "forecast_peak_bytes": said,
-                "forecast_ratio_to_lora": ratios["forecast"],
+                f"forecast_ratio_to_{key}": ratios["forecast"],
                 "forecast_stale": None if row.forecast is None else row.forecast_stale,
                 "forecast_peak_phase": None if row.forecast is None else row.forecast.peak_phase,
                 "forecast_host_bytes": None if row.forecast is None else row.forecast.host_bytes,
                 "measured_allocated_peak_bytes": peak,
-                "measured_ratio_to_lora": ratios["measured"],
+                f"measured_ratio_to_{key}": ratios["measured"],
                 "measured_reserved_peak_bytes": None if memory is None else memory.reserved_peak_bytes,
                 "measured_nvml_process_peak_bytes": None if memory is None else memory.nvml_process_peak_bytes,
                 **{f"measured_{key}": value for key, value in host_columns(memory).items()},
@@ -53,19 +54,19 @@ def memory_table(rows: Rows) -> Table:
         display.append(
             shown_labels(row)
             | {
-                "forecast, GiB": gib(said) + beware_forecast(row, notes),
-                "forecast to LoRA": number(ratios["forecast"], 3),
-                "measured, GiB": gib(peak) + beware(row, notes, peak is None),
-                "measured to LoRA": number(ratios["measured"], 3),
-                "reserved, GiB": gib(None if memory is None else memory.reserved_peak_bytes),
-                "NVML process, GiB": gib(None if memory is None else memory.nvml_process_peak_bytes)
+                "forecast, GiB": gib_or_unknown(said) + caveats_of_forecast(row, notes),
+                f"forecast to {name}": number(ratios["forecast"], 3),
+                "measured, GiB": gib_or_unknown(peak) + caveats(row, notes, missing=peak is None),
+                f"measured to {name}": number(ratios["measured"], 3),
+                "reserved, GiB": gib_or_unknown(None if memory is None else memory.reserved_peak_bytes),
+                "NVML process, GiB": gib_or_unknown(None if memory is None else memory.nvml_process_peak_bytes)
                 + (notes.mark(f"{memory.nvml_why}.") if memory is not None and memory.nvml_why else ""),
                 "forecast off by": UNKNOWN if error is None else f"{signed(100 * error, 1)} %",
                 "peak in": str((memory and memory.peak_phase) or (row.forecast and row.forecast.peak_phase) or UNKNOWN),
             }
         )
     notes.add(
-        "Ratios are to LoRA on the same model under the same settings and shape: forecast to forecast, measured to "
+        f"Ratios are to {name} on the same model under the same settings and shape: forecast to forecast, measured to "
         "measured."
     )
     if not any(row["device"] for row in raw):
@@ -73,7 +74,7 @@ def memory_table(rows: Rows) -> Table:
     notes.add(
         "Bytes that live tensors hold (torch's allocator) under the worst draw of layers; loading the model left out."
     )
-    return sheet(
+    return table_of_rows(
         "memory",
         "Peak device memory of a training step. Forecasts are computed without a GPU; measured is on a GPU.",
         raw,
@@ -83,6 +84,11 @@ def memory_table(rows: Rows) -> Table:
 
 
 # ---------------------------------------------------------------- columns
+
+
+def column_key(label: str) -> str:
+    """A label as part of a raw column's name."""
+    return re.sub(r"\W", "_", label)
 
 
 def host_columns(memory: Memory | None) -> dict[str, int | None]:
@@ -124,8 +130,8 @@ def outcome(row: Row) -> dict[str, Any]:
     }
 
 
-def beware(row: Row, notes: Footnotes, missing: bool) -> str:
-    """Why a figure is missing, or of what one must beware."""
+def caveats(row: Row, notes: Footnotes, *, missing: bool) -> str:
+    """Footnotes of a measured figure: why it is missing, or what a reader must know of it."""
     record = row.measured
     elsewhere = notes.mark(f"measured on {', '.join(row.also_on)} too, not shown here.") if row.also_on else ""
     if record is None:
@@ -136,8 +142,8 @@ def beware(row: Row, notes: Footnotes, missing: bool) -> str:
     return mark + (notes.mark("measured by other code than today's.") if row.stale else "")
 
 
-def beware_forecast(row: Row, notes: Footnotes) -> str:
-    """Why there is no forecast, or of what one must beware."""
+def caveats_of_forecast(row: Row, notes: Footnotes) -> str:
+    """Why there is no forecast, or what one must know of it."""
     mark = notes.mark(OTHER_CODE) if row.forecast_stale else ""
     if row.forecast is None or row.forecast.status == "ok":
         return mark

@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+from harness.efficiency.spec import PaperLabels, meant
+from harness.records.units import GIB
 from harness.reporting.efficiency.memory_table import NOT_MEASURED, OTHER_CODE
 from harness.reporting.efficiency.rows import Row, Rows
-from harness.reporting.efficiency.sheets import GIB, sheet
 from harness.reporting.published import Number, Published
-from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
-
-PAPER_SETTINGS = "plain"
-"""No activation checkpointing and no chunked loss, as the paper's memory table was most likely made."""
-MODELS = {"tinyllama": "tinyllama-1.1b", "gemma-2b": "gemma-2b", "llama2-7b": "llama-2-7b"}
-"""The paper's models under the labels of this study."""
-UNNAMED = "llama-2-7b"
-"""Taken where the source names no model."""
-OURS = {"lisa": ("lisa", "lisa-keep")}
-"""Where one of the paper's rows may be either of two of ours."""
-TABLES = ("Table 4", "Figure 4", "Figure 5")
+from harness.reporting.stats import median_or_none
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed, table_of_rows
+from harness.study.strict_yaml import read_yaml
 
 
-def published_table(rows: Rows, published: Published) -> Table:
+def check_published(config: Path, labels: PaperLabels, published: Published) -> None:
+    """Refuse a label of the paper's, in the study's file, that its published numbers do not have.
+
+    Raises:
+        ConfigError: the first one, in one line.
+    """
+    source = read_yaml(config)
+    known = {
+        "models": sorted({n.model for n in published.numbers if n.model is not None}),
+        "methods": sorted({n.method for n in published.numbers}),
+    }
+    for key, given in (("models", labels.models), ("methods", labels.methods)):
+        for label in given:
+            if label not in known[key]:
+                what = f"the published numbers have no {key.removesuffix('s')} {label}: {meant(label, known[key])}"
+                raise source.error(("published", key, label), what)
+
+
+def our_model(labels: PaperLabels, theirs: str | None) -> str | None:
+    """Our label of one of the paper's models; None where the study has none for it."""
+    return labels.unnamed if theirs is None else labels.models.get(theirs)
+
+
+def published_table(rows: Rows, labels: PaperLabels, published: Published) -> Table:
     """Every published number on memory and speed of a step, and ours."""
     notes = Footnotes()
-    lines = [
-        _line(_Ours(n, method, settings, rows), published, notes)
-        for n in published.numbers
-        if n.table in TABLES and n.metric in ("peak_memory", "throughput_ratio")
-        for method in OURS.get(n.method, (n.method,))
-        for settings in ((PAPER_SETTINGS,) if n.metric == "peak_memory" else (PAPER_SETTINGS, "lean"))
-    ]
+    lines = [_line(ours, published, notes) for n in published.numbers for ours in _beside(n, labels, rows)]
     for letter, text in published.sources.items():
         notes.add(f"Source {letter}: {text}.")
-    notes.add("Residual: published less forecast. Of each method the entry of this study, two active layers.")
-    notes.add(
-        "The paper's GB are read as GiB. Settings are inferred, the paper states none; `lean` rows are ours alone."
-    )
-    return sheet(
+    notes.add(f"Residual: published less forecast. {labels.note}".rstrip())
+    others = dict.fromkeys(s for stands in labels.metrics.values() for s in stands.settings if s != labels.settings)
+    alone = f"; {', '.join(f'`{name}`' for name in others)} rows are ours alone" if others else ""
+    notes.add(f"The paper's GB are read as GiB. Settings are inferred, the paper states none{alone}.")
+    return table_of_rows(
         "published",
         f"{published.title}: published beside forecast and measured. Tolerances were stated before measuring.",
         [raw for raw, _ in lines],
@@ -47,20 +58,28 @@ def published_table(rows: Rows, published: Published) -> Table:
     )
 
 
+def _beside(n: Number, labels: PaperLabels, rows: Rows) -> Iterator[_Ours]:
+    """Whatever of ours stands beside one published number."""
+    model, stands = our_model(labels, n.model), next((s for m, s in labels.metrics.items() if m == n.metric), None)
+    if model is None or stands is None:
+        return
+    shape = f"{stands.batch}x{(n.task or '').removeprefix('length-')}"
+    for method in labels.methods.get(n.method, (n.method,)):
+        for settings in stands.settings:
+            yield _Ours(n, (model, settings, shape, method), rows)
+
+
 class _Ours:
     """What is known here of one published number; values in the published unit."""
 
-    def __init__(self, n: Number, method: str, settings: str, rows: Rows) -> None:
-        self.n, self.method, self.settings = n, method, settings
-        self.model = UNNAMED if n.model is None else MODELS[n.model]
-        # the throughput claim names a batch of 4 (source B)
-        batch = 4 if n.metric == "throughput_ratio" else 1
-        self.shape = f"{batch}x{(n.task or '').removeprefix('length-')}"
+    def __init__(self, n: Number, cell: tuple[str, str, str, str], rows: Rows) -> None:
+        self.n = n
+        self.model, self.settings, self.shape, self.method = cell
         self.forecast: float | None = None
         self.stale = False
         self.measured: float | None = None
         self.why: str | None = "this study has no such method"
-        row = rows.get(self.model, settings, self.shape, method)
+        row = rows.get(*cell)
         if row is not None:
             (self._speed if n.metric == "throughput_ratio" else self._memory)(row, rows)
 
@@ -69,8 +88,8 @@ class _Ours:
         if other is None:
             self.why = f"this study has no method {self.n.against}"
             return
-        ratios = row.speed_ratios(other)
-        self.measured, self.why = (median(ratios), None) if ratios else (None, NOT_MEASURED)
+        self.measured = median_or_none(row.speed_ratios(other))
+        self.why = NOT_MEASURED if self.measured is None else None
 
     def _memory(self, row: Row, rows: Rows) -> None:
         forecast, measured = row.peak("forecast"), row.peak("measured")

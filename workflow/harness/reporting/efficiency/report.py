@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from harness.efficiency.plan import every_group
+from harness.efficiency.spec import EfficiencyStudy
 from harness.efficiency.store import Store
 from harness.records import atomic
 from harness.reporting.efficiency.length_figure import memory_by_length
@@ -18,19 +18,14 @@ from harness.reporting.efficiency.speed_tables import offload_table, rehearsal_t
 from harness.reporting.efficiency.targets import target_table
 from harness.reporting.published import Published
 from harness.reporting.style import Drawing, save, styled
-from harness.step.spec import EfficiencyStudy
 
 
 def write_report(study: EfficiencyStudy, store: Store, published: Published) -> list[str]:
     """Write tables and figures from whatever is on disk; returns the names of the figures."""
-    rows = read_rows(every_group(study), store)
-    tables = [
-        memory_table(rows),
-        throughput_table(rows),
-        offload_table(rows),
-        target_table(rows),
-        published_table(rows, published),
-    ]
+    rows = read_rows(study, store)
+    tables = [memory_table(rows), throughput_table(rows), offload_table(rows), target_table(rows)]
+    if study.published is not None:
+        tables.append(published_table(rows, study.published, published))
     if any(row.rehearsed is not None for row in rows):
         tables.append(rehearsal_table(rows))
     for table in tables:

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
-from harness.efficiency.plan import Entry, Group
+from harness.efficiency.order import Corner
+from harness.efficiency.plan import Entry, every_group
 from harness.efficiency.record import CellRecord, ForecastRecord, Named, TimingBlock
+from harness.efficiency.spec import EfficiencyStudy, variant_name
 from harness.efficiency.store import Store, is_stale
 
 Source = Literal["measured", "forecast"]
@@ -155,7 +157,8 @@ class Row:
 class Rows:
     """All rows of a study, in the order of the plan."""
 
-    def __init__(self, rows: Iterable[Row]) -> None:
+    def __init__(self, study: EfficiencyStudy, rows: Iterable[Row]) -> None:
+        self.study = study
         self.all: Sequence[Row] = list(rows)
         self._by_name = {row.named.name: row for row in self.all}
 
@@ -181,6 +184,15 @@ class Rows:
         """Another method's row of the same group."""
         return self.get(*row.group, method, variant)
 
+    def resident(self, row: Row) -> Row | None:
+        """The same cell with its moments on the device."""
+        return self.beside(row, row.named.method, variant_name(self.study.resident)) if self.study.resident else None
+
+    def in_corners(self, model: str) -> list[tuple[Corner, list[Row]]]:
+        """The corners in which anything of a model is known, with what is."""
+        found = [(corner, self.known(model, corner.settings, corner.shape)) for corner in self.study.corners]
+        return [(corner, rows) for corner, rows in found if rows]
+
     def in_groups(self) -> list[Row]:
         """Rows by model and settings in the order of the plan, then by batch and length, methods in its order again."""
         models, settings = ([getattr(row.named, key) for row in self.all] for key in ("model", "settings"))
@@ -192,13 +204,14 @@ class Rows:
         return sorted(self.all, key=place)
 
 
-def read_rows(groups: Sequence[Group], store: Store) -> Rows:
+def read_rows(study: EfficiencyStudy, store: Store) -> Rows:
     """Join the plan with the records and forecasts on disk.
 
     Records are taken as they are: those that another version of the code made, too. A table is about what was
     measured, and names who made it; whether to measure again is the session's business. Cells that are compared are
     shown on one card: the one that most of them were measured on, and of those the one used last.
     """
+    groups = every_group(study)
     measured = {e.named.name: store.measured(e, "cuda") for group in groups for e in group.entries}
     card_of = _cards([record for found in measured.values() for record in found])
 
@@ -214,7 +227,7 @@ def read_rows(groups: Sequence[Group], store: Store) -> Rows:
             also_on=tuple(sorted({record.device.name for record in mine} - {card})),
         )
 
-    return Rows(row(entry, group.timed) for group in groups for entry in group.entries)
+    return Rows(study, (row(entry, group.timed) for group in groups for entry in group.entries))
 
 
 def _cards(records: Sequence[CellRecord]) -> dict[tuple[str, str, str], str]:

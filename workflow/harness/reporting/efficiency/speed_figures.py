@@ -6,11 +6,10 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
-from harness.efficiency.plan import CORNERS
-from harness.reporting.efficiency.memory_figures import dagger, dagger_words
-from harness.reporting.efficiency.memory_table import NOT_MEASURED, REFERENCE
+from harness.records.units import GIB
+from harness.reporting.efficiency.memory_figures import corner_title, dagger, dagger_words
+from harness.reporting.efficiency.memory_table import NOT_MEASURED
 from harness.reporting.efficiency.rows import Row, Rows, ratio
-from harness.reporting.efficiency.sheets import GIB
 from harness.reporting.style import Drawing, grid, legend_below, looks_of
 
 
@@ -21,10 +20,10 @@ def is_timed(rows: Rows, model: str) -> bool:
 
 def throughput_bars(rows: Rows, model: str) -> Drawing:
     """One panel a corner: a bar a method at the median repeat, a dot a repeat."""
-    corners = _corners(rows, model)
+    corners = [(corner, part) for corner, part in rows.in_corners(model) if any(row.blocks for row in part)]
     figure, axes = grid(len(corners), 1, height=sum(0.27 * len(part) + 0.55 for _, part in corners) + 0.4, sharex=False)
     looks = looks_of(rows.methods)
-    for panel, ((settings, shape), part) in zip(axes[:, 0], corners, strict=True):
+    for panel, (corner, part) in zip(axes[:, 0], corners, strict=True):
         for place, row in enumerate(part):
             _bar(panel, place, row, looks[row.named.method].colour)
         panel.set_yticks(range(len(part)), [row.named.label for row in part])
@@ -32,7 +31,7 @@ def throughput_bars(rows: Rows, model: str) -> Drawing:
         panel.margins(x=0.12)
         panel.set_xlim(left=0)
         panel.grid(visible=False, axis="y")
-        panel.set_title(f"{settings}, {shape.replace('x', ' x ')} tokens", loc="left")
+        panel.set_title(corner_title(corner), loc="left")
     axes[-1, 0].set_xlabel("tokens per second")
     figure.suptitle(_title(rows, model), x=0.01, ha="left", fontsize=9.5)
     return Drawing(
@@ -68,13 +67,15 @@ def _bar(panel: Any, place: int, row: Row, colour: str) -> None:
 def speed_and_memory(rows: Rows, model: str) -> Drawing:
     """One panel a corner: a point a method; the line joins methods that none beats in both.
 
-    Where nothing was timed on a GPU, memory is forecast and speed is arithmetic's bound to LoRA's.
+    Where nothing was timed on a GPU, memory is forecast and speed is arithmetic's bound to that of the reference.
     """
     timed = is_timed(rows, model)
-    corners = [(corner, part) for corner in CORNERS if (part := _points(rows, (model, *corner), timed=timed))]
+    every = [(corner, _points(rows, part, timed=timed)) for corner, part in rows.in_corners(model)]
+    corners = [(corner, points) for corner, points in every if points]
+    reference = rows.study.name(rows.study.reference)
     figure, axes = grid(1, len(corners), height=3.4)
     looks = looks_of(rows.methods)
-    for panel, ((settings, shape), points) in zip(axes[0], corners, strict=True):
+    for panel, (corner, points) in zip(axes[0], corners, strict=True):
         front = unbeaten([(x, y) for x, y, _ in points])
         panel.plot(*zip(*front, strict=True), color="#999999", linewidth=0.9, zorder=1)
         for x, y, method in points:
@@ -86,9 +87,9 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
         panel.xaxis.set_major_formatter(ScalarFormatter())
         panel.xaxis.set_minor_locator(NullLocator())
         panel.margins(x=0.12, y=0.12)
-        panel.set_title(f"{settings}, {shape.replace('x', ' x ')} tokens", loc="left")
+        panel.set_title(corner_title(corner), loc="left")
         panel.set_xlabel("peak device memory (GiB)")
-    axes[0, 0].set_ylabel("tokens per second" if timed else "bound on speed (LoRA = 1)")
+    axes[0, 0].set_ylabel("tokens per second" if timed else f"bound on speed ({reference} = 1)")
     title = _title(rows, model) if timed else f"{model}: memory forecast, speed a bound by arithmetic; {NOT_MEASURED}"
     figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
     handles = {
@@ -102,7 +103,7 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
         f"{_device(rows, model)}."
         if timed
         else f"Speed and memory on {model}, {NOT_MEASURED}: memory is forecast, speed is what arithmetic allows if "
-        "every method runs equally efficiently, divided by LoRA's under the same settings."
+        f"every method runs equally efficiently, divided by {reference}'s under the same settings."
     )
     return Drawing(
         name=f"speed-and-memory--{model}",
@@ -114,12 +115,12 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     )
 
 
-def _points(rows: Rows, group: tuple[str, str, str], *, timed: bool) -> list[tuple[float, float, str]]:
-    """(GiB, speed, method) of one corner: measured, or forecast with the bound on speed to LoRA's."""
+def _points(rows: Rows, part: list[Row], *, timed: bool) -> list[tuple[float, float, str]]:
+    """(GiB, speed, method) of one corner: measured, or forecast with the bound on speed to the reference's."""
     points = []
-    for row in rows.known(*group):
+    for row in part:
         peak = row.peak("measured" if timed else "forecast")
-        base = rows.beside(row, REFERENCE)
+        base = rows.beside(row, rows.study.reference)
         speed = row.speed if timed else ratio(row.bound(), None if base is None else base.bound())
         if peak is not None and speed is not None:
             points.append((peak.value / GIB, speed, row.named.method))
@@ -133,16 +134,6 @@ def unbeaten(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         if not front or speed > front[-1][1]:
             front.append((memory, speed))
     return front
-
-
-def _corners(rows: Rows, model: str) -> list[tuple[tuple[str, str], list[Row]]]:
-    """Corners in which something was timed, with their rows."""
-    found = []
-    for corner in CORNERS:
-        part = rows.known(model, *corner)
-        if any(row.blocks for row in part):
-            found.append((corner, part))
-    return found
 
 
 def _title(rows: Rows, model: str) -> str:

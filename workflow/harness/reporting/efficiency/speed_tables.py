@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from statistics import median
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from harness.efficiency.arithmetic import PERIOD, pool
-from harness.efficiency.chance import expected_reach
-from harness.efficiency.plan import RESIDENT
 from harness.efficiency.record import MFU_FORMULA
+from harness.efficiency.uniform_draws import expected_reach
 from harness.reporting.efficiency.memory_table import (
     NOT_MEASURED,
     OTHER_CODE,
-    REFERENCE,
-    beware,
+    caveats,
+    column_key,
     host_columns,
     labels,
     outcome,
     shown_labels,
 )
 from harness.reporting.efficiency.rows import Row, Rows, Source
-from harness.reporting.efficiency.sheets import gib, percent, sheet
-from harness.reporting.table import UNKNOWN, Footnotes, Table, number
-
-FULL = "full"
+from harness.reporting.stats import median_or_none
+from harness.reporting.table import UNKNOWN, Footnotes, Table, gib_or_unknown, number, percent, table_of_rows
 
 
 def throughput_table(rows: Rows) -> Table:
@@ -33,8 +30,7 @@ def throughput_table(rows: Rows) -> Table:
     for row in rows.in_groups():
         if not row.blocks:
             continue
-        to_lora = row.speed_ratios(rows.beside(row, REFERENCE))
-        to_full = row.speed_ratios(rows.beside(row, FULL))
+        ratios = {other: row.speed_ratios(rows.beside(row, other)) for other in rows.study.references}
         speeds = [figure.value for figure in row.speeds()]
         steps = pool(row.blocks)
         raw.append(
@@ -43,17 +39,16 @@ def throughput_table(rows: Rows) -> Table:
                 "tokens_per_s": row.speed,
                 "tokens_per_s_min": min(speeds),
                 "tokens_per_s_max": max(speeds),
-                "ratio_to_lora": _median(to_lora),
-                "ratio_to_lora_min": min(to_lora, default=None),
-                "ratio_to_lora_max": max(to_lora, default=None),
-                "ratio_to_full": _median(to_full),
-                "ratio_to_full_min": min(to_full, default=None),
-                "ratio_to_full_max": max(to_full, default=None),
+                **{
+                    f"ratio_to_{column_key(other)}{what}": value
+                    for other, found in ratios.items()
+                    for what, value in _middle_and_ends(found)
+                },
                 "step_median_s": steps.median_s,
                 "step_p95_s": steps.p95_s,
                 "timed_steps": steps.count,
                 "repeats": len(row.blocks),
-                "mfu_share": _median([b.mfu_share for b in row.blocks if b.mfu_share is not None]),
+                "mfu_share": median_or_none([b.mfu_share for b in row.blocks if b.mfu_share is not None]),
                 "mfu_why": row.blocks[0].mfu_why,
                 "mean_reach_share": steps.mean_reach,
                 "expected_reach_share": _expected(row),
@@ -65,12 +60,11 @@ def throughput_table(rows: Rows) -> Table:
         display.append(
             shown_labels(row)
             | {
-                "tokens/s": number(row.speed, 0) + beware(row, notes, False),
+                "tokens/s": number(row.speed, 0) + caveats(row, notes, missing=False),
                 "spread": _span(speeds, 0),
-                "to LoRA": _with_span(to_lora),
-                "to full": _with_span(to_full),
+                **{f"to {rows.study.name(other)}": _with_span(found) for other, found in ratios.items()},
                 "step, ms (median, p95)": f"{number(1000 * steps.median_s, 1)}, {number(1000 * steps.p95_s, 1)}",
-                "MFU": percent(_median([b.mfu_share for b in row.blocks if b.mfu_share is not None])),
+                "MFU": percent(median_or_none([b.mfu_share for b in row.blocks if b.mfu_share is not None])),
                 "reach (uniform draws)": f"{number(steps.mean_reach, 2)} ({number(_expected(row), 2)})",
                 "copies exposed, ms": UNKNOWN if steps.exposed_s is None else number(1000 * steps.exposed_s, 2),
                 "steps": f"{len(row.blocks)} x {row.blocks[0].timed_steps}",
@@ -91,19 +85,18 @@ def throughput_table(rows: Rows) -> Table:
         "no embedding trains."
     )
     where = f" on a GPU ({_devices(rows)})" if raw else f": {NOT_MEASURED}"
-    return sheet("throughput", f"Tokens per second of training steps{where}.", raw, display, notes)
+    return table_of_rows("throughput", f"Tokens per second of training steps{where}.", raw, display, notes)
 
 
 def offload_table(rows: Rows) -> Table:
     """What moving the moments costs against keeping those of active layers on the device."""
     notes = Footnotes()
-    raw, display = [], []
+    raw, display, stale = [], [], False
     for resident in rows:
-        if resident.named.variant != RESIDENT:
-            continue
         move = rows.beside(resident, resident.named.method)
-        if move is None or (not move.blocks and move.forecast is None):
+        if move is None or rows.resident(move) is not resident or (not move.blocks and move.forecast is None):
             continue
+        stale |= resident.forecast_stale or move.forecast_stale
         overheads = [1 - share for share in move.speed_ratios(resident)]
         steps = pool(move.blocks) if move.blocks else None
         exposed = None if steps is None else steps.exposed_s
@@ -113,9 +106,7 @@ def offload_table(rows: Rows) -> Table:
             | {
                 "move_tokens_per_s": move.speed,
                 "resident_tokens_per_s": resident.speed,
-                "overhead_share": _median(overheads),
-                "overhead_share_min": min(overheads, default=None),
-                "overhead_share_max": max(overheads, default=None),
+                **{f"overhead_share{what}": value for what, value in _middle_and_ends(overheads)},
                 "moved_bytes_per_step": None if steps is None else steps.moved_bytes,
                 "exposed_copy_s_per_step": exposed,
             }
@@ -126,19 +117,22 @@ def offload_table(rows: Rows) -> Table:
         display.append(
             shown_labels(move)
             | {
-                "overhead": (percent(_median(overheads), 2) + span) if overheads else NOT_MEASURED,
+                "overhead": (percent(median_or_none(overheads), 2) + span) if overheads else NOT_MEASURED,
                 "exposed copies, ms a step": UNKNOWN if exposed is None else number(1000 * exposed, 2),
-                "moved, GiB a step": gib(None if steps is None else steps.moved_bytes),
+                "moved, GiB a step": gib_or_unknown(None if steps is None else steps.moved_bytes),
             }
-            | {f"peak {s}, moved / resident, GiB": f"{gib(pair[0])} / {gib(pair[1])}" for s, pair in peaks.items()}
+            | {
+                f"peak {s}, moved / resident, GiB": f"{gib_or_unknown(pair[0])} / {gib_or_unknown(pair[1])}"
+                for s, pair in peaks.items()
+            }
         )
-    if any(row.forecast_stale for row in rows if row.named.variant == RESIDENT):
+    if stale:
         notes.add(f"Among the forecasts some are {OTHER_CODE} The table of peak memory marks them.")
     notes.add(
         "Overhead: tokens per second lost against the same method with the active layers' moments on the device, "
         "repeat by repeat."
     )
-    return sheet(
+    return table_of_rows(
         "offload",
         "Moments moved every step against moments resident" + ("." if raw else ": nothing to show yet."),
         raw,
@@ -159,7 +153,7 @@ def rehearsal_table(rows: Rows) -> Table:
         memory = record.memory
         raw.append(
             labels(row)
-            | {"status": record.status, "status_why": record.status_why, "cpu_tokens_per_s": _median(speeds)}
+            | {"status": record.status, "status_why": record.status_why, "cpu_tokens_per_s": median_or_none(speeds)}
             | {"repeats": len(speeds), "device_memory_why": memory and memory.device_why}
             | host_columns(memory)
         )
@@ -167,13 +161,13 @@ def rehearsal_table(rows: Rows) -> Table:
             shown_labels(row)
             | {
                 "status": record.status + (notes.mark(f"{record.status_why}.") if record.status_why else ""),
-                "tokens/s of the CPU": number(_median(speeds), 0),
+                "tokens/s of the CPU": number(median_or_none(speeds), 0),
                 "repeats": str(len(speeds)),
-                "host PSS peak, GiB": gib(host_columns(memory)["host_pss_peak_bytes"]),
+                "host PSS peak, GiB": gib_or_unknown(host_columns(memory)["host_pss_peak_bytes"]),
             }
         )
     notes.add(f"Device memory, NVML's figures and MFU: {NOT_MEASURED}.")
-    return sheet(
+    return table_of_rows(
         "rehearsal",
         "Rehearsal on a CPU: the program runs. No figure here says anything about a GPU.",
         raw,
@@ -190,8 +184,11 @@ def _value(row: Row, source: Source) -> float | None:
     return None if figure is None else figure.value
 
 
-def _median(values: list[float]) -> float | None:
-    return median(values) if values else None
+def _middle_and_ends(values: Sequence[float]) -> Iterator[tuple[str, float | None]]:
+    """Ends of raw columns' names with the median, the smallest and the largest value."""
+    yield "", median_or_none(values)
+    yield "_min", min(values, default=None)
+    yield "_max", max(values, default=None)
 
 
 def _span(values: list[float], digits: int) -> str:
@@ -201,7 +198,7 @@ def _span(values: list[float], digits: int) -> str:
 def _with_span(values: list[float]) -> str:
     if not values:
         return UNKNOWN
-    return number(median(values), 3) + (
+    return number(median_or_none(values), 3) + (
         f" ({number(min(values), 3)} to {number(max(values), 3)})" if values[1:] else ""
     )
 

@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import efficiency_data as data
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from harness.efficiency.plan import COMPARED, every_group
+from harness.efficiency.plan import cells, every_group
+from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
 from harness.reporting.efficiency.length_figure import memory_by_length
 from harness.reporting.efficiency.memory_figures import FORECAST_ONLY, KINDS, memory_stack
 from harness.reporting.efficiency.report import draw, write_report
-from harness.reporting.efficiency.rows import Rows, read_rows
+from harness.reporting.efficiency.rows import read_rows
 from harness.reporting.efficiency.speed_figures import speed_and_memory, throughput_bars, unbeaten
-from harness.reporting.style import Drawing, styled
+from harness.reporting.style import Drawing
 
 MAIN = data.MAIN
-GROUPS = every_group(data.study())
 PUBLISHED = data.published()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    with styled():
-        yield
-    plt.close("all")
-
-
-def rows_of(store: Store) -> Rows:
-    return read_rows(GROUPS, store)
+COMPARED = data.study().compared
 
 
 def texts(drawing: Drawing) -> set[str]:
@@ -49,7 +32,7 @@ def texts(drawing: Drawing) -> set[str]:
 def test_forecasts_alone_draw_memory_and_a_bound_on_speed_and_say_that_nothing_was_measured(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024")
     data.forecast_methods(store, "plain", "1x4096", more=5.0)
-    drawings = list(draw(rows_of(store), PUBLISHED))
+    drawings = list(draw(data.rows_of(store), PUBLISHED))
     assert [d.name for d in drawings] == [
         f"{name}--{MAIN}" for name in ("memory", "memory-by-length", "speed-and-memory")
     ]
@@ -61,7 +44,7 @@ def test_forecasts_alone_draw_memory_and_a_bound_on_speed_and_say_that_nothing_w
 def test_bars_of_memory_are_stacked_by_kind_with_a_diamond_at_what_was_measured(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024")
     data.measure_methods(store, "plain", "1x1024")
-    drawing = memory_stack(rows_of(store), MAIN)
+    drawing = memory_stack(data.rows_of(store), MAIN)
     panel = drawing.figure.axes[0]
     assert [tick.get_text() for tick in panel.get_yticklabels()] == list(COMPARED)
     lora = [bar for bar in panel.patches if round(bar.get_y() + bar.get_height() / 2) == 0]
@@ -81,7 +64,7 @@ def test_memory_by_length_has_the_papers_points_only_under_its_settings(store: S
     for settings in ("plain", "lean"):
         data.forecast_methods(store, settings, "1x1024")
         data.forecast_methods(store, settings, "1x1792", more=4.0)
-    drawing = memory_by_length(rows_of(store), MAIN, PUBLISHED)
+    drawing = memory_by_length(data.rows_of(store), MAIN, PUBLISHED)
     plain, lean = drawing.figure.axes
     assert (plain.get_title("left"), lean.get_title("left")) == ("plain", "lean")
 
@@ -99,7 +82,7 @@ def test_memory_by_length_has_the_papers_points_only_under_its_settings(store: S
 
 def test_throughput_bars_show_every_repeat(store: Store) -> None:
     data.measure_methods(store, "lean", "4x1024")
-    drawing = throughput_bars(rows_of(store), MAIN)
+    drawing = throughput_bars(data.rows_of(store), MAIN)
     (panel,) = drawing.figure.axes
     dots = {line.get_ydata()[0]: list(line.get_xdata()) for line in panel.lines}
     assert dots[0] == pytest.approx([1000.0, 990.0, 980.0])
@@ -112,12 +95,12 @@ def test_a_method_without_time_says_why(store: Store) -> None:
     data.measure_methods(store, "lean", "4x1024")
     full = data.entry(MAIN, "full", "lean", "4x1024")
     store.keep(data.cell_record(full, status="oom", status_why="no memory"))
-    assert "  oom" in texts(throughput_bars(rows_of(store), MAIN))
+    assert "  oom" in texts(throughput_bars(data.rows_of(store), MAIN))
 
 
 def test_speed_against_memory_joins_the_unbeaten_methods(store: Store) -> None:
     data.measure_methods(store, "lean", "4x1024")
-    drawing = speed_and_memory(rows_of(store), MAIN)
+    drawing = speed_and_memory(data.rows_of(store), MAIN)
     (panel,) = drawing.figure.axes
     points = {
         line.get_label(): (line.get_xdata()[0], line.get_ydata()[0])
@@ -132,7 +115,7 @@ def test_without_a_gpu_speed_is_a_bound_to_loras(store: Store) -> None:
     for method, bound in (("lora", 1000.0), ("grass-decoder", 1250.0)):
         of = data.entry(MAIN, method, "plain", "1x1024")
         store.keep(data.forecast_record(of, data.PEAKS[method], bound_tokens_per_s=bound))
-    (panel,) = speed_and_memory(rows_of(store), MAIN).figure.axes
+    (panel,) = speed_and_memory(data.rows_of(store), MAIN).figure.axes
     points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines[1:]}
     assert points == {"lora": (pytest.approx(19.4), 1.0), "grass-decoder": (pytest.approx(17.0), 1.25)}
     assert "bound" in panel.get_ylabel()
@@ -154,3 +137,14 @@ def test_a_report_repeats_byte_for_byte_and_drops_figures_of_the_past(store: Sto
     write_report(data.study(), store, PUBLISHED)
     assert first == {p.name: p.read_bytes() for p in store.folder.glob("[tf]*/*")}
     assert not plt.get_fignums()
+
+
+def test_a_study_without_the_papers_labels_has_no_table_of_them(store: Store) -> None:
+    line = next(line for line in data.TINY.splitlines(keepends=True) if line.startswith("published:"))
+    study = load_efficiency(data.tiny_file(store.folder, (line, ""), ("batch: 2", "batch: 1")))
+    for e in cells(every_group(study)):
+        store.add_forecast(e, data.forecast_record(e, 1.0))
+    write_report(study, store, PUBLISHED)
+    assert {p.stem for p in store.folder.glob("tables/*.md")} == {"memory", "throughput", "offload", "targets"}
+    longer = memory_by_length(read_rows(study, store), "tiny", PUBLISHED)
+    assert "published" not in [text.get_text() for text in longer.figure.legends[0].get_texts()]

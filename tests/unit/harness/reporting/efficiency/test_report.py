@@ -3,43 +3,24 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import efficiency_data as data
-import matplotlib.pyplot as plt
 import pytest
-from harness.efficiency.plan import every_group
+from harness.efficiency.goals import MemoryRatio, SpeedRatio
 from harness.efficiency.store import Store
 from harness.reporting.efficiency.memory_table import memory_table
 from harness.reporting.efficiency.published_table import published_table
 from harness.reporting.efficiency.report import draw
-from harness.reporting.efficiency.rows import Rows, UnlikeError, ratio, read_rows
+from harness.reporting.efficiency.rows import UnlikeError, ratio
 from harness.reporting.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
-from harness.reporting.efficiency.targets import Target, target_table
-from harness.reporting.style import styled
+from harness.reporting.efficiency.targets import target_table
 from harness.reporting.table import Table
 
 MAIN = "llama-2-7b"
-GROUPS = every_group(data.study())
 PUBLISHED = data.published()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def _closed() -> Iterator[None]:
-    with styled():
-        yield
-    plt.close("all")
-
-
-def rows_of(store: Store) -> Rows:
-    return read_rows(GROUPS, store)
+PAPER = data.study().published
+assert PAPER is not None
 
 
 def csv_rows(table: Table) -> list[dict[str, str]]:
@@ -55,7 +36,7 @@ def test_a_ratio_of_unlike_settings_is_refused(store: Store) -> None:
         data.forecast_methods(store, settings, "1x1024")
         data.measure_methods(store, settings, "1x1024")
     data.measure_methods(store, "lean", "4x1024")
-    rows = rows_of(store)
+    rows = data.rows_of(store)
     light = rows.get(MAIN, "lean", "1x1024", "grass-decoder")
     same = rows.get(MAIN, "lean", "1x1024", "lora")
     plain = rows.get(MAIN, "plain", "1x1024", "lora")
@@ -76,7 +57,7 @@ def test_a_ratio_of_unlike_settings_is_refused(store: Store) -> None:
 
 def test_figures_of_two_cards_have_no_ratio(store: Store) -> None:
     data.measure_methods(store, "plain", "1x1024")
-    rows = rows_of(store)
+    rows = data.rows_of(store)
     grass, lora = (rows.get(MAIN, "plain", "1x1024", method) for method in ("grass", "lora"))
     assert grass is not None
     assert lora is not None
@@ -94,19 +75,19 @@ def test_cells_that_are_compared_are_shown_on_one_card_and_another_is_named(stor
         other = data.cell_record(entry, 1.0, (1.0,), device=data.device_record(name="Another GPU"))
         later = other.provenance.model_copy(update={"started_utc": started})
         store.keep(other.model_copy(update={"provenance": later}))
-    table = memory_table(rows_of(store))
+    table = memory_table(data.rows_of(store))
     assert {row["device"] for row in csv_rows(table)} == {data.CARD}
     assert "measured on Another GPU too, not shown here." in table.markdown()
     # most of the cells decide, whenever they were measured; of equals the last
     data.measure_methods(store, "lean", "1x1024", device=data.device_record(name="Another GPU"))
-    rows = rows_of(store)
+    rows = data.rows_of(store)
     assert {row.measured.device.name for row in rows.known(MAIN, "lean", "1x1024") if row.measured} == {"Another GPU"}
 
 
 def test_ratios_of_speed_are_taken_repeat_by_repeat(store: Store) -> None:
     """Both methods slow down by 2 % over the repeats: their ratio does not move."""
     data.measure_methods(store, "lean", "4x1024")
-    (row,) = [r for r in csv_rows(throughput_table(rows_of(store))) if r["method"] == "grass"]
+    (row,) = [r for r in csv_rows(throughput_table(data.rows_of(store))) if r["method"] == "grass"]
     assert float(row["ratio_to_lora"]) == pytest.approx(1.08)
     assert float(row["ratio_to_lora_min"]) == float(row["ratio_to_lora_max"]) == pytest.approx(1.08)
     assert float(row["ratio_to_full"]) == pytest.approx(1080 / 700)
@@ -119,7 +100,7 @@ def test_ratios_of_speed_are_taken_repeat_by_repeat(store: Store) -> None:
 def test_the_memory_table_has_forecast_beside_measured(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024")
     data.measure_methods(store, "plain", "1x1024")
-    table = memory_table(rows_of(store))
+    table = memory_table(data.rows_of(store))
     (row,) = [r for r in csv_rows(table) if r["method"] == "grass-decoder"]
     assert int(row["forecast_peak_bytes"]) == round(17.0 * data.GIB)
     assert int(row["measured_allocated_peak_bytes"]) == round(1.02 * 17.0 * data.GIB)
@@ -135,7 +116,7 @@ def test_the_memory_table_has_forecast_beside_measured(store: Store) -> None:
 def test_out_of_memory_is_a_row_with_its_reason(store: Store) -> None:
     full = data.entry(MAIN, "full", "plain", "1x1024")
     store.keep(data.cell_record(full, status="oom", status_why="in phase update: no memory"))
-    table = memory_table(rows_of(store))
+    table = memory_table(data.rows_of(store))
     (row,) = csv_rows(table)
     assert (row["method"], row["status"], row["measured_allocated_peak_bytes"]) == ("full", "oom", "")
     assert "—<sup>a</sup>" in table.markdown()
@@ -144,13 +125,13 @@ def test_out_of_memory_is_a_row_with_its_reason(store: Store) -> None:
 
 def test_records_of_other_code_are_shown_and_marked(store: Store) -> None:
     data.measure_methods(store, "plain", "1x1024", code_sha256="of yesterday")
-    assert {row["stale"] for row in csv_rows(memory_table(rows_of(store)))} == {"True"}
-    assert "measured by other code than today's." in memory_table(rows_of(store)).markdown()
+    assert {row["stale"] for row in csv_rows(memory_table(data.rows_of(store)))} == {"True"}
+    assert "measured by other code than today's." in memory_table(data.rows_of(store)).markdown()
 
 
 def test_forecasts_of_other_code_are_shown_and_marked(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024", code_sha256="of yesterday")
-    rows, mark = rows_of(store), "forecast by other code than today's."
+    rows, mark = data.rows_of(store), "forecast by other code than today's."
     assert {row["forecast_stale"] for row in csv_rows(memory_table(rows))} == {"True"}
     for table in (memory_table(rows), target_table(rows), published_table(rows, PUBLISHED)):
         assert mark in table.markdown()
@@ -160,9 +141,9 @@ def test_forecasts_of_other_code_are_shown_and_marked(store: Store) -> None:
         texts += [text.get_text() for legend in drawing.figure.legends for text in legend.get_texts()]
         assert any(text.endswith("†") for text in texts), drawing.name
     data.forecast_methods(store, "plain", "1x1024")
-    for table in (memory_table(rows_of(store)), target_table(rows_of(store))):
+    for table in (memory_table(data.rows_of(store)), target_table(data.rows_of(store))):
         assert mark not in table.markdown()
-    assert not any("†" in drawing.caption for drawing in draw(rows_of(store), PUBLISHED))
+    assert not any("†" in drawing.caption for drawing in draw(data.rows_of(store), PUBLISHED))
 
 
 def test_moving_is_compared_with_resident(store: Store) -> None:
@@ -170,35 +151,36 @@ def test_moving_is_compared_with_resident(store: Store) -> None:
     for variant, speed, peak in (("", 1225.0, 14.7), ("offload=resident", 1250.0, 16.2)):
         entry = data.entry(MAIN, "grass-decoder", "lean", "4x1024", variant)
         store.keep(data.cell_record(entry, peak, (speed, speed)))
-    (row,) = csv_rows(offload_table(rows_of(store)))
+    (row,) = csv_rows(offload_table(data.rows_of(store)))
     assert float(row["overhead_share"]) == pytest.approx(0.02)
     assert int(row["move_measured_peak_bytes"]) < int(row["resident_measured_peak_bytes"])
-    goals = {r["name"]: r for r in csv_rows(target_table(rows_of(store)))}
+    goals = {r["name"]: r for r in csv_rows(target_table(data.rows_of(store)))}
     goal = goals["tokens/s lost by moving moments, grass-decoder, lean 4x1024"]
     assert (float(goal["measured"]), goal["reached"]) == (pytest.approx(0.02), "parity")
 
 
 def test_a_goal_is_reached_or_not_in_its_own_direction() -> None:
-    less = Target(name="", better="smaller", parity=0.95, good=0.93, best=0.92, measured=None)
+    where = {"method": "grass", "against": "lora", "settings": "plain", "shape": "1x1024"}
+    less = MemoryRatio(kind="memory-ratio", parity=0.95, good=0.93, best=0.92, **where)
     assert [less.reached(v) for v in (0.96, 0.95, 0.93, 0.9, None)] == ["none", "parity", "good", "best", None]
-    more = Target(name="", better="larger", parity=1.0, good=1.15, best=1.25, measured=None)
+    more = SpeedRatio(kind="speed-ratio", parity=1.0, good=1.15, best=1.25, **where)
     assert [more.reached(v) for v in (0.99, 1.0, 1.2, 1.25)] == ["none", "parity", "good", "best"]
 
 
 def test_goals_without_a_gpu_say_so(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024")
-    goals = csv_rows(target_table(rows_of(store)))
+    goals = csv_rows(target_table(data.rows_of(store)))
     assert {goal["measured"] for goal in goals} == {""}
     assert {goal["reached"] for goal in goals} == {""}
     assert "not measured on a GPU" in {goal["measured_why"] for goal in goals}
     (grass,) = [g for g in goals if g["name"] == "peak memory of grass to lora, plain 1x1024"]
     assert float(grass["forecast"]) == pytest.approx(17.4 / 19.4)
-    assert "0.897 (good)" in target_table(rows_of(store)).markdown()
+    assert "0.897 (good)" in target_table(data.rows_of(store)).markdown()
 
 
 def test_goals_that_were_measured_are_judged(store: Store) -> None:
     data.measure_methods(store, "lean", "4x1024")
-    goals = {r["name"]: r for r in csv_rows(target_table(rows_of(store)))}
+    goals = {r["name"]: r for r in csv_rows(target_table(data.rows_of(store)))}
     assert goals["tokens/s of grass to lora, lean 4x1024"]["reached"] == "parity"
     assert goals["tokens/s of grass-decoder to lora, lean 4x1024"]["reached"] == "best"
     assert goals["tokens/s of grass-decoder to full, lean 4x1024"]["reached"] == "good"
@@ -211,7 +193,7 @@ def test_published_numbers_stand_beside_ours_under_the_papers_settings(store: St
     data.forecast_methods(store, "plain", "1x1024")
     data.measure_methods(store, "plain", "1x1024")
     data.measure_methods(store, "lean", "1x1024")
-    table = csv_rows(published_table(rows_of(store), PUBLISHED))
+    table = csv_rows(published_table(data.rows_of(store), PAPER, PUBLISHED))
     assert {r["table"] for r in table} == {"Table 4", "Figure 4", "Figure 5"}
     assert {r["settings"] for r in table if r["metric"] == "peak_memory"} == {"plain"}
     grass = next(r for r in table if r["table"] == "Table 4" and (r["model"], r["method"]) == (MAIN, "grass"))
@@ -237,7 +219,7 @@ def test_times_of_a_cpu_are_in_no_table_or_figure_but_their_own(store: Store) ->
         entry = data.entry("tiny", method, "lean", "4x1024", device="cpu")
         made = data.cell_record(entry, speeds=(123.0,), device=data.device_record("cpu", "cpu"))
         store.keep(made.model_copy(update={"memory": data.memory_block(None)}))
-    rows = rows_of(store)
+    rows = data.rows_of(store)
     for table in (memory_table(rows), throughput_table(rows), offload_table(rows)):
         assert table.raw.empty
     assert [r["cpu_tokens_per_s"] for r in csv_rows(rehearsal_table(rows))] == ["123.0", "123.0"]

@@ -1,4 +1,4 @@
-"""Draws by chance for timing: uniform over all sets of layers, and spread so that a few of them stand for many.
+"""Uniform draws of layers, for timing: every set is as likely as any other, and a few draws stand for many.
 
 How far backward reaches hangs on the lowest active layer, and a step's time on how far backward reaches. A handful of
 independent draws would leave several per cent of noise in a throughput, so all draws of a cell are stratified: sets are
@@ -30,21 +30,23 @@ def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:
     return tuple(chosen)
 
 
-def drawn_sets(layers: int, count: int, *, draws: int, repeat: int, repeats: int, seed: int) -> list[tuple[int, ...]]:
+def stratified_sets(
+    layers: int, count: int, *, draws: int, repeat: int, repeats: int, seed: int
+) -> list[tuple[int, ...]]:
     """The active sets of one repeat: every `repeats`-th of `draws * repeats` stretches, in random order."""
     sets, stretches = math.comb(layers, count), draws * repeats
-    chance = random.Random(seed)
-    numbers = [int((stretch + chance.random()) / stretches * sets) for stretch in range(stretches)]
+    generator = random.Random(seed)
+    numbers = [int((stretch + generator.random()) / stretches * sets) for stretch in range(stretches)]
     mine = [nth_set(layers, count, min(number, sets - 1)) for number in numbers[repeat::repeats]]
     random.Random(seed * 1_000 + repeat).shuffle(mine)
     return mine
 
 
-def by_chance(place: int, *, draws: int, repeat: int, repeats: int, seed: int) -> Policy:
+def uniform_policy(place: int, *, draws: int, repeat: int, repeats: int, seed: int) -> Policy:
     """A policy that answers with the set of period `place` of one repeat."""
 
     def policy(layers: int, count: int) -> tuple[int, ...]:
-        return drawn_sets(layers, count, draws=draws, repeat=repeat, repeats=repeats, seed=seed)[place % draws]
+        return stratified_sets(layers, count, draws=draws, repeat=repeat, repeats=repeats, seed=seed)[place % draws]
 
     return policy
 

@@ -1,0 +1,273 @@
+"""What a study of memory and speed is asked to be: its cells, what is measured first, its goals. No torch here.
+
+Python knows the kinds of comparisons; which methods, models, settings and shapes are compared stands in the file alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from baselines import find_method
+from baselines.method import Strict
+from harness.efficiency.goals import Goal, Overhead
+from harness.efficiency.order import AtCorners, Corner, Lengths, Line, Variants
+from harness.records.device import DeviceKind
+from harness.step.spec import Cell, Geometry, Numerics, Settings, Shape
+from harness.study.spec import Label
+from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
+
+# ---------------------------------------------------------------- cells
+
+
+class MethodEntry(Strict):
+    """One row of the tables: a file in baselines/ with its options."""
+
+    module: str
+    options: dict[str, Any] = Field(default_factory=dict)
+    note: str = ""
+    name: str = Field(default="", description="in sentences and heads of columns; empty: the label")
+
+
+class Anchor(Strict):
+    """The model that is measured in every way, by the device."""
+
+    cuda: Label
+    cpu: Label
+
+    def of(self, device: DeviceKind) -> str:
+        """Its label on this device."""
+        return self.cuda if device == "cuda" else self.cpu
+
+
+# ---------------------------------------------------------------- the paper beside ours
+
+
+class Stands(Strict):
+    """What of ours is shown beside one metric of the paper."""
+
+    batch: int = Field(gt=0, description="rows of the paper's micro-batch, which its tables leave out")
+    settings: tuple[Label, ...] = Field(min_length=1)
+
+
+class PaperLabels(Strict):
+    """The paper's labels (config/published/) and ours."""
+
+    settings: Label = Field(description="taken to be the paper's")
+    metrics: dict[Literal["peak_memory", "throughput_ratio"], Stands] = Field(min_length=1)
+    models: dict[Label, Label] = Field(description="the paper's label: ours; numbers of other models are left out")
+    unnamed: Label | None = Field(default=None, description="our model where the source names none; null: left out")
+    methods: dict[Label, tuple[Label, ...]] = Field(
+        default_factory=dict, description="where one of the paper's may be several of ours; others keep their label"
+    )
+    note: str = Field(default="", description="what of ours stands for the paper's methods, for the table's footnote")
+
+
+# ---------------------------------------------------------------- the study
+
+
+class EfficiencyStudy(Strict):
+    """One efficiency study: every method on every model under every setting and shape."""
+
+    study: Label
+    title: str
+    notes: tuple[str, ...] = ()
+    models: dict[Label, Geometry] = Field(min_length=1)
+    methods: dict[Label, MethodEntry] = Field(min_length=1)
+    settings: dict[Label, Settings] = Field(min_length=1)
+    shapes: dict[Label, Shape] = Field(min_length=1)
+    numerics: Numerics
+    anchor: Anchor
+    compared: tuple[Label, ...] = Field(min_length=1, description="methods of every group but the last ones")
+    corners: tuple[Corner, ...] = Field(min_length=1, description="panels of the figures")
+    order: tuple[Line, ...] = Field(min_length=1, description="what is measured, most wanted first")
+    reference: Label = Field(description="the method that ratios are to")
+    more_references: tuple[Label, ...] = Field(default=(), description="that tokens per second are related to as well")
+    resident: dict[str, Any] = Field(
+        default_factory=dict, description="options with which moments stay on the device: what moving them is held to"
+    )
+    card_gib: float = Field(default=24.0, gt=0, description="a consumer card, a line in the figure of lengths")
+    targets: tuple[Goal, ...] = ()
+    target_notes: tuple[str, ...] = Field(default=(), description="footnotes of the table of targets")
+    published: PaperLabels | None = None
+
+    @model_validator(mode="after")
+    def _labels_are_known(self) -> EfficiencyStudy:
+        for key, kind, label in self._labels():
+            known = [*getattr(self, kind), *(self._rows if kind == "shapes" else ())]
+            if label not in known:
+                raise ValueError(f"{key}: there is no {kind.removesuffix('s')} {label}: {meant(label, known)}")
+        return self
+
+    def _labels(self) -> Iterator[tuple[str, str, str]]:
+        """(key, what it is a label of, label) of all that stands below the cells."""
+        for name in ("anchor", "compared", "corners", "order", "reference", "more_references", "targets", "published"):
+            yield from _labels_in(getattr(self, name), name, _LABEL_OF.get(name))
+
+    @property
+    def _rows(self) -> dict[str, Shape]:
+        every = (tokens for line in self.order if isinstance(line, Lengths) for tokens in line.tokens)
+        return {row_shape(tokens): Shape(batch=1, length=tokens) for tokens in every}
+
+    def shape(self, label: str) -> Shape:
+        """The shape of this label, which may be that of one row of the lengths in the order."""
+        return self.shapes.get(label) or self._rows[label]
+
+    def name(self, method: str) -> str:
+        """A method as sentences and heads of columns call it."""
+        return self.methods[method].name or method
+
+    def model_of(self, goal: Goal) -> str:
+        """The model that a goal is about."""
+        return goal.model or self.anchor.cuda
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Methods that tokens per second are related to."""
+        return (self.reference, *self.more_references)
+
+
+_LABEL_OF = {
+    **dict.fromkeys(("cuda", "cpu", "model", "models", "unnamed"), "models"),
+    **dict.fromkeys(("method", "methods", "compared", "reference", "more_references", "against"), "methods"),
+    "settings": "settings",
+    "shape": "shapes",
+}
+"""Which keys of the plan and of the report hold labels, and of what."""
+
+
+def _labels_in(value: object, key: str, kind: str | None) -> Iterator[tuple[str, str, str]]:
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _labels_in(getattr(value, name), f"{key}.{name}", _LABEL_OF.get(name))
+    elif isinstance(value, Mapping | tuple):
+        for place, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _labels_in(inner, f"{key}.{place}", kind)
+    elif isinstance(value, str) and kind is not None:
+        yield key, kind, value
+
+
+def row_shape(tokens: int) -> str:
+    """Label of one row of this length."""
+    return f"1x{tokens}"
+
+
+def variant_name(options: Mapping[str, Any]) -> str:
+    """How tables and records name options that differ from the method's entry."""
+    return ",".join(f"{key}={_plain(value)}" for key, value in options.items())
+
+
+def _plain(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_efficiency(path: Path) -> EfficiencyStudy:
+    """Read and check an efficiency study: its own keys, every label, every method's options.
+
+    Raises:
+        ConfigError: the first thing that is wrong, in one line.
+    """
+    source = read_yaml(path)
+    study: EfficiencyStudy = validate(EfficiencyStudy, source.value, source)
+    for label, entry in study.methods.items():
+        try:
+            method = find_method(entry.module)
+        except LookupError as error:
+            raise source.error(("methods", label, "module"), str(error)) from None
+        validate(method.Config, entry.options, source, ("methods", label, "options"))
+    for place, line in enumerate(study.order):
+        at: KeyPath = ("order", place)
+        if isinstance(line, AtCorners):
+            for i, variant in enumerate(line.beside):
+                if variant.at not in study.corners:
+                    raise source.error((*at, "beside", i), "these settings and shape are none of the corners")
+                _check_options(study, variant.method, variant.options, source, (*at, "beside", i, "options"))
+        elif isinstance(line, Variants):
+            for label in line.methods:
+                _check_options(study, label, line.options, source, (*at, "options"))
+    _check_resident(study, source)
+    return study
+
+
+def _check_resident(study: EfficiencyStudy, source: Source) -> None:
+    options = {label: find_method(entry.module).Config.model_fields for label, entry in study.methods.items()}
+    for name in study.resident:
+        known = sorted({option for fields in options.values() for option in fields})
+        if name not in known:
+            raise source.error(("resident", name), f"no method here has such an option: {meant(name, known)}")
+    for place, goal in enumerate(study.targets):
+        if not isinstance(goal, Overhead):
+            continue
+        if not study.resident:
+            raise source.error(("targets", place), "an overhead is one against `resident`: give those options")
+        if lacking := study.resident.keys() - options[goal.method].keys():
+            able = [label for label, fields in options.items() if study.resident.keys() <= fields.keys()]
+            what = f"{goal.method} has no option {min(lacking)}, which `resident` names"
+            raise source.error(("targets", place, "method"), f"{what}: {meant(goal.method, able)}")
+        _check_options(study, goal.method, study.resident, source, ("resident",))
+
+
+def _check_options(study: EfficiencyStudy, label: str, options: Mapping[str, Any], source: Source, at: KeyPath) -> None:
+    """Refuse options that a method lacks, or values that it refuses or that cannot stand in a file's name."""
+    entry = study.methods[label]
+    config = find_method(entry.module).Config
+    for name, value in options.items():
+        if name not in config.model_fields:
+            known = list(config.model_fields)
+            raise source.error((*at, name), f"the method {label} has no such option: {meant(name, known)}")
+        if not re.fullmatch(r"[\w.-]+", _plain(value)):
+            raise source.error((*at, name), f"one word or number is wanted here, not {json.dumps(value)}")
+    validate(config, {**entry.options, **options}, source, at)
+
+
+def meant(word: str, known: Collection[str]) -> str:
+    """The nearest of the known names, or all of them where none is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"it is one of {', '.join(known)}" if known else "it has none"
+
+
+# ---------------------------------------------------------------- cells by label
+
+
+def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, shape: Shape) -> Cell:
+    """The cell named by labels, which may be words of a command line; `model` may be a folder with a config.json.
+
+    Raises:
+        ValueError: a label that the study does not have.
+    """
+    entry = study.methods[_known("method", method, study.methods)]
+    return Cell(
+        model=_model(study, model),
+        module=entry.module,
+        options=entry.options,
+        settings=study.settings[_known("settings", settings, study.settings)],
+        shape=shape,
+        numerics=study.numerics,
+    )
+
+
+def _model(study: EfficiencyStudy, name: str) -> Geometry | Path:
+    if name in study.models:
+        return study.models[name]
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    if Path(name).exists():
+        raise ValueError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
+    return study.models[_known("model", name, study.models, " (or the path of a folder with a config.json)")]
+
+
+def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> str:
+    if label in among:
+        return label
+    near = difflib.get_close_matches(label, among, n=1)
+    also = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{also}")

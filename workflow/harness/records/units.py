@@ -1,0 +1,11 @@
+"""Units in which people read bytes."""
+
+from __future__ import annotations
+
+MIB, GIB = 2**20, 2**30
+"""Bytes."""
+
+
+def gib(nbytes: float, digits: int = 2) -> str:
+    """Bytes as a number of GiB, without the unit's name."""
+    return f"{nbytes / GIB:,.{digits}f}"
