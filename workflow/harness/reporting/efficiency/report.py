@@ -13,7 +13,7 @@ from harness.reporting.efficiency.memory_figures import memory_stack
 from harness.reporting.efficiency.memory_table import memory_table
 from harness.reporting.efficiency.published_table import published_table
 from harness.reporting.efficiency.rows import Rows, read_rows
-from harness.reporting.efficiency.speed_figures import is_timed, speed_and_memory, throughput_bars
+from harness.reporting.efficiency.speed_figures import is_timed, speed_and_memory, speeds_by_corner, throughput_bars
 from harness.reporting.efficiency.speed_tables import offload_table, rehearsal_table, throughput_table
 from harness.reporting.efficiency.targets import target_table
 from harness.reporting.published import Published
@@ -44,13 +44,14 @@ def draw(rows: Rows, published: Published) -> Iterator[Drawing]:
     """Every figure that there is something to show in, one at a time."""
     known = [row for row in rows if row.peak("forecast") is not None or row.peak("measured") is not None]
     for model in dict.fromkeys(row.named.model for row in known):
-        yield memory_stack(rows, model)
-        lengths = {row.entry.cell.shape.length for row in known if row.named.model == model}
-        if len(lengths) > 1:
+        if rows.in_corners(model):
+            yield memory_stack(rows, model)
+        shapes = {row.entry.cell.shape for row in known if row.named.model == model}
+        if len([shape for shape in shapes if shape.batch == 1]) > 1:
             yield memory_by_length(rows, model, published)
         if is_timed(rows, model):
             yield throughput_bars(rows, model)
-        if is_timed(rows, model) or any(row.bound() for row in known if row.named.model == model):
+        if speeds_by_corner(rows, model):
             yield speed_and_memory(rows, model)
 
 

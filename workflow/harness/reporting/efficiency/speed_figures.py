@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
+from harness.efficiency.order import Corner
 from harness.records.units import GIB
 from harness.reporting.efficiency.memory_figures import corner_title, dagger, dagger_words
 from harness.reporting.efficiency.memory_table import NOT_MEASURED
@@ -14,8 +15,8 @@ from harness.reporting.style import Drawing, grid, legend_below, looks_of
 
 
 def is_timed(rows: Rows, model: str) -> bool:
-    """Whether anything of this model was timed on a GPU."""
-    return any(row.blocks for row in rows if row.named.model == model)
+    """Whether anything of this model was timed on a GPU, in a corner."""
+    return any(row.blocks for _, part in rows.in_corners(model) for row in part)
 
 
 def throughput_bars(rows: Rows, model: str) -> Drawing:
@@ -70,8 +71,7 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     Where nothing was timed on a GPU, memory is forecast and speed is arithmetic's bound to that of the reference.
     """
     timed = is_timed(rows, model)
-    every = [(corner, _points(rows, part, timed=timed)) for corner, part in rows.in_corners(model)]
-    corners = [(corner, points) for corner, points in every if points]
+    corners = speeds_by_corner(rows, model)
     reference = rows.study.name(rows.study.reference)
     figure, axes = grid(1, len(corners), height=3.4)
     looks = looks_of(rows.methods)
@@ -113,6 +113,13 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
         alt=f"Scatter of {'speed' if timed else 'a bound on speed'} against peak memory by method on {model}.",
         figure=figure,
     )
+
+
+def speeds_by_corner(rows: Rows, model: str) -> list[tuple[Corner, list[tuple[float, float, str]]]]:
+    """The corners in which memory and speed of a method are known, with (GiB, speed, method) of each."""
+    timed = is_timed(rows, model)
+    every = [(corner, _points(rows, part, timed=timed)) for corner, part in rows.in_corners(model)]
+    return [(corner, points) for corner, points in every if points]
 
 
 def _points(rows: Rows, part: list[Row], *, timed: bool) -> list[tuple[float, float, str]]:

@@ -148,3 +148,16 @@ def test_a_study_without_the_papers_labels_has_no_table_of_them(store: Store) ->
     assert {p.stem for p in store.folder.glob("tables/*.md")} == {"memory", "throughput", "offload", "targets"}
     longer = memory_by_length(read_rows(study, store), "tiny", PUBLISHED)
     assert "published" not in [text.get_text() for text in longer.figure.legends[0].get_texts()]
+
+
+def test_a_model_that_is_known_outside_the_corners_alone_has_no_figure_of_them(store: Store) -> None:
+    of = data.entry(data.MAIN, "full", "plain", "4x1024")
+    store.add_forecast(of, data.forecast_record(of, 60.0))
+    data.keep(store, data.cell_record(of, 60.0, (500.0,)), of)
+    assert list(draw(data.rows_of(store), PUBLISHED)) == []
+
+
+def test_without_the_reference_there_is_no_bound_to_draw(store: Store) -> None:
+    of = data.entry(data.MAIN, "grass", "plain", "1x1024")
+    store.add_forecast(of, data.forecast_record(of, 17.0))
+    assert [drawing.name for drawing in draw(data.rows_of(store), PUBLISHED)] == [f"memory--{MAIN}"]
