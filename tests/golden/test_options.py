@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.efficiency.spec import EfficiencyStudy
 from harness.records.atomic import write_text
-from harness.step.spec import EfficiencyStudy
 from harness.study.spec import Study
 from pydantic import BaseModel
 
