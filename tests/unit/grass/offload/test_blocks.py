@@ -171,7 +171,7 @@ def test_a_refusal_to_pin_falls_back_to_pageable_memory_with_one_warning(monkeyp
 
 
 def test_the_error_of_a_refusal_is_raised_where_nobody_minds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from grass.offload.blocks import _forget_last_error
+    from grass.offload.arena import _forget_last_error
 
     launched = []
 
