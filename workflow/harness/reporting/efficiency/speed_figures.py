@@ -95,7 +95,7 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     handles = {
         label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
     }
-    shown = [row for corner, _ in corners for row in rows.known(model, *corner)]
+    shown = [row for corner, _ in corners for row in rows.known(model, corner.settings, corner.shape)]
     marks = {row.named.method: dagger(row) for row in sorted(shown, key=dagger)}
     legend_below(figure, list(handles.values()), [method + marks[method] for method in handles])
     source = (

@@ -62,10 +62,10 @@ def test_it_is_in_every_table_and_figure(study: EfficiencyStudy, store: Store) -
             if "+" in label and settings == "plain":
                 continue
             of = entry(study, f"{data.MAIN}/{label}/{settings}/{shape}")
-            store.add_forecast(of, data.forecast_record(of, 15.0))
-            data.keep(store, data.cell_record(of, 15.0, (speed, speed)), of)
+            store.keep(data.forecast_record(of, 15.0))
+            store.keep(data.cell_record(of, 15.0, (speed, speed)))
     longer = entry(study, f"{data.MAIN}/{MINE}/plain/1x4096")
-    store.add_forecast(longer, data.forecast_record(longer, 18.0))
+    store.keep(data.forecast_record(longer, 18.0))
     tiny = entry(study, f"tiny/{MINE}/lean/4x1024")
     rehearsed = data.cell_record(tiny, speeds=(9.0,), device=data.device_record("cpu", "cpu"))
     data.keep(store, rehearsed.model_copy(update={"memory": data.memory_block(None)}), tiny, "cpu")

@@ -143,7 +143,7 @@ def test_a_study_without_the_papers_labels_has_no_table_of_them(store: Store) ->
     line = next(line for line in data.TINY.splitlines(keepends=True) if line.startswith("published:"))
     study = load_efficiency(data.tiny_file(store.folder, (line, ""), ("batch: 2", "batch: 1")))
     for e in cells(every_group(study)):
-        store.add_forecast(e, data.forecast_record(e, 1.0))
+        store.keep(data.forecast_record(e, 1.0))
     write_report(study, store, PUBLISHED)
     assert {p.stem for p in store.folder.glob("tables/*.md")} == {"memory", "throughput", "offload", "targets"}
     longer = memory_by_length(read_rows(study, store), "tiny", PUBLISHED)
@@ -152,12 +152,12 @@ def test_a_study_without_the_papers_labels_has_no_table_of_them(store: Store) ->
 
 def test_a_model_that_is_known_outside_the_corners_alone_has_no_figure_of_them(store: Store) -> None:
     of = data.entry(data.MAIN, "full", "plain", "4x1024")
-    store.add_forecast(of, data.forecast_record(of, 60.0))
-    data.keep(store, data.cell_record(of, 60.0, (500.0,)), of)
+    store.keep(data.forecast_record(of, 60.0))
+    store.keep(data.cell_record(of, 60.0, (500.0,)))
     assert list(draw(data.rows_of(store), PUBLISHED)) == []
 
 
 def test_without_the_reference_there_is_no_bound_to_draw(store: Store) -> None:
     of = data.entry(data.MAIN, "grass", "plain", "1x1024")
-    store.add_forecast(of, data.forecast_record(of, 17.0))
+    store.keep(data.forecast_record(of, 17.0))
     assert [drawing.name for drawing in draw(data.rows_of(store), PUBLISHED)] == [f"memory--{MAIN}"]

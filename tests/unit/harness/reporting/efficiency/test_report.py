@@ -133,7 +133,7 @@ def test_forecasts_of_other_code_are_shown_and_marked(store: Store) -> None:
     data.forecast_methods(store, "plain", "1x1024", code_sha256="of yesterday")
     rows, mark = data.rows_of(store), "forecast by other code than today's."
     assert {row["forecast_stale"] for row in csv_rows(memory_table(rows))} == {"True"}
-    for table in (memory_table(rows), target_table(rows), published_table(rows, PUBLISHED)):
+    for table in (memory_table(rows), target_table(rows), published_table(rows, PAPER, PUBLISHED)):
         assert mark in table.markdown()
     for drawing in draw(rows, PUBLISHED):
         assert "†: forecast or measured by other code than today's." in drawing.caption
