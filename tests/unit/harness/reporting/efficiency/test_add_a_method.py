@@ -68,7 +68,7 @@ def test_it_is_in_every_table_and_figure(study: EfficiencyStudy, store: Store) -
     store.keep(data.forecast_record(longer, 18.0))
     tiny = entry(study, f"tiny/{MINE}/lean/4x1024")
     rehearsed = data.cell_record(tiny, speeds=(9.0,), device=data.device_record("cpu", "cpu"))
-    data.keep(store, rehearsed.model_copy(update={"memory": data.memory_block(None)}), tiny, "cpu")
+    store.keep(rehearsed.model_copy(update={"memory": data.memory_block(None)}))
 
     rows = read_rows(study, store)
     assert study.published is not None
