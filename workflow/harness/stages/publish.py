@@ -24,21 +24,18 @@ def run(args: argparse.Namespace) -> int:
     paths = Paths()
     plan = resolve_study(load_study(args.config, inputs_needed=False))
     made = paths.study(plan.study.study)
-    missing = [o.path for o in outputs(plan, paths) if not o.path.exists()]
+    records = {path for o in outputs(plan, paths) for path in (o.path, paths.spec(o.kind, o.job.name))}
+    missing = [path for path in records if not path.exists()]
     if missing or not (made / "report.html").exists():
-        raise UserError(f"{plan.study.study} is not finished ({len(missing)} records missing): run it first")
+        raise UserError(f"{plan.study.study} is not finished ({len(missing)} records and specs missing): run it first")
     target = paths.root / "published" / plan.study.study
     with atomic.whole_folder(target) as temporary:
         for path in sorted(made.iterdir()):
             (shutil.copytree if path.is_dir() else shutil.copy)(path, temporary / path.name)
-        for output in outputs(plan, paths):
-            copy = temporary / "records" / output.path.relative_to(paths.root)
+        for path in records:
+            copy = temporary / "records" / path.relative_to(paths.root)
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(output.path, copy)
-            spec = paths.spec(output.kind, output.job.name)
-            told = temporary / "records" / spec.relative_to(paths.root)
-            told.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(spec, told)
+            shutil.copy(path, copy)
         (temporary / "figures" / ".snakemake_timestamp").unlink(missing_ok=True)
         (temporary / "tables" / ".snakemake_timestamp").unlink(missing_ok=True)
         shutil.copy(args.config, temporary / "study.yaml")

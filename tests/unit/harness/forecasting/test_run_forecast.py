@@ -5,11 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from harness.__main__ import main
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.forecasting.run_forecast import forecast_run, refusal
-from harness.records.run import RunForecast
+from harness.records import atomic
+from harness.records.code import code_of, run_forecast
+from harness.records.provenance import provenance
+from harness.records.run import ModelRecord, RunForecast
 from harness.study.config import load_study
-from harness.study.jobs import FORECAST
+from harness.study.jobs import FORECAST, MODEL
 from harness.study.paths import Paths
 from harness.study.plan import outputs, resolve_study
 from harness.study.spec import ForecastJob, Training
@@ -72,3 +76,33 @@ def test_a_run_that_cannot_fit_is_a_row_with_the_numbers_and_takes_no_step(input
     options = {"name": "run", "lr": LR, "lr_searched": False, "seed": 0, "inputs": inputs, "folder": None}
     run = train(training, **options, refusal=why)
     assert (run.status, run.status_why, run.steps_done) == ("skipped", why, 0)
+
+
+def test_the_stage_writes_the_forecast_of_a_spec_beside_it(
+    inputs: Inputs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, paths = ForecastJob(training=tiny_training("lora", {"rank": 2, "alpha": 4})), Paths(tmp_path)
+    manifest = ModelRecord(
+        name="tiny", folder=str(inputs.model), files_sha256={}, parameters=None, wall_s=0.0,
+        provenance=provenance(roots=(), inputs={}),
+    )  # fmt: skip
+    atomic.write_json(paths.output(MODEL, job.training.model.name), manifest.model_dump(mode="json"))
+    paths.rows(job.training.rows.name).parent.mkdir(parents=True)
+    paths.rows(job.training.rows.name).symlink_to(inputs.rows)
+    spec = paths.spec(FORECAST, job.name)
+    atomic.write_json(spec, job.body())
+    assert main(["forecast", "--spec", str(spec)]) == 0
+    assert f"forecast {job.name}: 0.00 GiB" in capsys.readouterr().err
+    record = RunForecast.model_validate_json((spec.parent / "forecast.json").read_bytes())
+    alone = forecast_of(inputs, job.training)
+    assert (record.name, record.peak_bytes, record.needed_bytes) == (job.name, alone.peak_bytes, alone.needed_bytes)
+    assert record.provenance.source_sha256 == code_of(run_forecast("lora")).sha256
+
+
+def test_the_stage_wants_a_step_or_a_spec(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--model", "tiny", "--spec", "spec.json"]):
+        with pytest.raises(SystemExit) as left:
+            main(["forecast", *words])
+        assert left.value.code == 2
+    assert main(["forecast", "--model", "tiny"]) == 2
+    assert "--method is needed beside --model" in capsys.readouterr().err
