@@ -127,7 +127,7 @@ def offload_table(rows: Rows) -> Table:
             }
         )
     if stale:
-        notes.add(f"Among the forecasts some are {OTHER_CODE} The table of peak memory marks them.")
+        notes.add(f"Some figures are {OTHER_CODE} The table of peak memory marks them.")
     notes.add(
         "Overhead: tokens per second lost against the same method with the active layers' moments on the device, "
         "repeat by repeat."

@@ -154,6 +154,6 @@ def target_table(rows: Rows) -> Table:
     for text in rows.study.target_notes:
         notes.add(text)
     if any(row.forecast_stale for row in rows):
-        notes.add(f"Among the forecasts some are {OTHER_CODE} The table of peak memory marks them.")
+        notes.add(f"Some figures are {OTHER_CODE} The table of peak memory marks them.")
     notes.add("Ratios are between equal settings. Goals in GiB are not divided by the paper's: those are of others.")
     return table_of_rows("targets", "Goals set before measuring, the paper's figures, and ours.", raw, display, notes)
