@@ -1,0 +1,1 @@
+"""Optimizer states of sleeping layers on the host, moved behind the computation."""

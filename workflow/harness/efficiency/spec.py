@@ -18,6 +18,7 @@ from baselines import find_method
 from baselines.method import Strict
 from harness.efficiency.goals import Goal, Overhead
 from harness.efficiency.order import AtCorners, Corner, Lengths, Line, Variants
+from harness.errors import UserError
 from harness.records.device import DeviceKind
 from harness.step.spec import Cell, Geometry, Numerics, Settings, Shape
 from harness.study.spec import Label
@@ -242,7 +243,7 @@ def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, s
     """The cell named by labels, which may be words of a command line; `model` may be a folder with a config.json.
 
     Raises:
-        ValueError: a label that the study does not have.
+        UserError: a label that the study does not have.
     """
     entry = study.methods[_known("method", method, study.methods)]
     return Cell(
@@ -261,7 +262,7 @@ def _model(study: EfficiencyStudy, name: str) -> Geometry | Path:
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists():
-        raise ValueError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
+        raise UserError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
     return study.models[_known("model", name, study.models, " (or the path of a folder with a config.json)")]
 
 
@@ -270,4 +271,4 @@ def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> s
         return label
     near = difflib.get_close_matches(label, among, n=1)
     also = f"; did you mean {near[0]}?" if near else ""
-    raise ValueError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{also}")
+    raise UserError(f"--{kind} {label}: it is one of {', '.join(among)}{beside}{also}")

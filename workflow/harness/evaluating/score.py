@@ -21,6 +21,7 @@ from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.provenance import provenance
 from harness.records.run import EvalRecord, SuiteScore, TrainRecord
+from harness.step.outcomes import is_out_of_memory, out_of_memory_why
 from harness.study.paths import resolve
 from harness.study.spec import EvalJob, Scoring, SuiteJob
 from harness.tasks.protocol import check_gold
@@ -47,7 +48,8 @@ def evaluate(
 ) -> EvalRecord:
     """Score a run's checkpoint on every suite; write `out` (an EvalRecord) and, beside it, its rows as parquet.
 
-    A run that left no checkpoint (out of memory, skipped, ...) gives a record with status `skipped` and an empty table.
+    A run that left no checkpoint (out of memory, skipped, ...) gives a record with status `skipped` and an empty table;
+    one that runs out of memory while it is scored gives `oom`, with what was scored before.
 
     Args:
         job: the suites and the length rows are cut to in the held-out loss.
@@ -84,28 +86,44 @@ def evaluate(
     device = train_record.recipe["device"]
     origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
-    tokenizer = load_tokenizer(checkpoint)
-    lm = wrap(model, tokenizer, batch_size=batch_size)
+    lm = wrap(model, load_tokenizer(checkpoint), batch_size=batch_size)
     settings = decoding(lm) | {"suites": {}}
-    scores, documents = [], []
+    scores: list[SuiteScore] = []
+    documents: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {
+        "name": job.name, "run": train_record.name, "decoding": settings, "provenance": origin,
+    }  # fmt: skip
     for suite in job.suites:
-        rows, source = tests[suite.label], suite.source
-        answered = score_suite(
-            lm, file=files[suite.label], rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens
-        )
-        loss = heldout_loss(model, tokenizer, rows, max_length=job.max_length, batch_size=batch_size)
+        rows = tests[suite.label]
+        try:
+            answered, loss = _outcomes(lm, suite, files[suite.label], rows, job.max_length, batch_size)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            why = f"{out_of_memory_why(error, suite.label)} (lower runtime.eval_batch_size, {batch_size} here)"
+            seconds = time.perf_counter() - started
+            return _write(
+                out, documents, EvalRecord(status="oom", status_why=why, scores=scores, wall_s=seconds, **facts)
+            )
         settings["suites"][suite.label] = {
-            "max_new_tokens": source.max_new_tokens,
+            "max_new_tokens": suite.source.max_new_tokens,
             "heldout_max_tokens": job.max_length,
             "heldout_rows": sum(document.tokens > 0 for document in loss.documents),
             "heldout_truncated_rows": loss.truncated_rows,
         }
         scores.append(_suite_score(suite, rows, answered, loss, trained))
         documents += _document_rows(train_record.name, suite.label, rows, answered, loss)
-    return _write(out, documents, EvalRecord(
-        name=job.name, run=train_record.name, status="ok", decoding=settings, scores=scores,
-        wall_s=time.perf_counter() - started, provenance=origin,
-    ))  # fmt: skip
+    seconds = time.perf_counter() - started
+    return _write(out, documents, EvalRecord(status="ok", scores=scores, wall_s=seconds, **facts))
+
+
+def _outcomes(
+    lm: Any, suite: SuiteJob, file: Path, rows: Sequence[Row], max_length: int, batch_size: int
+) -> tuple[SuiteOutcome, HeldoutLoss]:
+    source = suite.source
+    answered = score_suite(lm, file=file, rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens)
+    loss = heldout_loss(lm.model, lm.tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    return answered, loss
 
 
 def normalised(text: str) -> str:

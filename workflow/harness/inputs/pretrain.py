@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from harness.errors import UserError
 from harness.inputs.generated import pieces
 from harness.inputs.make_models import describe_model
 from harness.inputs.prompts import training_prompt
@@ -47,11 +48,11 @@ class Pretrained:
 def make_pretrained(job: ModelJob, folder: Path) -> ModelRecord:
     """Pretrain a study's own model into `folder`/model and write manifest.json beside it, last.
 
-    Raises ValueError for a model that is found or fetched.
+    Raises UserError for a model that is found or fetched.
     """
     started = time.perf_counter()
     if not isinstance(job.source, PretrainedHere):
-        raise ValueError(f"{job.name}: this model is not pretrained here; use `prefetch model`")
+        raise UserError(f"{job.name}: this model is not pretrained here; use `prefetch model`")
     origin = provenance(roots=PRETRAINED_MODEL, inputs={})
     weights = folder / "model"
     losses = pretrain(job.source, weights).losses

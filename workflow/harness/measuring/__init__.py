@@ -1,1 +1,1 @@
-"""Clocks, memory meters and provenance."""
+"""Meters of memory, the clock of steps, and the lease on a GPU."""

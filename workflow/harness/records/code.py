@@ -51,10 +51,10 @@ def measurement(module: str) -> Roots:
     return ("harness.efficiency.measure", f"baselines.{module}")
 
 
-APART = ("grass.heatmap", "harness.progress", "harness.records", "harness.study")
+APART = ("grass.heatmap", "harness.errors", "harness.progress", "harness.records", "harness.study")
 """Modules and packages that are imported by what makes records and decide nothing of what a record says: a figure of
-the library, progress lines, how records are written down (their shape has a version of its own), and the question,
-which is in the name of the record."""
+the library, sentences for the user, progress lines, how records are written down (their shape has a version of its
+own), and the question, which is in the name of the record."""
 
 DATA = (".j2", ".json", ".yaml")
 """Files that a package reads beside its modules, such as the tasks of lm-eval."""

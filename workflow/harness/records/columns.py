@@ -96,6 +96,9 @@ RUNS: dict[str, Column] = {
 }
 """One row a run. Bytes by phase are maxima over all phases but eval, which is no part of training."""
 
+NOT_SCORED = "not scored: "
+"""How the note begins of a run whose scoring ran out of memory."""
+
 SCORE_COLUMNS: dict[str, str] = {
     "run": "string", "suite": "string", "scoring": "string", "protocol": "string", "rows": "Int64",
     "limited": "boolean", "correct": "Int64", "accuracy": "Float64", "unparsed_share": "Float64", "chance": "Float64",

@@ -304,7 +304,7 @@ class EvalRecord(Record):
 
     name: str
     run: str
-    status: Literal["ok", "skipped"]
+    status: Literal["ok", "skipped", "oom"]
     status_why: str | None = None
     decoding: dict[str, Any]
     scores: list[SuiteScore]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.columns import RUNS
+from harness.records.columns import NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
 from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, read_table, rows_to_frame
@@ -31,7 +31,10 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         score_file = paths.score(name, plan.eval_of[name])
         score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
-        if score.status == "ok":
+        if score.status == "oom":
+            noted = rows["runs"][-1]
+            noted["notes"] = "; ".join(filter(None, [noted["notes"], f"{NOT_SCORED}{score.status_why}"]))
+        if score.status != "skipped":
             documents.append(read_table(score_file.with_suffix(".parquet")))
     for name in plan.searches:
         search = read(paths.search(name) / "search.json", SearchRecord)

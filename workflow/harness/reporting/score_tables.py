@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pandas import DataFrame
 
+from harness.records.columns import NOT_SCORED
 from harness.reporting.frames import Frames
 from harness.reporting.layout import (
     SUBJECT,
@@ -121,7 +122,9 @@ def cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes:
         text += f" [{number(None if unparsed is None else 100 * unparsed, 1)}]"
     unscored = int((runs["status"] == "ok").sum()) - n
     if unscored:
-        outcomes = ", ".join(filter(None, [outcomes, f"{unscored} not scored"]))
+        reasons = {note for text in runs["notes"].dropna() for note in text.split("; ") if note.startswith(NOT_SCORED)}
+        mark = "".join(notes.mark(f"{reason}.") for reason in sorted(reasons))
+        outcomes = ", ".join(filter(None, [outcomes, f"{unscored} not scored{mark}"]))
     return f"{text}; {outcomes}" if outcomes else text
 
 

@@ -1,0 +1,1 @@
+"""One training step, for training, forecasting, measuring and checking alike: attach a method, run, count."""

@@ -5,7 +5,7 @@ Whoever runs a cell is told when a phase begins, and owns clock and meters; noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from harness.errors import first_line
 from harness.step.attach import attach, new_method
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.loss import chunked_token_loss, token_loss
-from harness.step.run import Part, run_step
+from harness.step.run import Batch, Part, StepContext, run_step
 from harness.step.spec import Cell, Geometry, Shape
 from harness.study.strict_yaml import ConfigError
 
@@ -144,15 +144,7 @@ class CellRun:
     def step(self, number: int, *, then: Policy | None = None) -> None:
         """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
         with using(self.draws):
-            run_step(
-                self._attached,
-                number,
-                lr_factor=1.0,
-                micro_batches=lambda: [self.batches.batch(number)] * self._micro_batches,
-                loss=self.batches.loss,
-                part=self._part,
-                before_update=lambda: self._then(then),
-            )
+            run_step(self._attached, number, lr_factor=1.0, context=_CellStep(self, number, then))
 
     def visit(self, number: int, *, then: Policy | None = None) -> None:
         """Step `number` with zero gradients and no forward and backward pass: its states come to be all the same.
@@ -177,11 +169,31 @@ class CellRun:
             self._then(then)
             self.method.end_step(lambda: (self.batches.loss(self.module, b) for b in (batch,)))
 
-    @contextmanager
-    def _part(self, part: Part) -> Iterator[None]:
-        self._enter("resample" if part == "begin" else part)
-        yield
-
     def _then(self, policy: Policy | None) -> None:
         """The policy of the draws that the step makes as it ends."""
         self.draws.policy = policy or self.draws.policy
+
+
+class _CellStep(StepContext):
+    """One step of a cell."""
+
+    def __init__(self, run: CellRun, number: int, then: Policy | None) -> None:
+        self._run, self._number, self._next_policy = run, number, then
+
+    @contextmanager
+    def part(self, part: Part) -> Iterator[None]:
+        """Tells whoever watches the cell."""
+        self._run._enter("resample" if part == "begin" else part)
+        yield
+
+    def micro_batches(self) -> Sequence[Batch]:
+        """One batch, as often as gradients are accumulated."""
+        return [self._run.batches.batch(self._number)] * self._run._micro_batches
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Mean loss per target."""
+        return self._run.batches.loss(module, batch)
+
+    def before_update(self) -> None:
+        """Draws come as the step ends."""
+        self._run._then(self._next_policy)

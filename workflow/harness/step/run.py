@@ -5,8 +5,8 @@ Who runs a step owns clock, meters and batches; nothing here measures, and nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 from torch import Tensor, nn
@@ -19,49 +19,58 @@ Part = Literal["begin", "forward", "backward", "update"]
 """Of a step. In `begin` the method freezes and draws, if it does so before the step and not after the last one."""
 
 
-def run_step(
-    attached: Attached,
-    step: int,
-    *,
-    lr_factor: float,
-    micro_batches: Callable[[], Sequence[Batch]],
-    loss: Callable[[nn.Module, Batch], Tensor],
-    part: Callable[[Part], AbstractContextManager[None]],
-    begun: Callable[[], None] = lambda: None,
-    after_backward: Callable[[Tensor], None] = lambda loss: None,
-    before_update: Callable[[], None] = lambda: None,
-) -> StepFacts:
+class StepContext:
+    """What one step is given, and who is told of it, in the order in which it happens."""
+
+    def part(self, part: Part) -> AbstractContextManager[None]:
+        """Brackets each part of the step."""
+        return nullcontext()
+
+    def begun(self) -> None:
+        """The method has begun the step: what will train is known, and nothing is computed yet."""
+
+    def micro_batches(self) -> Sequence[Batch]:
+        """The step's batches; asked for once, when the step is begun."""
+        raise NotImplementedError
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Loss of one micro-batch, divided so that the sum over all is the step's (scalar)."""
+        raise NotImplementedError
+
+    def after_backward(self, loss: Tensor) -> None:
+        """Backward of a micro-batch is over; its loss, detached."""
+
+    def before_update(self) -> None:
+        """All gradients are there that will be."""
+
+
+def run_step(attached: Attached, step: int, *, lr_factor: float, context: StepContext) -> StepFacts:
     """Forward and backward over every micro-batch, then one update.
 
     Args:
         attached: the method on its model.
         step: number of the step, from 0.
         lr_factor: factor of every group's own learning rate.
-        micro_batches: makes the step's batches, when the method has begun the step.
-        loss: of one micro-batch, divided so that the sum over all is the step's loss (scalar).
-        part: brackets each part of the step.
-        begun: called when the method has begun the step.
-        after_backward: told each micro-batch's loss, detached.
-        before_update: called when all gradients are there.
+        context: of the step.
     """
     method, module = attached.method, attached.module
-    with part("begin"):
+    with context.part("begin"):
         method.set_lr_factor(lr_factor)
         method.begin_step(step)
-    begun()
-    batches = micro_batches()
+    context.begun()
+    batches = context.micro_batches()
     for number, batch in enumerate(batches, start=1):
-        with part("forward"):
-            scalar = loss(module, batch)
-        with part("backward"):
-            method.backward(scalar, last=number == len(batches))
-        after_backward(scalar.detach())
+        with context.part("forward"):
+            loss = context.loss(module, batch)
+        with context.part("backward"):
+            method.backward(loss, last=number == len(batches))
+        context.after_backward(loss.detach())
         # the next forward pass must not find this one's graph alive
-        del scalar
-    before_update()
+        del loss
+    context.before_update()
 
     def replay() -> Iterator[Tensor]:
-        return (loss(module, batch) for batch in batches)
+        return (context.loss(module, batch) for batch in batches)
 
-    with part("update"):
+    with context.part("update"):
         return method.end_step(replay)

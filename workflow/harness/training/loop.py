@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from harness.inputs.models import load_tokenizer
 from harness.measuring.clock import StepClock
@@ -23,9 +22,8 @@ from harness.records import atomic
 from harness.records.code import training as roots_of
 from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
-from harness.step.loss import label_tokens, token_loss
 from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
-from harness.step.run import Part, run_step
+from harness.step.run import run_step
 from harness.study.spec import Observation, Training
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
@@ -34,6 +32,7 @@ from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.schedule import lr_factor
 from harness.training.verdict import verdict
+from harness.training.watched_step import WatchedStep
 
 FALLBACK_PERIODS = 4
 """Periods in which methods without a period of their own are watched."""
@@ -222,64 +221,18 @@ class _Run:
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
         """One optimizer step on the clock; returns the mean loss per label token."""
-        starts_period, ends_period = step % period == 0, (step + 1) % period == 0
-        told_apart = self.meters.parts(step, period)
         factor = lr_factor(step, self.recipe)
-        micro_batches: list[dict[str, Tensor]] = []
-        targets = 0
-        total = torch.zeros((), device=self.recipe.device)
-
-        def part(name: Part) -> AbstractContextManager[None]:
-            if name == "begin":
-                return nullcontext()
-            draws = name == "update" and ends_period and run.promise.period_steps is not None
-            return told_apart("resample" if draws else name)
-
-        def begun() -> None:
-            trace = run.method.trace()
-            self.log.belief(step, trace)
-            if starts_period:
-                with self.clock.paused(), self.meters.left_out():
-                    run.watch.start_period(step, trace)
-
-        def batches() -> list[dict[str, Tensor]]:
-            nonlocal micro_batches, targets
-            micro_batches = run.batches.step(step)
-            targets = sum(label_tokens(batch) for batch in micro_batches)
-            return micro_batches
-
-        def add(loss: Tensor) -> None:
-            nonlocal total
-            total += loss
-
-        def before_update() -> None:
-            if starts_period:
-                with self.clock.paused():
-                    run.watch.before_update()
-
+        context = WatchedStep(run, step, period, meters=self.meters, clock=self.clock, log=self.log)
         self.clock.start()
-        facts = run_step(
-            run,
-            step,
-            lr_factor=factor,
-            micro_batches=batches,
-            loss=lambda module, batch: token_loss(module, batch) / targets,
-            part=part,
-            begun=begun,
-            after_backward=add,
-            before_update=before_update,
-        )
-        seconds = self.clock.stop()
-        mean = float(total)
-        if not math.isfinite(mean) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
-            raise DivergedError(f"at step {step}: loss {mean}, gradient norm {facts.grad_norm}")
-        self.log.step(step, loss=mean, factor=factor, facts=facts, batches=micro_batches, seconds=seconds)
-        if starts_period:
-            # the harness's own tensors of this step must not be counted as the method's
-            micro_batches.clear()
-            del total
+        facts = run_step(run, step, lr_factor=factor, context=context)
+        seconds, loss = self.clock.stop(), context.mean_loss()
+        if not math.isfinite(loss) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
+            raise DivergedError(f"at step {step}: loss {loss}, gradient norm {facts.grad_norm}")
+        self.log.step(step, loss=loss, factor=factor, facts=facts, batches=context.batches, seconds=seconds)
+        context.let_go()
+        if context.starts_period:
             run.watch.after_update()
-        return mean
+        return loss
 
     def _observe(self, run: Loaded, done: int) -> None:
         if self.observation is not None:

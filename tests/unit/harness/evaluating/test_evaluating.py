@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from harness.errors import UserError
+from harness.evaluating import score as scoring
 from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import score_suite, wrap
 from harness.evaluating.score import evaluate
@@ -317,6 +318,28 @@ def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path)
     table = pd.read_parquet(out.with_suffix(".parquet"))
     assert len(table) == 0
     assert list(table.columns) == list(DOCUMENT_COLUMNS)
+
+
+def test_scoring_that_runs_out_of_memory_is_a_row_and_keeps_what_was_scored_before(
+    scored: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = scoring.heldout_loss
+    seen: list[int] = []
+
+    def runs_out(*arguments: Any, **named: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+        return usual(*arguments, **named)
+
+    monkeypatch.setattr(scoring, "heldout_loss", runs_out)
+    record, table = scored({"one": rows[:4], "two": rows[4:8], "three": rows[8:12]}, trained=[])
+    assert record.status == "oom"
+    assert record.status_why is not None
+    assert record.status_why.startswith("in phase two: DefaultCPUAllocator: can't allocate memory")
+    assert "lower runtime.eval_batch_size, 64 here" in record.status_why
+    assert [one.suite for one in record.scores] == ["one"]
+    assert set(table["suite"]) == {"one"}
 
 
 def test_a_disengaged_run_with_a_checkpoint_is_scored(scored: Any, rows: list[Row]) -> None:

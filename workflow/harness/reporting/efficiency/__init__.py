@@ -1,0 +1,1 @@
+"""Tables and figures of the memory and speed of a step, from records alone."""

@@ -1,0 +1,83 @@
+"""The harness's share of an optimizer step in training: batches, loss, what is written down, looks at the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from harness.measuring.clock import StepClock
+from harness.measuring.meters import Meters
+from harness.step.loss import label_tokens, token_loss
+from harness.step.run import Batch, Part, StepContext
+from harness.training.loading import Loaded
+from harness.training.logs import Log
+
+
+class WatchedStep(StepContext):
+    """The harness's share of step `step`; looks at the model are outside of clock and meters.
+
+    Args:
+        run: what trains.
+        step: counted from 0.
+        period: steps of the method's period, or of the one it is watched by.
+        meters: of the run.
+        clock: of the run, started.
+        log: of the run.
+    """
+
+    def __init__(self, run: Loaded, step: int, period: int, *, meters: Meters, clock: StepClock, log: Log) -> None:
+        self._run, self._step, self._meters, self._clock, self._log = run, step, meters, clock, log
+        self.starts_period, self._ends_period = step % period == 0, (step + 1) % period == 0
+        self._told_apart: Callable[[str], AbstractContextManager[None]] = meters.parts(step, period)
+        self._total: Tensor | None = torch.zeros((), device=run.method.recipe.device)
+        self._targets = 0
+        self.batches: list[dict[str, Tensor]] = []
+        """The step's micro-batches, on the run's device."""
+
+    def part(self, part: Part) -> AbstractContextManager[None]:
+        """The allocator's peaks are told apart; a method with a period draws anew inside a period's last update."""
+        if part == "begin":
+            return nullcontext()
+        draws = part == "update" and self._ends_period and self._run.promise.period_steps is not None
+        return self._told_apart("resample" if draws else part)
+
+    def begun(self) -> None:
+        """Write down what the method believes, and fingerprint the weights where a period starts."""
+        trace = self._run.method.trace()
+        self._log.belief(self._step, trace)
+        if self.starts_period:
+            with self._clock.paused(), self._meters.left_out():
+                self._run.watch.start_period(self._step, trace)
+
+    def micro_batches(self) -> list[dict[str, Tensor]]:
+        """Rows by seed and step."""
+        self.batches = self._run.batches.step(self._step)
+        self._targets = sum(label_tokens(batch) for batch in self.batches)
+        return self.batches
+
+    def loss(self, module: nn.Module, batch: Batch) -> Tensor:
+        """Share of the mean loss per label token of the whole step."""
+        return token_loss(module, batch) / self._targets
+
+    def after_backward(self, loss: Tensor) -> None:
+        """Add up the step's loss."""
+        assert self._total is not None
+        self._total += loss
+
+    def before_update(self) -> None:
+        """Look which gradients there are."""
+        if self.starts_period:
+            with self._clock.paused():
+                self._run.watch.before_update()
+
+    def mean_loss(self) -> float:
+        """Mean loss per label token; waits for the device."""
+        assert self._total is not None
+        return float(self._total)
+
+    def let_go(self) -> None:
+        """Of the step's tensors, so that none of them is counted as the method's."""
+        self.batches, self._total = [], None
