@@ -1,6 +1,6 @@
-"""How far down backward goes, and what it recomputes: no layer below the lowest one that trains, and, for as long as a
-probe lasts, activation checkpointing.
+"""Where backward stops, and what it recomputes.
 
+It need not visit the layers below the lowest one that trains, and for as long as a probe lasts layers are checkpointed.
 A probe differentiates every layer, and a layer that is differentiated keeps more activations than a sleeping one: in a
 model without checkpointing a probe would peak above any step of training. Recomputing activations costs it one more
 forward pass and brings its peak below an ordinary step's; gradients are the same.

@@ -160,7 +160,7 @@ def test_a_collapse_that_comes_with_a_refresh_is_a_warning_too_and_only_once() -
         assert not said
         for steps in (5, 10):
             belief.note({0: torch.tensor(9.0)})
-            belief.refresh(steps=steps, read=lambda values: [float(value) for value in values])
+            belief.refresh(steps=steps)
     assert [str(w.message) for w in said] == [
         "GRASS has collapsed: 1.00 effective layers, 1 active after 5 steps; raise `temperature` to change that"
     ]
