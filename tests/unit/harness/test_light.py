@@ -94,7 +94,7 @@ def test_a_bare_machine_measures_keeps_its_records_and_says_where_tables_are_mad
     said = "no tables and figures here (run `python -m harness efficiency --report` where pandas and matplotlib are)"
     assert "2 blocks measured in" in done.stderr
     assert said in done.stderr
-    (path,) = (tmp_path / "out" / "records" / "cpu").glob("*.json")
+    (path,) = (tmp_path / "out" / "records").glob("*--cpu--*.json")
     record = CellRecord.model_validate_json(path.read_bytes())
     assert (record.status, len(record.timing)) == ("ok", 1)
     assert record.predicted is not None

@@ -24,7 +24,7 @@ MICRO = str(ROOT / "tests" / "pipeline" / "micro.yaml")
         ("plan --config gone.yaml", {}, "gone.yaml: no such file"),
         ("plan --config x.yaml", {"x.yaml": "study: x\nstudy: y\n"}, "x.yaml:2: the key 'study' stands twice"),
         ("plan --config x.yaml", {"x.yaml": ""}, "x.yaml:1: the file is empty; copy config/embedded.yaml"),
-        (["publish", "--config", MICRO], {}, "micro is not finished (12 records missing): run it first"),
+        (["publish", "--config", MICRO], {}, "micro is not finished (21 records and specs missing): run it first"),
         ("prefetch rows --spec gone.json", {}, "gone.json: no such file; correct the path, or run the job"),
         ("prefetch rows --spec .", {}, ".: cannot be read (Is a directory)"),
         ("prefetch model --spec x.json", {"x.json": "nonsense"}, "x.json: not JSON (expected ident at line 1"),
@@ -36,7 +36,7 @@ MICRO = str(ROOT / "tests" / "pipeline" / "micro.yaml")
         ("pretrain --threads 1 --spec x.json", {"x.json": "{}"}, "x.json: the key label is missing; if this is the"),
         (["train", "--spec", "x.json", *RUN], {"x.json": "[]"}, "x.json: Input should be an object"),
         ("search --threads 1 --spec x.json", {"x.json": ""}, "x.json: not JSON (EOF"),
-        ("fit --spec x.json", {"x.json": "{}"}, "x.json: the key training is missing"),
+        ("forecast --spec x.json", {"x.json": "{}"}, "x.json: the key training is missing"),
         ("evaluate --spec x --run r --out o --threads 1 --batch-size 1", {}, "r/train.json: no such file"),
         (["collect", "--config", MICRO, "--out", "results/micro"], {}, "train.json: no such file"),
         (

@@ -57,7 +57,7 @@ class Worker:
 
         Raises:
             TimeIsUpError: it did not come up in time.
-            RuntimeError: it ended instead; the message has its last words.
+            RuntimeError: it ended instead; the message has the end of its stderr.
         """
         if self._process is not None:
             return
@@ -68,7 +68,7 @@ class Worker:
         )
         line = self._read_line(timeout_s)
         if line is None:
-            raise RuntimeError(f"the worker did not start: {self._obituary()}")
+            raise RuntimeError(f"the worker did not start: {self._how_it_ended()}")
         self.device = Hello.model_validate_json(line).device
 
     def run(self, job: Job, timeout_s: float) -> Reply:
@@ -89,10 +89,10 @@ class Worker:
         except BrokenPipeError:
             pass
         if line is None:
-            return Reply(status="error", why=self._obituary(), clean=False)
+            return Reply(status="error", why=self._how_it_ended(), clean=False)
         reply = Reply.model_validate_json(line)
         if reply.status == "error":
-            print(self._last_words(40), file=sys.stderr, flush=True)
+            print(self._end_of_stderr(40), file=sys.stderr, flush=True)
         if not reply.clean:
             self.stop()
         return reply
@@ -128,11 +128,11 @@ class Worker:
         line, _, self._unread = self._unread.partition(b"\n")
         return line
 
-    def _obituary(self) -> str:
-        """How the process ended, in one line; its last words go to stderr."""
+    def _how_it_ended(self) -> str:
+        """How the process ended, in one line; the end of its stderr is shown."""
         assert self._process is not None
         code = self._process.wait(timeout=60)
-        words = self._last_words(40)
+        words = self._end_of_stderr(40)
         self.stop()
         if words:
             print(words, file=sys.stderr, flush=True)
@@ -140,7 +140,7 @@ class Worker:
         last = words.splitlines()[-1].strip() if words else "without a word"
         return f"the worker process ended by {how} ({last})"
 
-    def _last_words(self, lines: int) -> str:
+    def _end_of_stderr(self, lines: int) -> str:
         assert self._errors is not None
         self._errors.seek(0)
         return "\n".join(self._errors.read().decode(errors="replace").splitlines()[-lines:])

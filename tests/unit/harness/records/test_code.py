@@ -168,7 +168,7 @@ RUNS = {f"{kind} {m}" for kind in ("training", "search") for m in ("lora", "gras
         ("baselines/lisa.py", set()),
         # so does a helper deep in the closure: the rounding of weights, in the contract's default optimizer
         ("grass/rounding.py", LORA | GRASS | {"score"}),
-        ("grass/offload/blocks.py", GRASS | {"run_forecast lora", "step_forecast lora"}),
+        ("grass/offload/blocks.py", GRASS),
         ("workflow/harness/training/schedule.py", RUNS),
         ("workflow/harness/measuring/nvml.py", RUNS | {"measurement lora", "measurement grass"}),
         ("workflow/harness/inputs/prompts.py", RUNS | {"rows", "own model", "score"}
