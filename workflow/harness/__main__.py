@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
         prog="python -m harness",
-        epilog="\n".join(f"  {name:<10}{what}" for name, what in STAGES.items()),
+        epilog="\n".join(f"  {name:<12}{what}" for name, what in STAGES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("stage", choices=STAGES, metavar="stage", help="one of those below")
