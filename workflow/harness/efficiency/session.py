@@ -129,7 +129,7 @@ def measure_all(
             continue
         began = now()
         try:
-            reply = worker.run(_job(unit, asked), budget.left())
+            reply = worker.run(job_of(unit, asked), budget.left())
         except TimeIsUpError:
             outcome.missing.append((unit, f"{NO_TIME} while it ran"))
             continue
@@ -141,11 +141,12 @@ def measure_all(
         if reply.status == "error":
             failed.add(entry.named.name)
             outcome.errors.append(f"{entry.words}, {unit.do}: {reply.why}")
-        say(f"[{budget.spent():.0f} s{_of(budget)}] {entry.words}, {_what(unit, asked)}: {_said(unit, record)}")
+        say(f"[{budget.spent():.0f} s{_of(budget)}] {entry.words}, {block_words(unit, asked)}: {_said(unit, record)}")
     return outcome
 
 
-def _job(unit: Unit, asked: Asked) -> Job:
+def job_of(unit: Unit, asked: Asked) -> Job:
+    """What a worker is asked for a block."""
     return Job(
         do=unit.do,
         named=unit.entry.named,
@@ -162,7 +163,8 @@ def _of(budget: Budget) -> str:
     return "" if budget.seconds is None else f" of {budget.seconds:.0f} s"
 
 
-def _what(unit: Unit, asked: Asked) -> str:
+def block_words(unit: Unit, asked: Asked) -> str:
+    """A block, for people."""
     return "memory" if unit.do == "memory" else f"timing {unit.repeat + 1} of {asked.repeats}"
 
 

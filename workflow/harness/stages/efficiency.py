@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=int, default=5, help="steps before them, a multiple of 5")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--forecast", action="store_true", help="no device: forecast memory, and report")
+    instead.add_argument("--overhead", action="store_true", help="what GRASS costs beside AdamW, and moving its states")
     instead.add_argument("--report", action="store_true", help="tables and figures of the records in --out alone")
     parser.add_argument("--cores", type=int, default=2, help="forecasts side by side")
 
@@ -51,11 +53,32 @@ def run(args: argparse.Namespace) -> int:
 
     _check(args)
     study, store = load_efficiency(args.config), Store(args.out)
+    if args.overhead:
+        return _overhead(args, study)
     report = _reporter(args, study, store)
     if args.report:
         say(f"{report()}; all in {store.folder}")
         return 0
     return (_forecast if args.forecast else _measure)(args, study, store, report)
+
+
+def _overhead(args: argparse.Namespace, study: EfficiencyStudy) -> int:
+    from harness.efficiency.budget import BUDGET_S, Budget
+    from harness.efficiency.store import Asked
+    from harness.measuring.gpu import NoGpuError, lease_for
+    from harness.measuring.meters import Meters
+
+    asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
+    budget = Budget(BUDGET_S if args.budget is None else args.budget)
+    try:
+        # meters before torch touches the device
+        with lease_for(args.device), closing(Meters(args.device)) as meters:
+            from harness.efficiency.overhead import measure_overhead
+
+            measure_overhead(study, meters, asked, budget, config=args.config, folder=args.out)
+    except NoGpuError as error:
+        raise UserError(f"{error}; or rehearse on the tiny model (--device cpu)") from error
+    return 0
 
 
 def _reporter(args: argparse.Namespace, study: EfficiencyStudy, store: Store) -> Report:
