@@ -1,7 +1,7 @@
 """The host side's one seam: all by which the library decides with numbers, and all that it wants of a device.
 
-Whoever runs GRASS where these answers must be others (a forecast on tensors without values, a bench that trains the
-same layers in every variant, a meter that resets the allocator's peak) puts another `Host` in force, with one
+Whoever runs GRASS where these answers must be others (a forecast on tensors without values, a measurement that trains
+the same layers in every variant, a meter that resets the allocator's peak) puts another `Host` in force, with one
 statement: `with using(host): ...`. Methods that are no part of this library draw and read through it as well.
 
 Ranks that compare themselves (`grass.distributed`) do not go through it: they read what collectives brought, and no

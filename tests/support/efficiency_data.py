@@ -57,6 +57,7 @@ anchor: {cuda: tiny, cpu: tiny}
 compared: [lora, grass-decoder]
 corners: [{settings: lean, shape: 4x1024}]
 resident: {offload: resident}
+overhead: {method: grass-decoder, settings: lean, shape: 4x1024, active_layers: [2, 4]}
 order:
   - kind: corners
     beside: [{method: grass-decoder, options: {offload: resident}, settings: lean, shape: 4x1024}]

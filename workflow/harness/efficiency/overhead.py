@@ -5,31 +5,32 @@ Ratios of times, each pair measured by turns in this one run. Nothing is asserte
 
 from __future__ import annotations
 
+import re
 import warnings
 from pathlib import Path
 
 from harness.efficiency.budget import Budget
-from harness.efficiency.identity import measured_by
 from harness.efficiency.overhead_host import HostPart, measure_host
-from harness.efficiency.overhead_offload import ACTIVE_LAYERS, OffloadBench, OffloadPart, variant_runs
-from harness.efficiency.store import Asked
+from harness.efficiency.overhead_offload import OffloadBench, OffloadPart, variant_runs
+from harness.efficiency.spec import EfficiencyStudy
+from harness.efficiency.store import Asked, slug
 from harness.measuring.meters import Meters
 from harness.records import atomic
+from harness.records.code import measurement
 from harness.records.device import DeviceRecord, StrictRecord
 from harness.records.provenance import provenance
 from harness.records.run import Provenance
-from harness.step.spec import EfficiencyStudy
 
 
 class OverheadRecord(StrictRecord):
-    """The whole of `overhead.json`."""
+    """One measurement of the overhead."""
 
     device: DeviceRecord
     repeats: int
     timed_steps: int
     warmup_steps: int
     host: HostPart
-    offload: OffloadPart
+    offload: OffloadPart | None
     spent_s: float
     provenance: Provenance
 
@@ -37,7 +38,7 @@ class OverheadRecord(StrictRecord):
 def measure_overhead(
     study: EfficiencyStudy, meters: Meters, asked: Asked, budget: Budget, *, config: Path, folder: Path
 ) -> OverheadRecord:
-    """Measure both parts, print what they say, and write `folder`/overhead.json.
+    """Measure both parts, print what they say, and write a record of its own under `folder`/overhead/.
 
     Args:
         study: with the cell in which states are moved.
@@ -48,16 +49,17 @@ def measure_overhead(
         folder: for the record.
 
     Raises:
-        UserError: the study lacks that cell.
+        UserError: the study's method has no states to move.
     """
-    runs = [variant_runs(study, meters.device, active) for active in ACTIVE_LAYERS]
+    chosen = study.overhead
+    counts = () if chosen is None else chosen.active_layers
+    runs = [variant_runs(study, chosen, meters.device, active) for active in counts if chosen is not None]
     device = meters.describe()
     with warnings.catch_warnings():
         # layers of random weights matter alike, and GRASS says so
         warnings.filterwarnings("ignore", message="GRASS is near uniform")
         host = measure_host(asked.timed_steps)
-        offload = OffloadBench(meters, asked, budget).measure(runs, device)
-    parts = ("overhead", "overhead_host", "overhead_offload", "serial", "by_turns")
+        offload = None if chosen is None else OffloadBench(chosen, meters, asked, budget).measure(runs, device)
     record = OverheadRecord(
         device=device,
         repeats=asked.repeats,
@@ -67,12 +69,13 @@ def measure_overhead(
         offload=offload,
         spent_s=budget.spent(),
         provenance=provenance(
-            sources=(*measured_by(runs[0][0].entry.cell), *(f"harness.efficiency.{part}" for part in parts)),
+            roots=("harness.efficiency.overhead", *measurement("grass")),
             inputs={"study": config},
             device=device.name,
         ),
     )
-    path = folder / "overhead.json"
+    when = re.sub(r"[^0-9]", "", record.provenance.started_utc)[:14]
+    path = folder / "overhead" / f"{slug(device.name)}--{when}.json"
     atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
     print(f"all of it, units in the keys: {path}")
     return record

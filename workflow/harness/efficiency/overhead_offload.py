@@ -18,32 +18,23 @@ from harness.efficiency.budget import Budget, Estimates
 from harness.efficiency.by_turns import Spread, ratios
 from harness.efficiency.jobs import Reply
 from harness.efficiency.measure import execute
-from harness.efficiency.plan import ANCHOR, Entry, Unit
+from harness.efficiency.plan import Entry, Unit
 from harness.efficiency.record import Block, MemoryBlock, Named, TimingBlock
 from harness.efficiency.serial import SerialHost
 from harness.efficiency.session import NO_TIME, block_words, job_of
+from harness.efficiency.spec import EfficiencyStudy, OffloadCell, cell_of, variant_name
 from harness.efficiency.store import Asked
-from harness.errors import UserError
 from harness.measuring.meters import Meters
 from harness.records.device import DeviceKind, DeviceRecord, StrictRecord
 from harness.records.run import TransferRates
-from harness.step.spec import EfficiencyStudy, Shape, cell_of
+from harness.records.units import GIB
+from harness.step.spec import Shape
 
 Variant = Literal["resident", "move", "serial"]
 VARIANTS: tuple[Variant, ...] = ("resident", "move", "serial")
 """`serial` is `move` whose copies all stand in the way of computing."""
-METHOD, SETTINGS, SHAPE = "grass-decoder", "lean", "4x1024"
-"""Labels of the study: the cell in which states are moved."""
-ACTIVE_LAYERS = (2, 4)
-"""The most important first."""
 REHEARSAL = Shape(batch=1, length=64)
 """Instead of the study's shape on a CPU, which shows no more than that everything works."""
-
-LEAST_SPEED = 0.98
-"""Target: `move` reaches at least this share of the tokens a second of `resident`, the fewest active layers."""
-MOST_ALLOCATED_GIB = 14.7
-"""Target: allocated peak of that very run."""
-GIB = 2**30
 
 
 class OffloadCost(StrictRecord):
@@ -92,25 +83,24 @@ class VariantRun:
         return using(SerialHost(current())) if self.variant == "serial" else nullcontext()
 
 
-def variant_runs(study: EfficiencyStudy, device: DeviceKind, active: int) -> list[VariantRun]:
+def variant_runs(study: EfficiencyStudy, chosen: OffloadCell, device: DeviceKind, active: int) -> list[VariantRun]:
     """All variants with this number of active layers, `resident` first.
 
     Raises:
-        UserError: the study lacks their model, method, settings or shape.
+        UserError: the method lacks their options.
     """
-    if device == "cuda" and SHAPE not in study.shapes:
-        raise UserError(f"--overhead: the study has no shape {SHAPE}; it has {', '.join(study.shapes)}")
-    shape = study.shapes[SHAPE] if device == "cuda" else REHEARSAL
-    cell = cell_of(study, model=ANCHOR[device], method=METHOD, settings=SETTINGS, shape=shape)
+    shape = study.shape(chosen.shape) if device == "cuda" else REHEARSAL
+    model = study.anchor.of(device)
+    cell = cell_of(study, model=model, method=chosen.method, settings=chosen.settings, shape=shape)
     runs = []
     for variant in VARIANTS:
-        options = {"active_layers": active, "offload": "resident" if variant == "resident" else "move"}
+        options = {"active_layers": active, **(study.resident if variant == "resident" else {})}
         named = Named(
-            model=ANCHOR[device],
-            settings=SETTINGS,
+            model=model,
+            settings=chosen.settings,
             shape=f"{shape.batch}x{shape.length}",
-            method=METHOD,
-            variant=",".join(f"{key}={value}" for key, value in options.items()),
+            method=chosen.method,
+            variant=variant_name(options),
         )
         runs.append(VariantRun(variant, active, Entry(named, cell.with_options(**options))))
     return runs
@@ -120,13 +110,14 @@ class OffloadBench:
     """Measures the variants by turns, until there is no time left.
 
     Args:
+        chosen: what is compared, and its goals.
         meters: of this process.
         asked: of each variant.
         budget: no block is begun that may not fit.
     """
 
-    def __init__(self, meters: Meters, asked: Asked, budget: Budget) -> None:
-        self._meters, self._asked, self._budget = meters, asked, budget
+    def __init__(self, chosen: OffloadCell, meters: Meters, asked: Asked, budget: Budget) -> None:
+        self._chosen, self._meters, self._asked, self._budget = chosen, meters, asked, budget
         self._estimates = Estimates()
         self._unclean: str | None = None
         """The block after which the device was not as before: no later peak would be its own."""
@@ -155,9 +146,13 @@ class OffloadBench:
         for cost in costs:
             print(f"  {_said(cost)}")
         if not rehearsal:
-            print(f"  {_target(costs)}", flush=True)
+            print(f"  {_target(costs, self._chosen)}", flush=True)
         return OffloadPart(
-            rehearsal=rehearsal, model=entry.named.model, settings=SETTINGS, shape=entry.cell.shape, variants=costs
+            rehearsal=rehearsal,
+            model=entry.named.model,
+            settings=entry.named.settings,
+            shape=entry.cell.shape,
+            variants=costs,
         )
 
     def _block(self, run: VariantRun, do: Block, repeat: int = 0) -> None:
@@ -262,12 +257,12 @@ def _said(cost: OffloadCost) -> str:
     return f"{cost.active_layers} layers, {cost.variant}: {'; '.join(said)}"
 
 
-def _target(costs: tuple[OffloadCost, ...]) -> str:
+def _target(costs: tuple[OffloadCost, ...], chosen: OffloadCell) -> str:
     move = next(cost for cost in costs if cost.variant == "move")
     speed = move.speed_over_resident_ratio
     peak = None if move.memory is None else move.memory.allocated_peak_bytes
     return (
-        f"target, {move.active_layers} layers: move / resident at least {LEAST_SPEED} with at most "
-        f"{MOST_ALLOCATED_GIB} GiB allocated; this run: {'no ratio' if speed is None else format(speed.median, '.4f')}"
+        f"target, {move.active_layers} layers: move / resident at least {chosen.least_speed} with at most "
+        f"{chosen.most_gib} GiB allocated; this run: {'no ratio' if speed is None else format(speed.median, '.4f')}"
         f", {'no peak' if peak is None else format(peak / GIB, '.3f') + ' GiB'}"
     )

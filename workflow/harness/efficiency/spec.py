@@ -50,6 +50,17 @@ class Anchor(Strict):
 # ---------------------------------------------------------------- the paper beside ours
 
 
+class OffloadCell(Strict):
+    """The cell by which `--overhead` compares moving optimizer states with keeping them on the device."""
+
+    method: Label
+    settings: Label
+    shape: Label
+    active_layers: tuple[int, ...] = Field(min_length=1, description="the most important first")
+    least_speed: float | None = Field(default=None, gt=0, description="goal: tokens/s when moving, by those resident")
+    most_gib: float | None = Field(default=None, gt=0, description="goal: allocated peak of that very run")
+
+
 class Stands(Strict):
     """What of ours is shown beside one metric of the paper."""
 
@@ -94,6 +105,7 @@ class EfficiencyStudy(Strict):
         default_factory=dict, description="options with which moments stay on the device: what moving them is held to"
     )
     card_gib: float = Field(default=24.0, gt=0, description="a consumer card, a line in the figure of lengths")
+    overhead: OffloadCell | None = Field(default=None, description="null: `--overhead` measures the host alone")
     targets: tuple[Goal, ...] = ()
     target_notes: tuple[str, ...] = Field(default=(), description="footnotes of the table of targets")
     published: PaperLabels | None = None
@@ -108,7 +120,17 @@ class EfficiencyStudy(Strict):
 
     def _labels(self) -> Iterator[tuple[str, str, str]]:
         """(key, what it is a label of, label) of all that stands below the cells."""
-        for name in ("anchor", "compared", "corners", "order", "reference", "more_references", "targets", "published"):
+        for name in (
+            "anchor",
+            "compared",
+            "corners",
+            "order",
+            "reference",
+            "more_references",
+            "overhead",
+            "targets",
+            "published",
+        ):
             yield from _labels_in(getattr(self, name), name, _LABEL_OF.get(name))
 
     @property

@@ -61,7 +61,7 @@ class Asked:
 
 def file_name(record: CellRecord | ForecastRecord) -> str:
     """What the file of a record is called."""
-    card = FORECAST if isinstance(record, ForecastRecord) else _slug(record.device.name)
+    card = FORECAST if isinstance(record, ForecastRecord) else slug(record.device.name)
     return f"{record.cell.name}--{record.asked_sha256[:8]}--{card}--{record.code_sha256[:8]}.json"
 
 
@@ -235,7 +235,8 @@ def _before_error(record: CellRecord) -> CellRecord:
     return record.model_copy(update={"status": "ok", "status_why": None, **missing})
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
+    """A name of people, such as a card's, as one word of a file name."""
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
