@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
-
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
 from harness.efficiency.record import NOT_YET, Block, CellRecord, ForecastRecord, Named, Predicted
@@ -25,6 +23,7 @@ from harness.records import atomic
 from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
+from harness.records.reading import read
 from harness.step.spec import Cell
 
 R = TypeVar("R", CellRecord, ForecastRecord)
@@ -198,7 +197,11 @@ class Store:
     # ------------------------------------------------------------ files
 
     def records(self) -> Iterator[CellRecord]:
-        """Every readable record of what was measured, whatever made it."""
+        """Every record of what was measured, whatever code made it.
+
+        Raises:
+            UserError: one cannot be read; it is named.
+        """
         yield from self._read("*", CellRecord)
 
     def _of_cell(self, named: Named, kind: type[R]) -> Iterator[R]:
@@ -210,12 +213,8 @@ class Store:
     def _read(self, pattern: str, kind: type[R]) -> Iterator[R]:
         for path in sorted((self.folder / "records").glob(f"{pattern}.json")):
             is_forecast = path.stem.split("--")[-2:-1] == [FORECAST]
-            if is_forecast != (kind is ForecastRecord):
-                continue
-            try:
-                yield kind.model_validate_json(path.read_bytes())
-            except ValidationError:
-                continue  # of another time, with another shape
+            if is_forecast == (kind is ForecastRecord):
+                yield read(path, kind)
 
     def keep(self, record: CellRecord | ForecastRecord) -> None:
         """Write a record to its own file; what is there under the same name has less of the same record."""

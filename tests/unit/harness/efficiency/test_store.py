@@ -11,6 +11,7 @@ from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
 from harness.efficiency.record import CellRecord, ForecastRecord
 from harness.efficiency.store import Asked, Store, file_name, is_stale
+from harness.errors import UserError
 from house import ROOT
 
 ASKED = Asked(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
@@ -130,3 +131,13 @@ def test_what_is_published_is_read() -> None:
     found = store.forecast(entry)
     assert found is not None
     assert found.peak_bytes == 15011646976
+
+
+def test_a_damaged_record_is_named_and_not_passed_over(entry: Entry, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    measure(store, entry)
+    (path,) = (tmp_path / "records").glob("*.json")
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(UserError, match=rf"{path.name}: .*delete it and run again") as caught:
+        store.measured(entry, "cpu")
+    assert "\n" not in str(caught.value)
