@@ -1,6 +1,6 @@
-"""Fine-tuning methods, one file each; `method.py` is the contract that all of them keep.
+"""Fine-tuning methods, one file each; `method.py` is the contract that all of them implement.
 
-A method is found by its module's name: there is no list to enter it in.
+A method is found by its module's name, so it need not be registered anywhere.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def find_method(module_name: str) -> type[Method]:
 
 
 def method_names() -> list[str]:
-    """Modules of this package that hold a method, sorted: not those that methods share."""
+    """Modules of this package that define a method, sorted; modules shared by methods are left out."""
     return [name for name in _modules() if _methods_in(name)]
 
 

@@ -1,23 +1,24 @@
 """AdaGradSelect: blocks by gradient norm at first, then by a Dirichlet over update counts (arXiv 2512.15764).
 
-There is no code by the authors, so all of this is our reading of the paper. Blocks are the decoder layers, the
-embedding, the final norm and an untied head. In each step of the first epoch, with probability eps_0 exp(-lambda t),
-the k % blocks of largest accumulated gradient norm train (explore); else, and in all later epochs, p is drawn from
-Dirichlet(f + delta), f being past update counts, and the k % of largest p train (exploit). Moments live on the host,
-in page-locked blocks, come for the update and go after it, and are never dropped.
+The authors published no code, so all of this is our reading of the paper. Blocks are the decoder layers, the embedding,
+the final norm and an untied head. In each step of the first epoch, with probability eps_0 exp(-lambda t), the k % of
+blocks with the largest accumulated gradient norm train (explore). Otherwise, and in all later epochs, p is drawn from
+Dirichlet(f + delta), where f are past update counts, and the k % with the largest p train (exploit). Moments are kept
+on the host in page-locked blocks, are copied to the device for the update and back after it, and are never dropped.
 
-The paper leaves open, so ours: eps_0, lambda, delta and the end of the first epoch (`explore_steps`); k % of the blocks
-is rounded, one block at least; accumulated norm = sum over steps of the norm of a block's whole gradient, whatever its
-size. Which norms are summed decides what exploring means. Ours, the cheapest that treats all blocks alike: an exploring
-step chooses by the norms of *earlier* exploring steps and of one calibration batch before training; in its backward
-pass every block's gradient is reduced to its norm, and those of blocks that do not train are freed as they appear. So
-an exploring step costs a backward pass through all layers and one tensor's gradient more than any other step, never all
-gradients; exploiting steps measure nothing, since norms of trained blocks alone would have exploring pick them for
-ever. Under gradient accumulation a step's norm is the root of the micro-batches' summed squares. Copies to and from the
-host are not hidden behind other work: memory is the paper's, speed is not. The recipe's AdamW, schedule and clipping.
+Ours, since the paper leaves it open: eps_0, lambda, delta and the end of the first epoch (`explore_steps`); k % of the
+blocks is rounded, with at least one block; the accumulated norm is the sum over steps of the norm of a block's whole
+gradient, whatever its size. Which norms are summed decides what exploring means. We take the cheapest choice that
+treats all blocks alike: an exploring step chooses by the norms of *earlier* exploring steps and of one calibration
+batch before training. In its backward pass, every block's gradient is reduced to its norm, and gradients of blocks that
+do not train are freed as they appear. So an exploring step costs a backward pass through all layers and one tensor's
+gradient more than any other step, never all gradients. Exploiting steps measure nothing: they could add norms only to
+trained blocks, and exploring would then keep choosing these. With gradient accumulation, a step's norm is the root of
+the micro-batches' summed squares. Copies to and from the host do not overlap with other work, so memory matches the
+paper but speed does not. AdamW, schedule and clipping are the recipe's.
 
-A Dirichlet over growing counts concentrates, so that the set all but freezes; `later: most_chosen` is the control that
-freezes it for good after the first epoch.
+A Dirichlet over growing counts concentrates, so the set hardly changes later; `later: most_chosen` is the control that
+fixes it after the first epoch.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class AdaGradSelectOptions(Options):
 
 
 class AdaGradSelect(Method):
-    """A few blocks at a time, chosen anew in every step."""
+    """Trains a few blocks at a time, chosen again in every step."""
 
     Config = AdaGradSelectOptions
     PAPER = "arXiv 2512.15764"
@@ -78,7 +79,7 @@ class AdaGradSelect(Method):
     exploring = False
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """One block a decoder layer, and one each for what lies outside."""
+        """Make one block per decoder layer, and one per parameter group outside the layers."""
         import torch
 
         from grass.host import current
@@ -93,24 +94,24 @@ class AdaGradSelect(Method):
         """Parameters of each block, the layers first, bottom up."""
         self.count = max(1, round(self.options.blocks_share * len(self.blocks)))
         self.counts = [0] * len(self.blocks)
-        """f, steps in which each block trained."""
+        """f, the number of steps in which each block trained."""
         self.accumulated = [0.0] * len(self.blocks)
         """Summed norms of the exploring steps and the calibration batch."""
         self.squares = torch.zeros(len(self.blocks), device=self.blocks[0][0].device)
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
         self.generator = torch.Generator().manual_seed(self.seed)
         self.gamma = random.Random(self.seed)
-        """Of the Dirichlet: a torch generator draws no gamma variables by any public function."""
+        """Generator for the Dirichlet: no public torch function draws gamma variables from a torch generator."""
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
         on_gpu = self.squares.device.type == "cuda"
-        # copies wait for the device, so nothing is ever under way when a block goes
+        # copies are synchronous, so none is in flight when a block is released
         self.arena = current().arena(pin=on_gpu, settle=lambda: None)
         self.hosts: dict[nn.Parameter, Tensor] = {}
-        """Host block of both moments of every tensor that ever trained, shape (2, entries)."""
+        """Host block of both moments of every tensor that has trained, shape (2, entries)."""
         return model
 
     def prepare(self, calibration: Calibration) -> None:
-        """Norms of all blocks on one batch, for the first choice; no gradient is left."""
+        """Measure the norms of all blocks on one batch, for the first choice; no gradient is left."""
         assert self.model is not None
         self._measure_all()
         for batch in calibration.batches(1):
@@ -118,7 +119,7 @@ class AdaGradSelect(Method):
         self._add_measured()
 
     def begin_step(self, step: int) -> None:
-        """Choose, by the norms of earlier steps or the counts; then let gradients be, and be measured."""
+        """Choose blocks by earlier steps' norms or the counts; enable gradients and, if exploring, measure them."""
         from grass.sampling import draw_layers
 
         explore_steps = self.options.explore_steps
@@ -136,7 +137,7 @@ class AdaGradSelect(Method):
             self._measure_all()
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Update with the moments of what trains, which are on the device for just this long."""
+        """Update the active blocks; their moments are on the device only during the update."""
         if self.exploring:
             self._add_measured()
         training = [p for block in self.active for p in self.blocks[block]]
@@ -162,7 +163,7 @@ class AdaGradSelect(Method):
         return self.arena.pinned_bytes
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """At most the largest blocks train; as counts grow the choice may stay."""
+        """At most the largest blocks train; as counts grow, the choice may stop changing."""
         sizes = sorted((sum(p.numel() for p in block) for block in self.blocks), reverse=True)
         return Expectation(
             layers="chosen",
@@ -191,7 +192,7 @@ class AdaGradSelect(Method):
         return tuple(sorted(sorted(range(len(values)), key=lambda block: (-values[block], block))[: self.count]))
 
     def _dirichlet(self) -> list[float]:
-        """One draw of p, as independent gamma variables over their sum, which the order does not need."""
+        """One draw of p as independent gamma variables; dividing by their sum is left out, as it keeps the order."""
         return [self.gamma.gammavariate(count + self.options.delta, 1.0) for count in self.counts]
 
     def _freeze(self) -> None:
@@ -204,13 +205,13 @@ class AdaGradSelect(Method):
         stop_at_lowest_layer(self.model)
 
     def _measure_all(self) -> None:
-        """Let every block have gradients; what does not train loses them as soon as they are measured."""
+        """Let every block have gradients; those of blocks that do not train are freed once measured."""
         import torch
 
         from grass.layers import set_trainable
 
         def read(block: int) -> Callable[[Tensor], None]:
-            # before it is added to the gradient of earlier micro-batches
+            # runs before the gradient is added to that of earlier micro-batches
             def hook(gradient: Tensor) -> None:
                 self.squares[block] += torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
 
@@ -238,7 +239,7 @@ class AdaGradSelect(Method):
         self.squares.zero_()
 
     def _move_moments(self, parameters: Sequence[nn.Parameter], *, to_host: bool) -> None:
-        """Copy both moments of `parameters` to their host block, made at the first time, or from it."""
+        """Copy both moments of `parameters` to their host block, which is allocated at first use, or from it."""
         assert self.optimizer is not None
         for parameter in parameters:
             if parameter not in self.optimizer.state:

@@ -1,20 +1,19 @@
 """AdaLomo: every weight is updated inside backward, by a factored second moment (arXiv 2310.10195, ACL 2024 Findings).
 
-As soon as the gradient g of a parameter is there it is used and freed, so one gradient is alive at a time. With the
+The gradient g of a parameter is used and freed as soon as it is complete, so one gradient is alive at a time. With the
 row means r and column means c of g^2, averaged over steps, v = r c / mean(r), u = g / sqrt(v), and
 
     w -= lr * max(1e-3, RMS(w)) * u / max(1, RMS(u))
 
-(paper, algorithm 1: factored moment, grouped update normalisation). There is no first moment, and lr is relative to
-the weights' own size, so rates are larger than AdamW's: the authors advise 5e-4 to 1e-3. From their code
-(OpenLMLab/LOMO, lomo_optim/adalomo.py): means where the paper has sums, 1e-30 added to g^2, beta_t = 1 - t^-0.8 for t
-= 1, 2, ..., a plain second moment for parameters of one dimension, arithmetic in fp32, and decay as w *= 1 - lr *
-max(1e-3, RMS(w)) * decay before the update. Ours: averages are stored in the recipe's state dtype; the recipe's betas
-and eps have no place here.
+(paper, algorithm 1: factored moment, grouped update normalisation). There is no first moment, and lr is relative to the
+weights' own size, so rates are larger than AdamW's: the authors advise 5e-4 to 1e-3. From their code (OpenLMLab/LOMO,
+lomo_optim/adalomo.py): means where the paper has sums, 1e-30 added to g^2, beta_t = 1 - t^-0.8 for t = 1, 2, ..., a
+plain second moment for parameters of one dimension, arithmetic in fp32, and decay as w *= 1 - lr * max(1e-3, RMS(w)) *
+decay before the update. Ours: averages are stored in the recipe's state dtype; the recipe's betas and eps are not used.
 
-Every backward pass updates, so gradients cannot be accumulated; and the first weights are changed before the last
-gradients exist, so no norm of them all can clip them. (The code clips by running backward twice and advises not to.)
-Recipes that ask for either are refused.
+Every backward pass updates the weights, so gradients cannot be accumulated. The first weights change before the last
+gradients exist, so gradients cannot be clipped by their global norm. (The code clips by running backward twice and
+advises against it.) Recipes with accumulation or clipping are skipped.
 """
 
 from __future__ import annotations
@@ -52,22 +51,22 @@ class AdaLomoOptions(Options):
 
 
 class AdaLomo(Method):
-    """Everything trains; neither gradients nor moments of any size are kept."""
+    """Everything trains; no gradients and no full-size moments of matrices are kept."""
 
     Config = AdaLomoOptions
     PAPER = "arXiv 2310.10195"
     EXAMPLE_RECIPE: ClassVar[dict[str, Any]] = {"max_grad_norm": None}
     EXAMPLE_LR: ClassVar[float] = 3e-2
-    """A rate that is relative to weights of size 0.02 moves nothing in a dozen steps where AdamW's moves enough."""
+    """The rate is relative to weights of size 0.02, so AdamW's rate would change almost nothing in a dozen steps."""
     options: AdaLomoOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         super().__init__(options, recipe=recipe, lr=lr, seed=seed)
         self._squares: list[Tensor] | None = None
-        """Squared norms of this step's gradients; None outside of `backward`, where gradients are not ours to use."""
+        """Squared norms of this step's gradients; None outside a step, when hooks must ignore gradients."""
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """Weights move within every backward pass: nothing can be added up, or measured as a whole, before."""
+        """Skip recipes with accumulation or clipping: every backward pass changes the weights."""
         if self.recipe.accumulation_steps > 1:
             return (
                 f"gradient accumulation over {self.recipe.accumulation_steps} micro-batches: every backward pass "
@@ -81,12 +80,12 @@ class AdaLomo(Method):
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """States at once, and a hook on every parameter."""
+        """Create all states, and register a hook on every parameter."""
         import torch
 
         self.model = model.requires_grad_(True)
         parameters, dtype = list(model.parameters()), torch_dtype(self.recipe.state_dtype)
-        # it never steps: it holds the rate, and states in dtypes that its load_state_dict keeps
+        # it never steps: it holds the learning rate, and the states, whose dtypes its load_state_dict keeps
         self.optimizer = adamw(parameters, self.recipe, self.lr)
         for p in parameters:
             averages = {key: torch.zeros(shape, dtype=dtype, device=p.device) for key, shape in _shapes(p).items()}
@@ -95,22 +94,22 @@ class AdaLomo(Method):
         return model
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward and update are one."""
+        """Backward; hooks update the weights meanwhile."""
         self._squares = []
         loss.backward()
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Nothing is left to do but to read the norm of the gradients that were."""
+        """Only read the gradient norm: the update is already done."""
         import torch
 
         assert self.optimizer is not None
         squares, self._squares = self._squares, None
-        # a gradient that came without `backward` is nobody's
+        # drop gradients from backward passes other than `backward`
         self.optimizer.zero_grad(set_to_none=True)
         return StepFacts(grad_norm=host_number(torch.stack(squares).sum().sqrt()) if squares else None, clipped=False)
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Everything moves, no gradient is ever left, and state is a row and a column a matrix."""
+        """Everything moves, no gradient is ever left, and a matrix's state is one row and one column."""
         assert self.optimizer is not None
         numbers = sum(prod(shape) for p in self.optimizer.state for shape in _shapes(p).values())
         return Expectation(
@@ -125,7 +124,7 @@ class AdaLomo(Method):
         )
 
     def _use_up(self, parameter: Tensor) -> None:
-        """The hook: update by the gradient that has just been completed, and free it."""
+        """Hook: update the parameter with its completed gradient, and free the gradient."""
         import torch
 
         if self._squares is None:
@@ -150,9 +149,9 @@ def adalomo_update(
         weight: any shape and dtype; changed in place.
         gradient: fp32, the weight's shape.
         state: `step`, and `square` (the weight's shape) or, from two dimensions on, `row` (all but the last) and
-            `column` (all but the last but one); one step further on return.
+            `column` (all but the last but one); updated in place.
         lr: relative to the weight's RMS.
-        weight_decay: decoupled, relative alike.
+        weight_decay: decoupled, also relative to the weight's RMS.
     """
     state["step"] += 1
     beta = 1 - state["step"] ** DECAY_EXPONENT
@@ -179,7 +178,7 @@ def _shapes(parameter: Tensor) -> dict[str, tuple[int, ...]]:
 
 
 def _averaged(stored: Tensor, new: Tensor, beta: float) -> Tensor:
-    """The average with `new` in it, in fp32; `stored` holds it too, in its own dtype."""
+    """Update the average `stored` with `new`, in its own dtype; return the new average in fp32."""
     averaged: Tensor = stored.float() * beta + new * (1 - beta)
     stored.copy_(averaged)
     return averaged

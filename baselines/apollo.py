@@ -1,23 +1,23 @@
 """APOLLO and APOLLO-Mini: gradients scaled as Adam would in a random subspace (arXiv 2412.05270, MLSys 2025).
 
-Of a matrix's gradient G only a random projection R to rank r has Adam moments; they give Adam's normalised step N in
-that subspace, and s = ||N|| / ||R|| says by how much Adam scales each channel (`channel`: rows of G where it is at
+Adam moments are kept only for a random projection R of a matrix's gradient G to rank r. They give Adam's normalised
+step N in that subspace, and s = ||N|| / ||R|| estimates how Adam scales each channel (`channel`: rows of G if it is at
 least as tall as wide, columns otherwise) or the whole matrix (`tensor`, Mini with r = 1). The step is lr * sqrt(scale)
-* s * G. All linear matrices of the decoder layers are treated so; the rest trains with the recipe's plain AdamW.
+* s * G. This applies to all linear matrices of the decoder layers; the rest trains with the recipe's AdamW.
 
     APOLLO        rank 256, scale_type channel, scale 1    (the authors' pre-training runs)
     APOLLO-Mini   rank 1,   scale_type tensor,  scale 128
     fine-tuning   rank 128, scale_type channel, scale 32   (LLaMA-Factory's example: 4096 / 128)
 
-From the paper (algorithm 1): entries of the projection are N(0, 1/r); a seed, not the projection, is remembered. So
-the projection is made anew from its seed in every step, and redrawn every `update_gap` steps. From the authors' code
+From the paper (algorithm 1): entries of the projection are N(0, 1/r); a seed is stored, not the projection. So every
+step regenerates the projection from its seed, and a new one is drawn every `update_gap` steps. From the authors' code
 (zhuhanqing/APOLLO, apollo_torch/apollo.py), which keeps the projection: `scale` enters as its square root; the norm of
 the scaled gradient, before bias correction and before sqrt(scale), may grow by a factor of 1.01 at most from step to
-step; 1e-8 is added to ||R||; decay comes last. Ours: seeds, derived from the run's, the matrix and the number of the
-draw; moments in the recipe's state dtype; the recipe's epsilon at torch's place, sqrt(v / (1 - beta2^t)) + eps, where
-the code adds 1e-6 to sqrt(v).
+step; 1e-8 is added to ||R||; decay comes last. Ours: seeds, derived from the run's seed, the matrix and the number of
+the draw; moments in the recipe's state dtype; the recipe's epsilon where torch has it, sqrt(v / (1 - beta2^t)) + eps,
+while the code adds 1e-6 to sqrt(v).
 
-The full gradient of every matrix is alive until the step ends, so accumulation and clipping are the recipe's.
+The full gradient of every matrix is alive until the step ends, so the recipe's accumulation and clipping apply.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ApolloOptions(Options):
 
 
 class Apollo(Method):
-    """Everything trains; matrices of the decoder layers by gradients that a low-rank Adam scales."""
+    """Everything trains; matrices of the decoder layers use gradients scaled by a low-rank Adam."""
 
     Config = ApolloOptions
     PAPER = "arXiv 2412.05270"
@@ -75,7 +75,7 @@ class Apollo(Method):
         matrices = matrices_of(model, self.options.targets)
         refuse_rank(self.options.rank, matrices)
         self.numbers = {p: number for number, p in enumerate(matrices)}
-        # its random bits, those of one matrix at one count, are what a projection needs as well
+        # reused for projections: random bits that depend only on the seed, the matrix and a count
         self.bits = Rounding(self.seed)
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
         update_before_step(self.optimizer, matrices, self._update)
@@ -86,7 +86,7 @@ class Apollo(Method):
 
         Args:
             weight: one of the projected matrices.
-            draw: how many projections it had before.
+            draw: number of projections the matrix had before.
         """
         import torch
 
@@ -98,7 +98,7 @@ class Apollo(Method):
         return drawn.div_(self.options.rank**0.5).to(weight.dtype)
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Everything moves; a matrix's state is two moments of its larger side times r, and one norm."""
+        """Everything moves; a matrix's state is two moments of its larger side times r, and one norm in fp32."""
         projected = sum(p.numel() for p in self.numbers)
         low = sum(self.options.rank * max(p.shape) for p in self.numbers)
         return Expectation(

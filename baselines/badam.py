@@ -1,24 +1,24 @@
 """BAdam: block coordinate descent with Adam (arXiv 2404.02827, NeurIPS 2024); `order: ascending` also stands for LIFT.
 
-A block is a decoder layer. One block trains for K steps, from zero moments, then the next; the moments of all others
-are gone. In a sweep every block has one turn.
+A block is a decoder layer. One block trains for K steps from zero moments, then the next; moments of other blocks are
+not kept. In a sweep every block has one turn.
 
 - Paper and code (Ledzy/BAdam, package `badam`): blocks, K steps each, the whole optimizer state cleared at a switch,
   an fp32 copy of the active block where weights are bf16, which is updated and rounded into them after each step;
   `random` shuffles the blocks for each sweep; embedding, final norm and head do not train unless asked for.
-- The package switches for the first time after K - 1 steps, and counts K from there. We follow the paper: K steps from
-  the first block on.
+- The package first switches after K - 1 steps, and every K steps from then on. We follow the paper: K steps for every
+  block, the first included.
 - In the package the head's block holds everything that is in no other block, the final norm and, unless it has a
   block of its own, the embedding too. Here it holds head and final norm (ours).
-- The package asserts that every active parameter has a gradient; here one without is left alone. It decays every
-  parameter alike, in effect, as the recipe does here. It is clipped by its trainer on bf16 gradients; here they are
-  clipped in fp32 (ours).
+- The package asserts that every active parameter has a gradient; here, one without is skipped. In effect, the package
+  decays every parameter alike, as the recipe does here. Its trainer clips bf16 gradients; here they are clipped in fp32
+  (ours).
 
 LIFT (layer-wise fine-tuning, ICLR 2024 submission u0INlprg3U) trains one block at a time, front to back, and stops
-backward there. Its interval, what becomes of its state, and its code are not public: `order: ascending` with embedding
-and head off is our reading of it, and is to be named so. With bf16 weights BAdam's fp32 copy comes on top of that.
+backward there. Its interval, the handling of its state, and its code are not public: `order: ascending` with embedding
+and head off is our reading of it, and must be reported as such. With bf16 weights, it also has BAdam's fp32 copy.
 
-Backward stops at the active layer, under activation checkpointing too, unless the embedding has its turn.
+Backward stops at the active layer, also under activation checkpointing, unless the embedding is the active block.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class BadamOptions(Options):
 
 
 class Badam(Method):
-    """One block trains for K steps; then its moments are dropped and the next one's begin at zero."""
+    """One block trains for K steps; then its moments are dropped and the next block starts from zero moments."""
 
     Config = BadamOptions
     PAPER = "arXiv 2404.02827"
@@ -71,11 +71,11 @@ class Badam(Method):
         self.block = 0
         """The block that trains."""
         self.waiting: list[int] = []
-        """Blocks without a turn in this sweep; in turn, where the order is no matter of chance."""
+        """Blocks that have not trained yet in this sweep; in training order unless the order is random."""
         self.probability: list[float] = []
-        """Of the last draw, one a block."""
+        """Probabilities of the last draw, one per block."""
         self.masters: list[nn.Parameter] = []
-        """fp32 copies of the active block's parameters; none with fp32 weights."""
+        """fp32 copies of the active block's parameters; empty with fp32 weights."""
 
     def skip(self, facts: ModelFacts) -> str | None:
         """A tied head is the embedding, and cannot be a block of its own."""
@@ -84,7 +84,7 @@ class Badam(Method):
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze everything; the first step wakes the first block."""
+        """Freeze everything; the first step activates the first block."""
         import torch
 
         from grass.layers import find_layers
@@ -93,7 +93,7 @@ class Badam(Method):
         found = find_layers(model)
         self.blocks = found.layer_parameters()
         self.layers = range(len(self.blocks))
-        """Which blocks are the decoder layers."""
+        """Indices of the blocks that are decoder layers."""
         if self.options.include_embedding:
             self.blocks.insert(0, found.outside["embedding"])
             self.layers = range(1, len(self.blocks))
@@ -105,7 +105,7 @@ class Badam(Method):
         return model
 
     def begin_step(self, step: int) -> None:
-        """The next block at step 0 and every K steps."""
+        """Activate the next block at step 0 and every K steps."""
         from grass.backward import stop_at_lowest_layer
 
         assert self.model is not None
@@ -114,8 +114,8 @@ class Badam(Method):
         stop_at_lowest_layer(self.model)
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """With bf16 weights: their gradients go to the fp32 copies, which are updated and rounded into them."""
-        # no copies with fp32 weights
+        """Update; with bf16 weights, the update is on the fp32 copies, which are rounded into the weights."""
+        # fp32 weights have no copies
         pairs = list(zip(self.blocks[self.block], self.masters, strict=True)) if self.masters else []
         give_gradients(pairs)
         facts = super().end_step(replay)
@@ -123,7 +123,7 @@ class Badam(Method):
         return facts
 
     def trace(self) -> LayerTrace:
-        """The active layer, or the tensors of the active block; the chances of the draw that chose it."""
+        """The active layer, or the tensors of the active block, and the probabilities of the draw that chose it."""
         chosen = tuple(self.names[id(p)] for p in self.blocks[self.block])
         return LayerTrace(
             active=(self.layers.index(self.block),) if self.block in self.layers else (),
@@ -132,7 +132,7 @@ class Badam(Method):
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """One block moves in every period and has state; nothing else has."""
+        """In every period one block moves, and only that block has state."""
         return Expectation(
             layers="chosen" if self._has_other_blocks else "sampled",
             active_layers=None if self._has_other_blocks else 1,
@@ -149,7 +149,7 @@ class Badam(Method):
         return {**super().state_dict(), **own, "masters": copies, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; wakes the block again."""
+        """Inverse of `state_dict`; activates the block again."""
         import torch
 
         self._activate(state["block"])
@@ -165,7 +165,7 @@ class Badam(Method):
         return self.options.include_embedding or self.options.include_head
 
     def _next_block(self) -> int:
-        """Without replacement by chance, or in turn; a draw with one candidate leaves nothing to chance."""
+        """At random without replacement, or in order, which is a draw from one candidate."""
         from grass.sampling import draw_layers
 
         if not self.waiting:
@@ -175,12 +175,12 @@ class Badam(Method):
         candidates = self.waiting if self.options.order == "random" else self.waiting[:1]
         self.probability = [(b in candidates) / len(candidates) for b in range(len(self.blocks))]
         (block,) = draw_layers(self.probability, 1, self.generator)
-        # a forecast of memory says itself which block comes, be it one that had its turn
+        # a memory forecast chooses the block itself, possibly one that has already trained in this sweep
         self.waiting = [other for other in self.waiting if other != block]
         return block
 
     def _activate(self, block: int) -> None:
-        """Only `block` trains from here on; whatever state there was is cleared (the code: for every parameter)."""
+        """From now on only `block` trains; all optimizer state is cleared (in the code: for every parameter)."""
         from torch import float32, nn
 
         from grass.layers import set_trainable
@@ -190,7 +190,7 @@ class Badam(Method):
         self.block = block
         self.optimizer.state.clear()
         group = self.optimizer.param_groups[0]
-        # the old copies go before the new ones come
+        # free the old copies before the new ones are allocated
         self.masters, group["params"] = [], self.blocks[block]
         if self.recipe.weight_dtype == "bf16":
             self.masters = group["params"] = [nn.Parameter(p.detach().to(float32)) for p in self.blocks[block]]

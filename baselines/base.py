@@ -1,4 +1,4 @@
-"""The untuned model: no step is taken. A row to read all others against."""
+"""The untuned model: no step is taken. It is the reference row for all others."""
 
 from __future__ import annotations
 

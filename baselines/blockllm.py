@@ -1,24 +1,26 @@
 """BlockLLM: tensors of large gradient norm, chosen again when the loss stalls (arXiv 2406.17296).
 
 The unit is one parameter tensor of the decoder layers or the final norm, norms and biases included; embedding and head
-are frozen. A share 1 - s of those parameters trains; moments are dropped at every re-choice, the learning rate goes on.
-Paper and code (repository RAmruthaVignesh/blockllm) are two methods:
+are frozen. A share 1 - s of those parameters trains; every new choice drops the moments, while the learning-rate
+schedule continues. Paper and code (repository RAmruthaVignesh/blockllm) are two methods:
 
-`variant: code`: the first set is random and counts tensors, later ones count parameters. Score = ||g|| as last seen,
-over exp(visits / step) with visits normalised to sum 1, so the damping by visits is inert. Every `probe_every` steps
-another random inactive tensor has its gradient's norm recorded until the next, and is never updated. A re-choice is
-possible at multiples of `update_freq`, and comes if the mean of the last `patience` losses exceeds the mean since the
-last one. The set ends before the tensor that would fill the share; where too few were ever measured, random ones do.
+`variant: code`: the first set is random and is sized in tensors, later ones in parameters. Score = last recorded ||g||
+over exp(visits / step), with visits normalised to sum 1, so the damping by visits has no effect. Every `probe_every`
+steps another random inactive tensor is probed: the norm of its gradient is recorded until the next one takes over, and
+it is never updated. A new choice is possible at multiples of `update_freq`, and happens if the mean of the last
+`patience` losses exceeds the mean since the last choice. The set ends before the tensor that would fill the share; if
+too few tensors were ever measured, random ones fill it.
 
-`variant: paper`: re-choice at any step whose loss exceeds the mean of the last `patience` ones. Score = norm of the
-gradient as Adam preconditions it, over the visit frequency. Our reading: a sleeping tensor has the moments of a first
-step, so that g / (|g| + eps) counts its entries and the largest tensors lead until their visits hold them back; norms
-come from one more pass over the step's batches after its update (the first set: over a calibration batch), each
-gradient freed at once, the mean over micro-batches; frequency = (1 + visits) / (1 + choices); the losses start anew at
-a re-choice. The mask within a tensor, optional in the paper, is left out.
+`variant: paper`: a new choice at any step whose loss exceeds the mean of the last `patience` losses. Score = norm of
+the gradient as preconditioned by Adam, over the visit frequency. Our reading: a sleeping tensor has the moments of a
+first step, so that g / (|g| + eps) counts its entries and the largest tensors lead until their visits hold them back.
+Norms come from one more pass over the step's batches after its update (for the first set: over a calibration batch),
+with each gradient freed at once, and are averaged over micro-batches; frequency = (1 + visits) / (1 + choices); a new
+choice clears the loss history. The mask within a tensor, optional in the paper, is left out.
 
-Ours in both: the recipe's AdamW, schedule and clipping (the code's own Adam sees neither schedule nor weight decay); no
-step is skipped (the code skips the first); norms are those before clipping; own seeded draws (the code: global ones).
+Ours in both: the recipe's AdamW, schedule and clipping (the code's own Adam has neither schedule nor weight decay); no
+step is skipped (the code skips the first); norms are measured before clipping; a seeded generator of its own (the code:
+the global one).
 """
 
 from __future__ import annotations
@@ -73,12 +75,12 @@ class BlockLLM(Method):
     active: tuple[int, ...] = ()
     """Numbers of the tensors that train."""
     pending: tuple[int, ...] | None = None
-    """Paper: chosen at the end of a step, trained from the next on."""
+    """Tensors that are chosen but not active yet; `paper` chooses at the end of a step for the next one."""
     probe: int | None = None
     choices = 0
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """A share that the largest tensor fills by itself would leave the set empty where that tensor leads."""
+        """Skip if the largest tensor alone fills the share: the set would be empty if it scored highest."""
         keep = self._keep(sum(facts.layer_parameters) + facts.final_norm_parameters)
         largest = max(layer_tensors(facts).values(), default=0)
         if largest >= keep:
@@ -104,9 +106,9 @@ class BlockLLM(Method):
         self.norms: dict[int, Tensor] = {}
         """Last gradient norm seen, by tensor, on the device."""
         self.scores: list[float] | None = None
-        """What the last choice ranked by; 0 for what was never measured."""
+        """Scores of the last choice; 0 for tensors that were never measured."""
         self.visits = [0.0] * len(self.tensors)
-        """Paper: how often each tensor was chosen. Code: the same, one visit more each, normalised to sum 1."""
+        """Paper: how often each tensor was chosen. Code: the same plus one, normalised to sum 1."""
         self.history: list[float] = []
         """Losses since the last choice."""
         self.loss = torch.zeros((), device=self.tensors[0].device)
@@ -125,7 +127,7 @@ class BlockLLM(Method):
             self._choose_by_direction(calibration.loss(model, batch) for batch in calibration.batches(1))
 
     def begin_step(self, step: int) -> None:
-        """Probe another tensor, choose again, where it is time."""
+        """Probe another tensor and choose again, when due."""
         if self.options.variant == "code" and step:
             if step % self.options.probe_every == 0:
                 inactive = [i for i in range(len(self.tensors)) if i not in self.active]
@@ -136,7 +138,7 @@ class BlockLLM(Method):
             self._activate(self.pending)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add up the step's loss; the probed gradient, once it is whole, is turned into its norm and freed."""
+        """Add up the step's loss; once the probed gradient is complete, record its norm and free it."""
         loss.backward()
         self.loss += loss.detach()
         if last and self.probe is not None:
@@ -144,7 +146,7 @@ class BlockLLM(Method):
             self.tensors[self.probe].grad = None
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Norms of what trains, the update, the loss; then the paper's choice for the next step."""
+        """Record norms of the active tensors, update, read the loss; then, in `paper`, choose for the next step."""
         if self.options.variant == "code":
             for i in self.active:
                 self._note_norm(i)
@@ -167,7 +169,7 @@ class BlockLLM(Method):
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """The set may stay for good. The code's first set counts tensors, and its random filling may pass the share."""
+        """The set may never change. The code's first set and its random filling may exceed the share."""
         sizes = sorted((p.numel() for p in self.tensors), reverse=True)
         code = self.options.variant == "code"
         return Expectation(
@@ -180,7 +182,7 @@ class BlockLLM(Method):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, the set in force, norms, visits, losses and the generator."""
+        """Moments, the current set, norms, visits, losses and the generator."""
         kept = {key: getattr(self, key) for key in _KEPT}
         return {**super().state_dict(), **kept, "active": self.active, "generator": self.generator.get_state()}
 
@@ -203,7 +205,7 @@ class BlockLLM(Method):
         return max(1, int((1 - self.options.sparsity) * len(self.tensors)))
 
     def _some(self, pool: Sequence[int], count: int) -> tuple[int, ...]:
-        """`count` members of `pool`, each as likely as any."""
+        """`count` members of `pool`, drawn uniformly without replacement."""
         from grass.sampling import draw_layers
 
         return tuple(pool[place] for place in draw_layers([1.0] * len(pool), count, self.generator))
@@ -218,7 +220,7 @@ class BlockLLM(Method):
         ranked = {i: norm / math.exp(self.visits[i] / steps) for i, norm in norms.items()}
         chosen, left = self._first_that_fit(ranked)
         if len(chosen) == len(ranked):
-            # all that was ever measured is in, and there is room: the rest is drawn
+            # every measured tensor is chosen and the share is not filled: draw the rest
             others = [i for i in range(len(self.tensors)) if i not in chosen]
             while left > 0 and others:
                 (drawn,) = self._some(others, 1)
@@ -241,7 +243,7 @@ class BlockLLM(Method):
         self._decide(chosen, ranked)
 
     def _first_that_fit(self, ranked: dict[int, float]) -> tuple[list[int], int]:
-        """Tensors from the highest score on, up to the one that would fill the share; and the parameters left over."""
+        """Tensors by descending score, up to the one that would fill the share; and the parameters left over."""
         chosen, left = [], self.keep
         for i in sorted(ranked, key=lambda i: (-ranked[i], i)):
             if self.tensors[i].numel() >= left:
@@ -266,7 +268,7 @@ class BlockLLM(Method):
             self.norms[i] = torch.linalg.vector_norm(gradient, dtype=torch.float32)
 
     def _probe(self, i: int | None) -> None:
-        """Let tensor `i` have gradients beside those that train, and the one probed before no more."""
+        """Let tensor `i` have gradients besides the active ones, and freeze the one probed before."""
         from grass.layers import set_trainable
 
         if self.probe is not None and self.probe not in self.active:
@@ -276,7 +278,7 @@ class BlockLLM(Method):
             set_trainable([self.tensors[i]], True)
 
     def _directions(self, losses: Iterable[Tensor]) -> list[float]:
-        """Norm of Adam's direction of every tensor: by its moments where it trains, else of a first step."""
+        """Norm of Adam's direction of every tensor: from its moments if it trains, else that of a first step."""
         import torch
 
         from grass.layers import set_trainable
@@ -309,7 +311,7 @@ class BlockLLM(Method):
     # ------------------------------------------------------------ what trains
 
     def _activate(self, chosen: tuple[int, ...]) -> None:
-        """A new optimizer, as the code has it: every moment goes."""
+        """Activate `chosen` and drop every moment, like the new optimizer that the code creates."""
         assert self.model is not None
         assert self.optimizer is not None
         self.optimizer.state.clear()
@@ -318,4 +320,4 @@ class BlockLLM(Method):
 
 
 _KEPT = ("pending", "probe", "choices", "norms", "scores", "visits", "history")
-"""Attributes that the resume state holds as they are."""
+"""Attributes that the resume state stores unchanged."""

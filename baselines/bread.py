@@ -1,21 +1,21 @@
 """BREAD: block coordinate descent with landscape expansion (NeurIPS 2025, OpenReview DBybUx7ARy).
 
-One decoder layer at a time, the active block, trains by Adam for `period` steps from zero moments, as in BAdam. All
-other layers are updated cheaply from the same backward pass, whose gradients would else be thrown away. The paper
+One decoder layer at a time, the active block, trains with Adam for `period` steps from zero moments, as in BAdam. All
+other layers are updated cheaply from the same backward pass, whose gradients would otherwise be discarded. The paper
 leaves the cheap update open (low rank, SGD or others); we follow the authors' code (repository
 microsoft/BlockOptimizers, block_optim.py):
 
 `others: sgd` or `sign`: a hook steps each inactive tensor by its gradient, or the gradient's sign, times the learning
 rate times `others_lr_ratio`, into the weight's own dtype and without weight decay, and frees the gradient at once. So
-weights change within a backward pass: gradient accumulation would see its micro-batches at different weights, and is
-refused. In bf16 a step below half a unit in the last place is lost.
-`others: low_rank`: LoRA factors beside every linear layer, the active block's too, train all the time by the same Adam
-at the same rate; their moments are cleared at each switch as well.
+weights change within a backward pass. With gradient accumulation, micro-batches would see different weights, so such
+recipes are skipped. In bf16 a step below half a unit in the last place is lost. `others: low_rank`: LoRA factors beside
+every linear layer, the active block's too, train all the time by the same Adam at the same rate; their moments are
+cleared at each switch as well.
 
-bf16 weights of the active block have an fp32 copy while they train; no cache is emptied (ours). Ours, since clipping
-needs a norm that is known only after the hooks' updates: with SGD, clipping covers the active block alone. Also ours:
-embedding, final norm and head are frozen, where the code's SGD steps them too (`step_outside`); the code's mode
-"partial", SGD above the active block only, is left out; LoRA's dropout is 0 (the readme has 0.1); own seeded shuffles.
+bf16 weights of the active block have an fp32 copy while they train; no cache is emptied (ours). With SGD, clipping
+covers only the active block (ours), since the global norm is known only after the hooks' updates. Also ours: embedding,
+final norm and head are frozen, while the code's SGD steps them too (`step_outside`); the code's mode "partial", SGD
+above the active block only, is left out; LoRA's dropout is 0 (the readme has 0.1); shuffles use their own seed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BreadOptions(Options):
 
 
 class Bread(Method):
-    """One layer by Adam, all others by what costs no state or little."""
+    """Trains one layer with Adam, all others with an update that needs little or no state."""
 
     Config = BreadOptions
     PAPER = "OpenReview DBybUx7ARy"
@@ -63,7 +63,7 @@ class Bread(Method):
     )
     options: BreadOptions
     active = -1
-    """The layer that Adam trains."""
+    """The layer trained with Adam."""
     _in_backward = False
 
     def __init__(self, options: Options, *, recipe: Any, lr: float, seed: int) -> None:
@@ -71,14 +71,14 @@ class Bread(Method):
         self.left: list[int] = []
         """Layers still to come in this sweep."""
         self.held: list[Tensor] = []
-        """What Adam updates, one for each tensor of the active layer: the weight, or its fp32 copy."""
+        """Tensors that Adam updates, one per tensor of the active layer: the weight, or its fp32 copy."""
         self.taken: list[Tensor | None] = []
         """Gradients of the active layer, between backward and update."""
         self.adapters: list[Tensor] = []
         self.wrapped: Any = None
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """SGD within backward cannot wait for more micro-batches; one promise of state holds for all layers."""
+        """Skip accumulation with SGD, which updates in every backward pass, and layers of different sizes."""
         options = self.options
         if options.others != "low_rank" and self.recipe.accumulation_steps > 1:
             return "gradient accumulation: inactive layers are updated in every backward pass; use others: low_rank"
@@ -94,7 +94,7 @@ class Bread(Method):
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Hooks on all that SGD may step, or factors beside every linear layer."""
+        """Register hooks on all parameters that SGD may step, or add LoRA factors to every linear layer."""
         import torch
 
         from grass.layers import find_layers
@@ -115,7 +115,7 @@ class Bread(Method):
         return module
 
     def begin_step(self, step: int) -> None:
-        """The next block every `period` steps; in a random sweep, any of those left alike."""
+        """Activate the next block every `period` steps; a random sweep draws uniformly among those left."""
         from grass.sampling import draw_layers
 
         if step % self.options.period == 0:
@@ -127,7 +127,7 @@ class Bread(Method):
             self._activate(self.left.pop(place))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Hooks use up the inactive layers' gradients; what is left, the active layer's, is taken for the update."""
+        """Hooks consume the inactive layers' gradients; those of the active layer are kept for the update."""
         self._in_backward = True
         loss.backward()
         self._in_backward = False
@@ -137,7 +137,7 @@ class Bread(Method):
                 parameter.grad = None
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Clip and update what Adam trains; bf16 weights follow their fp32 copies."""
+        """Clip and update what Adam trains; bf16 weights are rounded from their fp32 copies."""
         pairs = list(zip(self.blocks[self.active], self.held, strict=True))
         for weight, _ in pairs:
             if self.taken:
@@ -152,7 +152,7 @@ class Bread(Method):
         return LayerTrace(active=(self.active,))
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """All layers move in every period; state is one layer's, and the factors'."""
+        """All layers move in every period; state exists for one layer and the factors."""
         options, layer, moments = self.options, max(facts.layer_parameters), moment_bytes(self.recipe)
         factors = sum(p.numel() for p in self.adapters)
         low_rank, outside = options.others == "low_rank", options.step_outside and options.others != "low_rank"
@@ -193,7 +193,7 @@ class Bread(Method):
 
     def _sgd(self, block: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            # backward passes of others than training, such as an observer's, are none of its business
+            # ignore backward passes outside training, such as an observer's
             if not self._in_backward or block == self.active:
                 return
             assert self.optimizer is not None
@@ -205,7 +205,7 @@ class Bread(Method):
         return hook
 
     def _activate(self, block: int) -> None:
-        """Moments of the block before, and the factors', go; the new block's begin at zero."""
+        """Drop the moments of the previous block and of the factors; the new block starts from zero moments."""
         from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
 

@@ -14,7 +14,7 @@ class Full(Method):
     """Every parameter trains at every step."""
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Train all of it."""
+        """Make every parameter trainable."""
         self.model = model.requires_grad_(True)
         self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
         return model

@@ -1,17 +1,16 @@
 """GaLore: Adam in the top singular directions of every matrix's gradient (arXiv 2403.03507, ICML 2024).
 
-Every `update_gap` steps P becomes the top-r singular vectors of the gradient G on its smaller side (`std` projection
-of the authors' code: rows of V for G at least as tall as wide, columns of U otherwise). R = P^T G (or G P^T) is what
-Adam sees, and W -= lr * scale * P N, N being Adam's normalised step; so the rate of a matrix is lr * scale. Moments
+Every `update_gap` steps P becomes the top-r singular vectors of the gradient G on its smaller side (`std` projection of
+the authors' code: rows of V for G at least as tall as wide, columns of U otherwise). Adam runs on R = P^T G (or G P^T),
+and W -= lr * scale * P N, where N is Adam's normalised step; so the learning rate of a matrix is lr * scale. Moments
 are neither rotated nor reset when P changes (paper, algorithm 2, and code). All linear matrices of the decoder layers
-are projected; embedding, head, norms and biases train with the recipe's AdamW (paper: attention and MLP are
-projected).
+are projected; embedding, head, norms and biases train with the recipe's AdamW (paper: attention and MLP are projected).
 
 From the authors' code (jiaweizzhao/GaLore, galore_torch/adamw.py and galore_projector.py): the SVD in fp32, P kept in
 the gradient's dtype, the decay of projected matrices applied after their update. Ours: moments in the recipe's state
-dtype; epsilon is the recipe's and stands where torch's AdamW has it, sqrt(v / (1 - beta2^t)) + eps, while the code
-adds 1e-6 to sqrt(v). This is the variant that updates after backward: every full gradient is alive until the step
-ends, so accumulation and clipping are the recipe's; the layer-wise variant can do neither.
+dtype; epsilon is the recipe's and is added where torch's AdamW adds it, sqrt(v / (1 - beta2^t)) + eps, while the code
+adds 1e-6 to sqrt(v). This is the variant that updates after backward: every full gradient is alive until the step ends,
+so the recipe's accumulation and clipping apply; the layer-wise variant supports neither.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class GaLoreOptions(Options):
 
 
 class GaLore(Method):
-    """Everything trains; moments of the decoder layers' matrices live in r dimensions of their smaller side."""
+    """Everything trains; for the decoder layers' matrices, moments have only r dimensions on the smaller side."""
 
     Config = GaLoreOptions
     PAPER = "arXiv 2403.03507"
@@ -97,16 +96,16 @@ def projected_bytes(weight: nn.Parameter, rank: int, recipe: Recipe) -> int:
 def project_gradients(
     optimizer: torch.optim.Optimizer, matrices: Iterable[nn.Parameter], *, rank: int, update_gap: int, scale: float
 ) -> None:
-    """Let every `optimizer.step` begin with GaLore's update of those `matrices` that have a gradient.
+    """Make every `optimizer.step` begin with GaLore's update of those `matrices` that have a gradient.
 
-    A matrix that was updated has no gradient any more when the step's own update comes, and keeps in `optimizer.state`
-    its moments, its own step count and `projection`.
+    That update frees the matrix's gradient, so the step's own update skips it. `optimizer.state` holds the matrix's
+    moments, its own step count and `projection`.
 
     Args:
         optimizer: `grass.adamw.AdamW`.
-        matrices: of two dimensions.
+        matrices: two-dimensional parameters.
         rank: r.
-        update_gap: steps of a matrix's own count between two projections.
+        update_gap: steps between two projections, by the matrix's own count.
         scale: alpha.
 
     Raises:

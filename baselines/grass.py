@@ -1,7 +1,7 @@
-"""GRASS through the contract: a thin adapter over `grass.Grass`, with no other door into the harness than any rival's.
+"""GRASS as a `Method`: a thin adapter over `grass.Grass` that uses the same contract as every other method.
 
-`sampler: static` is the paper's GRASS* (probabilities from the probe for ever); `sampler: uniform` is the control that
-the paper lacks, LISA's draws with persistent state.
+`sampler: static` is the paper's GRASS* (probabilities from the probe throughout); `sampler: uniform` is a control that
+the paper lacks: LISA's draws with persistent state.
 """
 
 from __future__ import annotations
@@ -74,11 +74,11 @@ class GrassMethod(Method):
 
     @property
     def sample_every(self) -> int:
-        """T_s, resolved: 25 under 1,000 steps, else 50, where the config leaves it open."""
+        """T_s, resolved: if the config does not set it, 25 under 1,000 steps, else 50."""
         return self.options.sample_every or (25 if self.recipe.steps < 1000 else 50)
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """Refuse what `Grass` would refuse, before any work."""
+        """Reject what `Grass` would reject, before any work."""
         if self.options.active_layers > facts.layers:
             return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
         if self.options.refresh_every is not None and self.options.refresh_every % self.sample_every:
@@ -86,7 +86,7 @@ class GrassMethod(Method):
         return tied_conflict(facts, embedding=self.options.train_embedding, head=self.options.train_head)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Build the optimizer over the whole model; it freezes what sleeps."""
+        """Build the optimizer over the whole model; it freezes the sleeping layers."""
         from grass import Grass
 
         self.model = model
@@ -117,7 +117,7 @@ class GrassMethod(Method):
         return model
 
     def prepare(self, calibration: Calibration) -> None:
-        """The probing phase, on batches of its own: the schedule and the training rows are left whole."""
+        """Run the probing phase on separate batches: it consumes no schedule steps and no training rows."""
         if self.optimizer.needs_probe:
             self.optimizer.probe(calibration.batches(self.options.probe_steps), calibration.loss)
 
@@ -134,7 +134,7 @@ class GrassMethod(Method):
         return StepFacts(grad_norm=norm, clipped=limit is not None and norm > limit)
 
     def trace(self) -> LayerTrace:
-        """The optimizer's beliefs."""
+        """The optimizer's active layers, importance, probabilities and ages."""
         opt = self.optimizer
         return LayerTrace(
             active=opt.active,
@@ -149,7 +149,7 @@ class GrassMethod(Method):
         return 0 if offload is None else offload.arena.pinned_bytes
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Drawn layers move in their period; under `keep` every layer visited so far has state."""
+        """Drawn layers move in their period; with `keep`, every layer visited so far has state."""
         options = self.options
         largest = sum(sorted(facts.layer_parameters)[-options.active_layers :])
         outside = facts.outside_parameters(
@@ -168,7 +168,7 @@ class GrassMethod(Method):
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The optimizer restores the active set as well; a resumed run has no `prepare` to give it the probe's loss."""
+        """Restore the optimizer with its active set, and the probe's loss: a resumed run calls no `prepare`."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.calibration is not None:
             self.optimizer.probe_loss = self.calibration.loss

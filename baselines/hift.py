@@ -1,21 +1,21 @@
 """HiFT: hierarchical full-parameter fine-tuning (arXiv 2401.15207): each step trains the next group of layers.
 
 The model's units are the embedding, the decoder layers and the head with the final norm; m units make a group. Every
-optimizer step trains one group, in an order that comes round again and again. Moments are kept, on the host.
+optimizer step trains one group, in a cyclic order. Moments are kept on the host.
 
 - Paper and code (misonsky/HiFT): the next group at every step, state kept and moved to the host, the order fixed once
   (`random`: shuffled once), and the *delayed* learning rate: all groups of a sweep train at the rate that the schedule
   had when the sweep began.
-- The code chooses in `training_step`, so with gradient accumulation every micro-batch has another group. Here a group
-  is chosen for each optimizer step, as the paper's algorithm has it.
+- The code chooses in `training_step`, so with gradient accumulation every micro-batch has another group. Here, a group
+  is chosen for each optimizer step, as in the paper's algorithm.
 - In the code the final norm of a Llama is a unit of its own; here it goes with the head, as in the paper's picture of
-  embedding, layers and head. Of a tied model the one tensor and the final norm are one unit (ours), since a norm alone
-  would make a step of a few thousand parameters.
-- In the code the queue of units wraps where m does not divide their number, and a sweep is floor(units / m) steps. Here
-  groups stay as they are, the last one smaller, so that a sweep trains every unit once (ours).
+  embedding, layers and head. In a tied model, the shared tensor and the final norm are one unit (ours), since a step
+  with the norm alone would train only a few thousand parameters.
+- In the code the queue of units wraps if m does not divide their number, and a sweep is floor(units / m) steps. Here,
+  groups are fixed and the last one may be smaller, so that a sweep trains every unit once (ours).
 
-On a GPU moments come to the device for the update alone, by plain copies that the host waits for, as in the code's own
-AdamW. So this method's speed says nothing about moving state in general; `grass` overlaps its copies with computing.
+On a GPU, moments are copied to the device only for the update, synchronously, as in the code's own AdamW. So this
+method's speed says nothing about state offloading in general; `grass` overlaps its copies with computation.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class Hift(Method):
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         super().__init__(options, recipe=recipe, lr=lr, seed=seed)
         self.position = 0
-        """The group that trains next, or now; 0 as a sweep begins."""
+        """The group that trains now or next; 0 at the start of a sweep."""
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Cut the units into groups, one parameter group each; everything sleeps until its step."""
+        """Split the units into groups, one parameter group each; everything is frozen until its step."""
         from grass.layers import find_layers
 
         self.model = model.requires_grad_(False)
@@ -82,12 +82,12 @@ class Hift(Method):
         return model
 
     def set_lr_factor(self, factor: float) -> None:
-        """Delayed: heard only as a sweep begins, for all its steps."""
+        """Delayed: takes effect only at the start of a sweep, for all its steps."""
         if self.position == 0:
             super().set_lr_factor(factor)
 
     def begin_step(self, step: int) -> None:
-        """Wake the next group; backward goes down to its lowest layer, under activation checkpointing too."""
+        """Activate the next group; backward stops at its lowest layer, also under activation checkpointing."""
         from grass.backward import stop_at_lowest_layer
         from grass.layers import set_trainable
 
@@ -97,7 +97,7 @@ class Hift(Method):
         stop_at_lowest_layer(self.model)
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Clip and update the group with its own moments, which are on the device for no longer than that."""
+        """Clip and update the group; its moments are on the device only for that."""
         import torch
 
         self._move_moments(self.groups[self.position][0].device)
@@ -107,7 +107,7 @@ class Hift(Method):
         return facts
 
     def trace(self) -> LayerTrace:
-        """The group that trains; HiFT believes in no importance."""
+        """The group that trains; HiFT has no importance."""
         names = tuple(self.names[id(p)] for p in self.groups[self.position])
         return LayerTrace(active=self.layers[self.position], tensors=names)
 
@@ -127,7 +127,7 @@ class Hift(Method):
         return {**super().state_dict(), "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; moments go straight to the host, since the device may not hold them all."""
+        """Inverse of `state_dict`; moments go directly to the host, since they may not all fit on the device."""
         import torch
 
         saved = state["optimizer"]
@@ -151,7 +151,7 @@ class Hift(Method):
         return ascending if self.options.order == "bottom-up" else ascending[::-1]
 
     def _move_moments(self, where: device) -> None:
-        """Moments of the group that trains, one parameter after the other."""
+        """Move the moments of the current group to `where`, one parameter after the other."""
         for parameter in self.groups[self.position]:
             moments = self.optimizer.state.get(parameter, {})
             for key in ("exp_avg", "exp_avg_sq"):

@@ -1,18 +1,19 @@
-"""IST: importance-aware sparse tuning (arXiv 2410.11772, EMNLP 2024 Findings): which layers' adapters train, learnt.
+"""IST: importance-aware sparse tuning (arXiv 2410.11772, EMNLP 2024 Findings): learns which layers' adapters train.
 
-A schedule on top of LoRA. At every step a quarter of the decoder layers is drawn, without replacement, with weights
-sigmoid(-s); only their adapters get gradients. Every 10 steps three sets of half of the layers, drawn with weights
-sigmoid(s), have their adapters turned down to a quarter in turn; the losses of one batch give rewards R = exp(-loss),
-and the score s of the layers in a set goes up where its reward was above the mean. So s is *un*importance: a layer
-whose adapters can be turned down at no cost. `trace` gives -s as importance.
+It is a schedule on top of LoRA. Every step draws a quarter of the decoder layers, without replacement, with weights
+sigmoid(-s); only their adapters get gradients. Every 10 steps, three sets of half of the layers are drawn with weights
+sigmoid(s), and one set after the other has its adapters scaled down to a quarter. The losses of one batch give rewards
+R = exp(-loss), and the score s of the layers in a set rises if its reward was above the mean. So s measures
+*un*importance: a high score means that a layer's adapters can be scaled down at no cost. `trace` gives -s as
+importance.
 
-These are the facts of the authors' code (antgroup/importance-aware-sparse-tuning-IST-paper, ist.py); `choice: uniform`
-is its control, RST, whose own file is not public: our reading is the same draw with equal weights.
+All this is from the authors' code (antgroup/importance-aware-sparse-tuning-IST-paper, ist.py). `choice: uniform` is its
+control, RST, whose own file is not public: our reading is the same draw with equal weights.
 
-Ours: the batch of a reward is a recipe's batch of calibration rows. The authors draw theirs from the training rows in
-a shuffled order of its own, of 16 rows; ours are training rows too, in an order of their own, but are not taken from
-training, which still sees every row it would have seen. The loss of several micro-batches is their mean. At least one
-layer trains (the code's quarter of three layers is none). Numbers of the scores are Python's, so float64.
+Ours: the batch for a reward has the recipe's batch size and consists of calibration rows. The authors use 16 training
+rows in a separately shuffled order. Ours are training rows too, in their own order, but are not taken from training,
+which still sees all of its rows. The loss of several micro-batches is their mean. At least one layer trains (in the
+code, a quarter of three layers is none). Scores are Python floats, so float64.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
     from baselines.method import Batch, Recipe
 
 SETS = 3
-"""Suppressed sets a measurement; the code's `rl_step`."""
+"""Suppressed sets per measurement; the code's `rl_step`."""
 SUPPRESSED_SHARE = 0.5
 SUPPRESSION = 0.25
 """Factor of the adapters' scale in a suppressed layer; the code's `response_suppression_factor`."""
 SCORE_RATE = 10.0
 """The code's `rl_lr`."""
 REDRAWS = 100
-"""Tries for a set unlike those before it. The code has no limit; a repeated set does no harm, and where every draw is
-told what to be (a forecast of memory) there is no other."""
+"""Most attempts to draw a set that differs from the earlier ones. The code has no limit. A repeated set does no harm,
+and is unavoidable if every draw has the same fixed result (a memory forecast)."""
 
 
 class IstOptions(LoraOptions):
@@ -56,7 +57,7 @@ class IstOptions(LoraOptions):
 
 
 class Ist(Lora):
-    """LoRA of which few layers train at a time; moments of sleeping adapters are kept, as in the code."""
+    """LoRA in which only a few layers train at a time; moments of sleeping adapters are kept, as in the code."""
 
     Config = IstOptions
     PAPER = "arXiv 2410.11772"
@@ -78,13 +79,13 @@ class Ist(Lora):
         self._batches: Iterator[Batch] | None = None
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """LoRA's reasons, and too few layers for three distinct halves."""
+        """Skip for LoRA's reasons, or if there are too few layers for three distinct halves."""
         if facts.layers < SETS:
             return f"{facts.layers} layers have fewer than {SETS} distinct halves to suppress"
         return super().skip(facts)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """LoRA with an optimizer over all adapters; they are frozen after it is built."""
+        """Attach LoRA with an optimizer over all adapters, which are frozen only after it is built."""
         import torch
         from peft.tuners.lora import LoraLayer
 
@@ -94,7 +95,7 @@ class Ist(Lora):
         wrapped = super().attach(model)
         self.adapters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
         self.scalings = [[m.scaling for m in layer.modules() if isinstance(m, LoraLayer)] for layer in layers]
-        """Of every layer, the scale of each of its adapters: a dictionary by adapter name, which peft reads."""
+        """For every layer, the scales of its adapters: dictionaries by adapter name, which peft reads."""
         self.scores = [0.0] * len(layers)
         self.generator = torch.Generator().manual_seed(self.seed)
         return wrapped
@@ -109,12 +110,12 @@ class Ist(Lora):
             self._measure()
         self.active = draw_layers(self.probability, self._active_layers, self.generator)
         self._freeze()
-        # the model's own embedding never trains; peft puts the hook on that makes backward visit every layer
+        # the model's own embedding never trains, but peft registers the hook that makes backward visit every layer
         stop_at_lowest_layer(self.wrapped)
 
     @property
     def probability(self) -> list[float]:
-        """Of the next single draw, one a layer, summing to 1."""
+        """Probability of each layer in the next single draw; they sum to 1."""
         weights = [_sigmoid(-s) for s in self.scores]
         return [w / math.fsum(weights) for w in weights]
 
@@ -129,7 +130,7 @@ class Ist(Lora):
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Adapters of the drawn layers move, with state for every layer visited so far."""
+        """Adapters of the drawn layers move; every layer visited so far has state."""
         sizes = [sum(p.numel() for p in adapters) for adapters in self.adapters]
         return Expectation(
             layers="sampled",
@@ -167,7 +168,7 @@ class Ist(Lora):
             set_trainable(adapters, layer in self.active)
 
     def _measure(self) -> None:
-        """Losses of one batch with each of the suppressed sets, in evaluation mode, without gradients."""
+        """Update the scores by one batch's loss with each set suppressed, in evaluation mode without gradients."""
         import torch
 
         assert self.calibration is not None
@@ -187,7 +188,7 @@ class Ist(Lora):
         self.measured_at = self.step
 
     def _next_batches(self) -> list[Batch]:
-        """A recipe's batch, in micro-batches; never the same rows before all were seen."""
+        """A batch of the recipe's size, in micro-batches; no row is repeated before all were used."""
         each, every = self.recipe.accumulation_steps, self.options.measure_every
         if self._batches is None:
             assert self.calibration is not None
@@ -212,7 +213,7 @@ class Ist(Lora):
 
     @contextmanager
     def _suppressed(self, layers: Sequence[int]) -> Iterator[None]:
-        """The adapters of `layers` count for a quarter; afterwards their scales are what they were, bit for bit."""
+        """Scale the adapters of `layers` down to a quarter; afterwards restore their scales bit for bit."""
         before = [(scaling, dict(scaling)) for layer in layers for scaling in self.scalings[layer]]
         try:
             for scaling, own in before:
@@ -227,7 +228,7 @@ def rewarded(scores: Sequence[float], sets: Sequence[Sequence[int]], losses: Seq
     """Scores after one measurement: s += 10 (R_k - mean R) sigmoid(s) (1 - sigmoid(s)) for the layers of each set k.
 
     Args:
-        scores: s before, one a layer; the sigmoid is of these, whatever earlier sets have added (the code).
+        scores: s before, one per layer; sigmoids use these values, not those updated by earlier sets (the code).
         sets: suppressed layers.
         losses: mean loss with each set suppressed (nats).
     """

@@ -1,8 +1,8 @@
 """LISA: layer-wise importance sampled AdamW, uniform draws (arXiv 2403.17919, NeurIPS 2024).
 
 The paper's runs restarted every interval, so all moments of sampled layers were lost at each switch (`state: reset`,
-the default); LMFlow's public callback never drops any (`state: keep`). These are two optimizers; a table names which.
-The authors' restart also lost the moments of embedding and head; `reset` here keeps those, as the fact sheets
+the default); LMFlow's public callback never drops any (`state: keep`). These are two optimizers, so tables name the one
+used. The authors' restart also lost the moments of embedding and head; `reset` here keeps those, as the fact sheets
 recommend: that choice is ours.
 """
 
@@ -67,13 +67,13 @@ class Lisa(Method):
         self.active: tuple[int, ...] = ()
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """More active layers than layers make no sample; a tied head goes with its embedding."""
+        """Skip more active layers than exist, and a tied head of which only one of head and embedding trains."""
         if self.options.active_layers > facts.layers:
             return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
         return tied_conflict(facts, embedding=self.options.train_embedding, head=self.options.train_head)
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Build the optimizer over everything *before* freezing: else layers drawn later would never move."""
+        """Build the optimizer over everything *before* freezing: otherwise layers drawn later would never move."""
         import torch
 
         from grass.layers import find_layers, set_trainable
@@ -100,11 +100,11 @@ class Lisa(Method):
             self._freeze()
 
     def trace(self) -> LayerTrace:
-        """LISA believes in no importance: only the draw."""
+        """Only the draw: LISA has no importance."""
         return LayerTrace(active=self.active)
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Drawn layers move in their period; under `reset` sleeping layers hold no state."""
+        """Drawn layers move in their period; with `reset`, sleeping layers have no state."""
         largest = sorted(facts.layer_parameters)[-self.options.active_layers :]
         options = self.options
         outside = facts.outside_parameters(

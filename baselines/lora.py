@@ -1,7 +1,7 @@
 """LoRA through peft: low-rank factors beside frozen weights, merged into them on export.
 
-Three options are other papers' changes to it, as peft makes them: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732), PiSSA
-(Meng et al. 2024, arXiv 2404.02948) and LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
+Three options are variants from other papers, as peft implements them: rsLoRA (Kalajdzievski 2023, arXiv 2312.03732),
+PiSSA (Meng et al. 2024, arXiv 2404.02948) and LoRA+ (Hayou et al. 2024, arXiv 2402.12354).
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class LoraOptions(Options):
 class Lora(Method):
     """Hu et al. 2021 (arXiv 2106.09685); y = W x + (alpha / r) B A x, B starting at 0.
 
-    `init: pissa` changes the model's own weights as it is attached: W becomes W - (alpha / r) B A, and stays so. They
-    are in no resume state, so a resumed run makes them anew from the model's folder. That gives the same bits on the
-    same machine and library; another one's decomposition may round otherwise, by about 1e-7 of a weight. With bf16
-    weights peft rounds these first factors to bf16, whatever `adapter_dtype` says, so that the untrained model is not
-    quite the one that was loaded.
+    `init: pissa` changes the model's own weights in `attach`: W becomes W - (alpha / r) B A for the whole run. The
+    resume state does not hold them, so a resumed run recomputes them from the model's folder. That gives the same bits
+    on the same machine and library; on others, the decomposition may differ by about 1e-7 of a weight. With bf16
+    weights, peft rounds these initial factors to bf16, whatever `adapter_dtype` says, so that the untrained model
+    differs slightly from the loaded one.
     """
 
     Config = LoraOptions
@@ -64,7 +64,7 @@ class Lora(Method):
         {"rank": 4, "alpha": 4, "rslora": True, "init": "pissa", "lr_ratio": 4.0},
     )
     PEFT_OPTIONS: ClassVar[Mapping[str, Any]] = {}
-    """What a method that builds on this one adds to peft's `LoraConfig`."""
+    """Arguments that a subclass adds to peft's `LoraConfig`."""
     options: LoraOptions
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
@@ -72,7 +72,7 @@ class Lora(Method):
         self.wrapped: Any = None
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """A rank above the width is no low rank; of targets that are not there, peft would train the others alone."""
+        """Skip a rank above the model's width, and missing targets: peft would train only the others."""
         if self.options.rank > facts.hidden_size:
             return f"rank {self.options.rank} is above the model's width {facts.hidden_size}"
         modules = {name.split(".")[-2] for name in facts.tensor_parameters if "." in name}
@@ -108,9 +108,9 @@ class Lora(Method):
         return wrapped
 
     def _groups(self, adapters: Mapping[str, Any]) -> list[Any]:
-        """Parameters as the optimizer takes them; LoRA+ as in `peft.optimizers.create_loraplus_optimizer`.
+        """The optimizer's parameters or groups; LoRA+ as in `peft.optimizers.create_loraplus_optimizer`.
 
-        There, vectors (DoRA's magnitudes) have the rate of B.
+        There, vectors (DoRA's magnitudes) have the learning rate of B.
         """
         if self.options.lr_ratio == 1:
             return list(adapters.values())

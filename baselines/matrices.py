@@ -1,7 +1,7 @@
-"""What methods share that choose, project or measure single tensors of the decoder layers; no method by itself.
+"""Helpers for methods that choose, project or measure single tensors of the decoder layers; not a method itself.
 
-Which tensors there are, the projection of a matrix's gradient and Adam in it, gradients that are reduced as they come,
-and the fp32 copies of bf16 weights that train. What a method does with them stands in its own file.
+They list tensors, project a matrix's gradient and run Adam on the projection, reduce gradients as they appear, and keep
+fp32 copies of trained bf16 weights. How a method uses them is in its own file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def linears_of(model: nn.Module, targets: Sequence[str] | None = None) -> list[d
 
 
 def is_target(name: str, targets: Sequence[str] | None) -> bool:
-    """Whether the module `name` is among `targets`, which name the last parts of modules; None takes all."""
+    """Whether the module `name` is among `targets`, which are last parts of module names; None matches all."""
     return targets is None or any(name == target or name.endswith(f".{target}") for target in targets)
 
 
@@ -64,9 +64,9 @@ def matrices_of(model: nn.Module, targets: Sequence[str] | None = None) -> list[
 
 
 def layer_tensors(facts: ModelFacts) -> dict[str, int]:
-    """Size of each parameter tensor of the decoder layers, by name, where only the facts are known.
+    """Size of each parameter tensor of the decoder layers, by name, from the model facts alone.
 
-    A layer's tensors are those with its number among the parts of their names.
+    A tensor is taken to be in a layer if one part of its name is a number.
     """
     sizes = facts.tensor_parameters.items()
     return {name: size for name, size in sizes if any(part.isdigit() for part in name.split("."))}
@@ -76,8 +76,8 @@ def by_layer(values: Sequence[float], layer_of: Sequence[int]) -> list[list[floa
     """Values of each layer's tensors, bottom first.
 
     Args:
-        values: one a tensor; those beyond the end of `layer_of` lie in no layer.
-        layer_of: each tensor's layer, counted from 0; no layer is without a tensor.
+        values: one per tensor; those beyond the end of `layer_of` are in no layer.
+        layer_of: each tensor's layer, counted from 0; every layer has a tensor.
     """
     grouped: list[list[float]] = [[] for _ in range(max(layer_of) + 1)]
     for value, layer in zip(values, layer_of, strict=False):
@@ -86,9 +86,9 @@ def by_layer(values: Sequence[float], layer_of: Sequence[int]) -> list[list[floa
 
 
 def train_only(model: nn.Module, tensors: Sequence[nn.Parameter], active: Sequence[int]) -> None:
-    """Let those of `tensors` have gradients whose numbers are `active`; backward stops at the lowest layer of them.
+    """Let only the `tensors` numbered in `active` have gradients; backward stops at the lowest layer among them.
 
-    For models whose embedding sleeps.
+    For models with a frozen embedding.
     """
     from grass.backward import stop_at_lowest_layer
     from grass.layers import set_trainable
@@ -102,10 +102,10 @@ def train_only(model: nn.Module, tensors: Sequence[nn.Parameter], active: Sequen
 
 
 def rank_too_large(rank: int, facts: ModelFacts, targets: Sequence[str] | None = None) -> str | None:
-    """Reason to skip where a target matrix is smaller than `rank` on its smaller side, or None.
+    """Reason to skip if a target matrix is smaller than `rank` on its smaller side, or None.
 
-    Facts hold sizes, no shapes: one side of a decoder layer's matrix is taken to be the model's width. Where neither is
-    (a factored projection), `refuse_rank` still refuses.
+    Facts hold sizes but no shapes, so one side of a decoder layer's matrix is assumed to be the model's width. If
+    neither side is (a factored projection), `refuse_rank` still catches it.
     """
     width = facts.hidden_size
     for name, size in layer_tensors(facts).items():
@@ -118,7 +118,7 @@ def rank_too_large(rank: int, facts: ModelFacts, targets: Sequence[str] | None =
 
 
 def refuse_rank(rank: int, matrices: Iterable[Tensor]) -> None:
-    """Refuse what projects nothing.
+    """Reject a rank that is too large to project anything.
 
     Raises:
         ValueError: a matrix is smaller than `rank` on its smaller side.
@@ -131,15 +131,15 @@ def refuse_rank(rank: int, matrices: Iterable[Tensor]) -> None:
 
 
 def project(gradient: Tensor, projection: Tensor) -> Tensor:
-    """R of a gradient (m, n) in the rows (rank, n) or columns (m, rank) of its projection."""
+    """R, a gradient (m, n) projected onto the rows (rank, n) or columns (m, rank) of `projection`."""
     tall = gradient.shape[0] >= gradient.shape[1]
     return gradient @ projection.t() if tall else projection.t() @ gradient
 
 
 def adam_direction(low: Tensor, state: dict[str, Any], group: dict[str, Any], *, state_dtype: torch.dtype) -> Tensor:
-    """-lr * N, Adam's step for the projected gradient `low`; moments and step count in `state` go one step on.
+    """-lr * N, Adam's step for the projected gradient `low`; updates the moments and the step count in `state`.
 
-    The result has the shape of `low` and the moments' dtype. Decay is left to the caller.
+    The result has the shape of `low` and the moments' dtype. The caller applies weight decay.
     """
     import torch
 
@@ -160,14 +160,14 @@ def update_before_step(
     matrices: Iterable[Tensor],
     update: Callable[[Any, dict[str, Any], dict[str, Any]], None],
 ) -> None:
-    """Let every `optimizer.step` begin with `update(weight, state, group)` of those `matrices` that have a gradient.
+    """Make every `optimizer.step` begin with `update(weight, state, group)` for all `matrices` that have a gradient.
 
-    A matrix that was updated has no gradient any more when the step's own update comes, which leaves it alone.
+    The gradient of an updated matrix is then freed, so the step's own update skips that matrix.
 
     Args:
-        optimizer: holds the matrices; `state` is what it holds for one, empty at first.
-        matrices: of two dimensions.
-        update: changes the weight by its gradient, without autograd.
+        optimizer: optimizer that holds the matrices; `state` is its state of one matrix, empty at first.
+        matrices: two-dimensional parameters.
+        update: changes the weight by its gradient; called under `torch.no_grad()`.
     """
     import torch
 
@@ -189,13 +189,13 @@ def update_before_step(
 
 @contextmanager
 def gradients_used_up(parameters: Sequence[nn.Parameter], use: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While this lasts `parameters` have gradients, each freed as soon as a backward pass completes it.
+    """Inside the block, `parameters` have gradients, each freed as soon as a backward pass completes it.
 
-    Afterwards they are frozen. At no time is more than one of these gradients alive.
+    Afterwards the parameters are frozen. At most one of these gradients is alive at a time.
 
     Args:
-        parameters: what to measure.
-        use: is given a parameter's place in `parameters`, and its gradient in fp32.
+        parameters: parameters to measure.
+        use: called with a parameter's index in `parameters` and its gradient in fp32.
     """
     from grass.layers import set_trainable
 
@@ -220,24 +220,24 @@ def gradients_used_up(parameters: Sequence[nn.Parameter], use: Callable[[int, Te
 
 
 def copied_bytes(recipe: Recipe) -> int:
-    """Bytes that an fp32 copy takes for one parameter: none where weights are fp32, since they need no copy."""
+    """Bytes of an fp32 copy per parameter; 0 if weights are fp32, since they need no copy."""
     return 4 if recipe.weight_dtype == "bf16" else 0
 
 
 def trained_copy(weight: Tensor, recipe: Recipe) -> Tensor:
-    """What the optimizer updates in the weight's place: an fp32 copy of a bf16 weight, else the weight itself."""
+    """The tensor that the optimizer updates: an fp32 copy of a bf16 weight, otherwise the weight itself."""
     return weight.detach().float() if recipe.weight_dtype == "bf16" else weight
 
 
 def give_gradients(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Hand each weight's gradient on to its fp32 copy; nothing to do where a weight is paired with itself."""
+    """Move each weight's gradient to its fp32 copy; a weight paired with itself is skipped."""
     for weight, copy in pairs:
         if copy is not weight and weight.grad is not None:
             copy.grad, weight.grad = weight.grad.float(), None
 
 
 def round_into_weights(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Let each weight follow its updated fp32 copy."""
+    """Round each updated fp32 copy into its weight."""
     import torch
 
     with torch.no_grad():

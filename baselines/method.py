@@ -1,9 +1,9 @@
-"""The contract by which every fine-tuning method enters the harness; the only file that all methods share.
+"""The contract between the harness and every fine-tuning method; the only file that all methods share.
 
-A method is a module in this package with exactly one subclass of `Method` defined in it. The harness finds it by the
-module's name in a config entry. The harness owns the clock, the memory meters, the learning-rate schedule, the data
-order and the seeds; the method owns which parameters move, and how. Importing a method's module must not import
-torch, so that a study can be planned in seconds: import torch inside the methods that need it.
+A method is a module in this package that defines exactly one subclass of `Method`. The harness finds it by the module's
+name in a config entry. The harness owns the clock, the memory meters, the learning-rate schedule, the data order and
+the seeds; the method decides which parameters move, and how. Importing a method's module must not import torch, so that
+a study can be planned in seconds: import torch inside the functions that need it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Recipe(Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What is known of a model before any method touched it: counts of parameters, no weights."""
+    """Facts about a model before any method changes it: parameter counts, no weights."""
 
     architecture: str
     layer_parameters: tuple[int, ...]
@@ -67,7 +67,7 @@ class ModelFacts:
     embedding_parameters: int
     """Input embedding (and any other parameter below the decoder stack)."""
     head_parameters: int
-    """Language-model head; 0 where it is tied to the embedding."""
+    """Language-model head; 0 if it is tied to the embedding."""
     final_norm_parameters: int
     hidden_size: int
     tied_embeddings: bool
@@ -95,48 +95,49 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Expectation:
-    """What a run is held to. The harness compares it with what it observes itself; see `harness.training.engagement`.
+    """What a run must do. The harness compares this with its own observations; see `harness.training.engagement`.
 
-    Bytes of optimizer state are given as a law, since layers differ in size and the set of visited layers is only
-    known afterwards: `state_bytes_per_parameter` times the parameters of `state_of`.
+    Bytes of optimizer state are given as a formula, `state_bytes_per_parameter` times the parameters of `state_of`,
+    since layers differ in size and the set of visited layers is known only afterwards.
     """
 
     layers: Literal["none", "all", "sampled", "chosen"]
-    """Which decoder layers (base weights or the adapters in them) move. `chosen`: single parameter tensors, in layers
-    or outside, which `LayerTrace.tensors` names for each period; the three groups' flags below say nothing then."""
+    """Which decoder layers (base weights or the adapters in them) move. `chosen`: single parameter tensors, inside or
+    outside layers, which `LayerTrace.tensors` names for each period; the flags of the three groups below are then
+    ignored."""
     active_layers: int | None = None
     """`sampled`: how many layers move in every period."""
     period_steps: int | None = None
     """`sampled`, `chosen`: steps between two draws."""
     rotates: bool = True
-    """`sampled`, `chosen`: False where the method may keep its choice for good."""
+    """`sampled`, `chosen`: False if the method may keep its choice for the rest of the run."""
     embedding: bool = False
     head: bool = False
     final_norm: bool = False
     base_frozen: bool = False
     """Adapters: the model's own weights stay bitwise equal."""
     gradients: Literal["kept", "consumed"] = "kept"
-    """`consumed`: backward uses every gradient up as it comes, so that none is there when a step ends."""
+    """`consumed`: backward uses and frees every gradient as it appears, so none is left when a step ends."""
     trainable_parameters: int
-    """Parameters that are trained in one step (the largest count, where layers differ in size; `chosen`: a bound)."""
+    """Parameters trained in one step (the largest count if layers differ in size; `chosen`: an upper bound)."""
     state_bytes_per_parameter: int = 0
     state_of: Literal["none", "active", "visited", "constant"]
-    """`active`: state exists only for what trains now; `visited`: also for layers that sleep after training;
+    """`active`: state exists only for parameters that train now; `visited`: also for layers that trained before;
     `constant`: `state_bytes` at any time."""
     layer_state_bytes: tuple[int, ...] | None = None
-    """`sampled`: bytes of each layer's state, where they do not follow from its own size (adapters, projections)."""
+    """`sampled`: bytes of each layer's state, if they do not follow from the layer's size (adapters, projections)."""
     state_bytes: int | None = None
     """`constant`: all bytes of state."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTrace:
-    """What a layer-wise method believes as a step begins; one shape for all methods, one entry per decoder layer."""
+    """State of a layer-wise method at the start of a step; the same for all methods, one entry per decoder layer."""
 
     active: tuple[int, ...]
     """Layers that train in this step, wholly or in part."""
     tensors: tuple[str, ...] | None = None
-    """Where single tensors are chosen: names, as in the untouched model, of those that train in this step."""
+    """If single tensors are chosen: names, as in the original model, of those that train in this step."""
     importance: tuple[float, ...] | None = None
     probability: tuple[float, ...] | None = None
     age_steps: tuple[int, ...] | None = None
@@ -145,10 +146,10 @@ class LayerTrace:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What `Method.end_step` reports back; None where the method cannot know it."""
+    """Result of `Method.end_step`; None for values that the method does not know."""
 
     grad_norm: float | None
-    """Global norm of the gradients that were trained, before clipping."""
+    """Global norm of the trained parameters' gradients, before clipping."""
     clipped: bool | None
 
 
@@ -175,9 +176,9 @@ class Method:
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options with which the contract suite tries this method on a model of 4 layers and width 32, in 12 steps."""
     EXAMPLE_RECIPE: ClassVar[dict[str, Any]] = {}
-    """What the suite's recipe must have for it, such as no clipping; `skip` refuses a study that lacks it."""
+    """Recipe settings that the method needs in the suite, such as no clipping; `skip` rejects studies without them."""
     EXAMPLE_LR: ClassVar[float] = 3e-3
-    """Learning rate of the suite's runs, where AdamW's would move too little or too much."""
+    """Learning rate of the suite's runs; override it if AdamW's would change weights too little or too much."""
 
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         """`lr` is the peak learning rate; `seed` is for draws that are the method's own."""
@@ -195,7 +196,7 @@ class Method:
         return None
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """What the run will be held to."""
+        """What the run must do, as the harness will check it."""
         raise NotImplementedError(f"{type(self).__name__} promises nothing: write expect()")
 
     def attach(self, model: nn.Module) -> nn.Module:
@@ -203,13 +204,13 @@ class Method:
         raise NotImplementedError
 
     def prepare(self, calibration: Calibration) -> None:
-        """Probing, salience, outlier scores: whatever needs batches before the first step."""
+        """Everything that needs batches before the first step: probing, salience, outlier scores."""
 
     def begin_step(self, step: int) -> None:
         """Called before the first forward pass of optimizer step `step` (counted from 0); freeze and draw here."""
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Backward of one micro-batch, its loss already divided; `last` marks the last one of the step."""
+        """Backward of one micro-batch, with its loss already divided; `last` marks the step's last one."""
         loss.backward()
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
@@ -225,24 +226,24 @@ class Method:
         return StepFacts(grad_norm=norm, clipped=limit is not None and norm > limit)
 
     def set_lr_factor(self, factor: float) -> None:
-        """The schedule: every group's rate becomes its own base rate times `factor`."""
+        """Apply the schedule: every group's learning rate becomes its own base rate times `factor`."""
         if self.optimizer is not None:
             for group in self.optimizer.param_groups:
                 group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
 
     def trace(self) -> LayerTrace | None:
-        """What a layer-wise method believes, asked after `begin_step`; None for methods that do not choose layers."""
+        """State of a layer-wise method, read after `begin_step`; None for methods that do not choose layers."""
         return None
 
     def pinned_bytes(self) -> int | None:
-        """Page-locked host memory that the method itself holds now, by the sizes of its buffers; None: it cannot say.
+        """Bytes of pinned host memory that the method holds now, by the sizes of its buffers; None if unknown.
 
-        The kernel may count such memory as shared, as the driver's, or not at all, so only its owner knows.
+        The kernel may count pinned memory as shared, as the driver's, or not at all, so only its owner knows.
         """
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything beside the weights that a bit-exact resume needs."""
+        """Everything besides the weights that a bit-exact resume needs."""
         return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -257,7 +258,7 @@ class Method:
 
 
 def tied_conflict(facts: ModelFacts, *, embedding: bool, head: bool) -> str | None:
-    """Reason why embedding and head cannot be told apart on this model, where one is to train and the other is not."""
+    """Reason to skip if only one of embedding and head is to train but this model ties them; otherwise None."""
     if not facts.tied_embeddings or embedding == head:
         return None
     on, off = ("embedding", "head") if embedding else ("head", "embedding")
@@ -265,7 +266,7 @@ def tied_conflict(facts: ModelFacts, *, embedding: bool, head: bool) -> str | No
 
 
 def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """AdamW as the recipe wants it, over parameters or parameter groups: the same update for every method."""
+    """AdamW with the recipe's settings, over parameters or parameter groups: the same update for every method."""
     from grass.adamw import AdamW
 
     return AdamW(
@@ -279,11 +280,11 @@ def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.O
 
 
 def host_number(value: Tensor) -> float:
-    """A number of the device, read by the host: the one way for a method to read one, since each read waits.
+    """Value of a device scalar, read through the current host (`grass.host`); waits for the device.
 
-    It is read by the host in force (`grass.host`). Where tensors have no values (a forecast of memory), it is 1.0; so
-    nothing that decides memory may hang on it. Draws of layers go through `grass.sampling.draw_layers`, for the same
-    reason.
+    Methods must read device values only through this function. If tensors have no values (a memory forecast), it
+    returns 1.0, so nothing that determines memory may depend on it. For the same reason, layers must be drawn with
+    `grass.sampling.draw_layers`.
     """
     from grass.host import current
 
@@ -291,7 +292,7 @@ def host_number(value: Tensor) -> float:
 
 
 def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
-    """The torch dtype of a config's short name."""
+    """The torch dtype for a short name in the config."""
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]

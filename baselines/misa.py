@@ -1,24 +1,25 @@
 """MISA: module-wise importance sampling (arXiv 2511.00056, NeurIPS 2025; repository pkumelon/MISA).
 
-A module is one weight matrix of a decoder layer; norms, biases, embedding and head are frozen. A few modules, a share
-delta of all parameters at most, train at a time. Paper and code are two methods:
+A module is one weight matrix of a decoder layer; norms, biases, embedding and head are frozen. A few modules, at most a
+share delta of all parameters, train at a time. Paper and code are two methods:
 
 `variant: paper`: G_b <- beta G_b + (1 - beta) * mean over the T inner steps of ||g_b||^2, scaled by parameter count;
 p_b proportional to exp(eta G_b), uniform at first (Algorithm 1); Adam with a max-type second moment; one more momentum
-step of size beta1 / (1 - beta1) after the T steps; state cleared. Our reading: "scaled" is divided by the module's own
-count; norms are those before clipping, which the algorithm lacks; modules are drawn one by one without replacement and
-the first that would pass delta ends the draw; the max-type moment is AMSGrad's; the extra step repeats the last step's
-bias-corrected direction at its rate, without weight decay, and a period that the run cuts short has none.
+step of size beta1 / (1 - beta1) after the T steps; state cleared. Our reading: "scaled" means divided by the module's
+own count; norms are measured before clipping, which the algorithm lacks; modules are drawn one by one without
+replacement, and the first that would exceed delta ends the draw; the max-type moment is AMSGrad's; the extra step
+repeats the last step's bias-corrected direction at its learning rate, without weight decay; a period cut short by the
+end of the run has no extra step.
 
-`variant: code`: G averages the norm, read after clipping; its bias correction is written back, so it compounds; p_b is
-proportional to exp(min(cap, eta G^2)). The `sample_last` longest-unused modules enter first, then modules are drawn
-until none fits. Until each module was drawn once the set changes at every step, bottom up, and those norms are divided
-by T though one step was made. State is cleared unless a module is re-drawn at once. Our reading: in the first cycle
-each not yet drawn module that fits enters, in the model's order; the longest-unused are those of the earliest draw,
-lower first; what is re-drawn at once keeps its fp32 copy too.
+`variant: code`: G averages the norm, measured after clipping; its bias correction is written back, so it compounds; p_b
+is proportional to exp(min(cap, eta G^2)). The `sample_last` longest-unused modules are chosen first, then modules are
+drawn until none fits. Until every module was drawn once, the set changes at every step, bottom up, and these norms are
+divided by T although only one step was made. State is cleared unless a module is drawn again at once. Our reading: in
+the first cycle, every module that fits and was not drawn yet is chosen, in the model's order; the longest-unused
+modules are those of the earliest draw, lower ones first; a module drawn again at once keeps its fp32 copy too.
 
-Ours in both: modules above delta by themselves are never drawn; own seeded draws (the code: the global generator); the
-recipe's AdamW; bf16 weights have an fp32 copy while they train; no cache is emptied.
+Ours in both: modules larger than delta are never drawn; draws use their own seeded generator (the code: the global
+one); the recipe's AdamW; bf16 weights have an fp32 copy while they train; no cache is emptied.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MATRIX_WIDTHS = 8
-"""Where only sizes are known, a tensor of a layer is taken for a matrix from this many model widths on: norms and
-biases are smaller."""
+"""If only sizes are known, a layer's tensor counts as a matrix if it has at least this many times the model's width
+entries: norms and biases are smaller."""
 
 
 class MisaOptions(Options):
@@ -79,7 +80,7 @@ class MisaOptions(Options):
 
 
 class Misa(Method):
-    """A share of the weight matrices at a time, drawn by the softmax of their gradient norms."""
+    """Trains a share of the weight matrices at a time, drawn by the softmax of their gradient norms."""
 
     Config = MisaOptions
     PAPER = "arXiv 2511.00056"
@@ -97,7 +98,7 @@ class Misa(Method):
     draws = 0
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """A share below the smallest matrix trains nothing; AMSGrad's moments are fp32."""
+        """Skip a share below the smallest matrix, which trains nothing, and AMSGrad with moments other than fp32."""
         if self.options.variant == "paper" and self.recipe.state_dtype != "fp32":
             return "variant paper keeps its max-type moments in fp32: set state_dtype fp32, or variant code"
         sizes = layer_tensors(facts).values()
@@ -110,7 +111,7 @@ class Misa(Method):
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze everything; the optimizer's parameters are those of the draw in force."""
+        """Freeze everything; the optimizer's parameters are those of the current draw."""
         import torch
 
         from grass.layers import find_layers
@@ -127,14 +128,14 @@ class Misa(Method):
         if not self.candidates:
             raise ValueError(f"share {self.options.share} admits no weight matrix of this model: raise it")
         self.scores = [0.0] * len(matrices)
-        """G."""
+        """G, one score per module."""
         self.visits = [0] * len(matrices)
         self.last_draw = [0] * len(matrices)
-        """Number of the last draw in which each module was."""
+        """Number of the last draw that included each module."""
         self.sums = torch.zeros(len(matrices), device=self.weights[0].device)
-        """Norms (paper: squared, scaled) since the last draw."""
+        """Summed norms (paper: squared and scaled) since the last draw."""
         self.held: dict[int, Tensor] = {}
-        """What the optimizer updates, by active module: the weight, or its fp32 copy where weights are bf16."""
+        """Tensors that the optimizer updates, by active module: the weight, or its fp32 copy if weights are bf16."""
         self.generator = torch.Generator().manual_seed(self.seed)
         if self.options.variant == "code":
             self.optimizer = adamw(self.weights, self.recipe, self.lr)
@@ -151,7 +152,7 @@ class Misa(Method):
         return model
 
     def begin_step(self, step: int) -> None:
-        """Score what trained, then draw anew, where a period is over."""
+        """At the end of a period, score the modules that trained, then draw again."""
         self.step = step
         if step == self.next_draw:
             self._score()
@@ -161,7 +162,7 @@ class Misa(Method):
             self._activate(self._first_that_fit(fresh) if fresh else self._draw())
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Norms, clipping and the update of what the optimizer holds; bf16 weights follow their fp32 copies."""
+        """Measure norms, clip and update; bf16 weights are rounded from their fp32 copies."""
         import torch
 
         pairs = [(self.weights[i], held) for i, held in self.held.items()]
@@ -176,7 +177,7 @@ class Misa(Method):
         return facts
 
     def probabilities(self) -> list[float]:
-        """Chance of each module in the next single draw, summing to 1; modules above the share have 0."""
+        """Probability of each module in the next single draw, summing to 1; modules larger than the share have 0."""
         exponents = [self._exponent(score) for score in self.scores]
         largest = max(exponents[i] for i in self.candidates)
         powers = [math.exp(e - largest) if i in self.candidates else 0.0 for i, e in enumerate(exponents)]
@@ -184,7 +185,7 @@ class Misa(Method):
         return [power / total for power in powers]
 
     def trace(self) -> LayerTrace:
-        """Modules that train; a layer's importance is the mean of its modules' scores, its probability their sum."""
+        """Modules that train; per layer, the mean of its modules' scores and the sum of their probabilities."""
         return LayerTrace(
             active=tuple(sorted({self.layer_of[i] for i in self.active})),
             tensors=tuple(self.names[i] for i in self.active),
@@ -193,7 +194,7 @@ class Misa(Method):
         )
 
     def expect(self, facts: ModelFacts) -> Expectation:
-        """At most the share trains. The code's first cycle changes the set at every step, so each step is watched."""
+        """At most the share trains. The code's first cycle changes the set at every step, so every step is a period."""
         moments = moment_bytes(self.recipe) if self.options.variant == "code" else 12
         return Expectation(
             layers="chosen",
@@ -204,7 +205,7 @@ class Misa(Method):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Moments, fp32 copies, scores, the draw in force and the generator."""
+        """Moments, fp32 copies, scores, the current draw and the generator."""
         kept = {key: getattr(self, key) for key in _KEPT}
         copies = {i: held for i, held in self.held.items() if held is not self.weights[i]}
         return {**super().state_dict(), **kept, "copies": copies, "generator": self.generator.get_state()}
@@ -223,23 +224,23 @@ class Misa(Method):
     # ------------------------------------------------------------ scores
 
     def _measured(self, i: int, norm: Tensor, facts: StepFacts) -> Tensor:
-        """What one step adds to a module's sum, from its norm before clipping."""
+        """Term that one step adds to a module's sum, from its norm before clipping."""
         if self.options.variant == "paper":
             return norm.square() / self.weights[i].numel()
         limit = self.recipe.max_grad_norm
         assert facts.grad_norm is not None
-        # torch's own factor
+        # the factor that torch's clipping uses
         return norm if limit is None else norm * min(1.0, limit / (facts.grad_norm + 1e-6))
 
     def _score(self) -> None:
-        """G of what trained, from the sums since its draw; the code divides by T in its first cycle's steps too."""
+        """Update G of the modules that trained from their sums; the code divides by T in its first cycle too."""
         beta = self.options.beta
         for i in self.active:
             self.visits[i] += 1
             self.last_draw[i] = self.draws
             self.scores[i] = beta * self.scores[i] + (1 - beta) * host_number(self.sums[i]) / self.options.period
             if self.options.variant == "code":
-                # written back, so that the next visit corrects it once more
+                # written back, so the next visit corrects it again
                 self.scores[i] /= 1 - beta ** self.visits[i]
         self.sums.zero_()
 
@@ -263,7 +264,7 @@ class Misa(Method):
         return tuple(chosen)
 
     def _draw(self) -> tuple[int, ...]:
-        """Modules one after the other by p, the rest renormalised, after the longest-unused ones (code)."""
+        """Draw modules one by one by p, renormalised over the rest; the longest-unused ones come first (code)."""
         from grass.sampling import draw_layers
 
         code, probability = self.options.variant == "code", self.probabilities()
@@ -282,7 +283,7 @@ class Misa(Method):
     # ------------------------------------------------------------ what the optimizer holds
 
     def _activate(self, chosen: tuple[int, ...]) -> None:
-        """Free the state of what leaves (paper: of all), take up what enters, switch gradients."""
+        """Free the state of modules that leave (paper: of all), add those that enter, set `requires_grad`."""
         assert self.optimizer is not None
         assert self.model is not None
         for i in self.active:
@@ -311,10 +312,10 @@ class Misa(Method):
 
 
 _KEPT = ("active", "next_draw", "draws", "scores", "visits", "last_draw", "sums")
-"""Attributes that the resume state holds as they are."""
+"""Attributes that the resume state stores unchanged."""
 
 
 def _round_up(share: float) -> float:
-    """Three digits, never below."""
+    """Round up to three significant digits."""
     unit = 10.0 ** (math.floor(math.log10(share)) - 2)
     return round(math.ceil(share / unit) * unit, 12)

@@ -1,23 +1,23 @@
 """OWS, first named OwLore: layers drawn by their share of outliers (arXiv 2405.18380, ACL 2025 Findings).
 
-Every K steps gamma decoder layers are drawn without replacement by fixed probabilities p_l = D_l / sum D; they,
-embedding and head train, moments of sleeping layers are kept (paper, and pixeli99/OwLore). D_l is the share of
-outliers among the entries of layer l's linear matrices: entry (i, j) scores |W_ij| times the l2 norm of input feature
-j over the calibration rows, and is an outlier if its score exceeds M times the *mean score of the layer*. That mean is
+Every K steps gamma decoder layers are drawn without replacement by fixed probabilities p_l = D_l / sum D. The drawn
+layers, embedding and head train; moments of sleeping layers are kept (paper, and pixeli99/OwLore). D_l is the share of
+outliers among the entries of layer l's linear matrices: entry (i, j) scores |W_ij| times the l2 norm of input feature j
+over the calibration rows, and is an outlier if its score exceeds M times the *mean score of the layer*. That mean is
 over all matrices of the layer together, as in OWL's code (luuyin/OWL, lib/prune_all.py, `check_outlier_mean` of the
-concatenated scores), which the paper takes the measure from and the OwLore repository does not include.
+concatenated scores), from which the paper takes the measure; the OwLore repository does not include it.
 
 Ours: calibration rows are training rows (OWL: 128 rows of C4), and padding does not count. If no layer has an outlier,
-which is so for random weights at M = 13, probabilities fall back to uniform with a warning: the method is then LISA
-with kept states. A layer with D_l = 0 beside others is drawn only to fill places that the others leave empty, where
-the authors' numpy draw would raise; if no more than gamma layers have outliers (a model of 0.4 M parameters has a
-single one, in two layers, at M = 13), these train in every period, and a warning says so. The final norm trains too:
-LMFlow's code, on which OwLore builds, freezes only layers.
+as for random weights at M = 13, probabilities fall back to uniform with a warning: the method is then LISA with kept
+states. If other layers have outliers, a layer with D_l = 0 is drawn only when these are fewer than gamma; the authors'
+numpy draw would raise there. If no more than gamma layers have outliers (a model of 0.4 M parameters has a single one,
+in two layers, at M = 13), these train in every period, and a warning says so. The final norm trains too: LMFlow's code,
+on which OwLore builds, freezes only layers.
 
-`projected` gives the authors' low-rank variant: the linear matrices of the layers train as in `baselines.galore`. The
-trap in it, theirs and kept: a matrix projects anew every `update_gap` steps of its *own* count, so a layer that wakes
-goes on with the projection of its last visit, however old, until its count comes round. GRASS's tables do not say
-which of the two variants they compare with.
+`projected` gives the authors' low-rank variant: the linear matrices of the layers train as in `baselines.galore`. It
+keeps a pitfall of theirs: a matrix is projected again every `update_gap` steps of its *own* count, so a layer that is
+drawn again continues with the projection of its last visit, however old, until its count reaches the next multiple.
+GRASS's tables do not say which of the two variants they compare with.
 """
 
 from __future__ import annotations
@@ -84,16 +84,16 @@ class Ows(Method):
         super().__init__(options, recipe=recipe, lr=lr, seed=seed)
         self.active: tuple[int, ...] = ()
         self.outlier_share: tuple[float, ...] = ()
-        """D, one number a decoder layer, from 0 to 1."""
+        """D, one number per decoder layer, from 0 to 1."""
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """More active layers than layers make no sample; a rank above a matrix's side projects nothing."""
+        """Skip if more layers are to be active than exist, or if the rank is above a matrix's smaller side."""
         if self.options.active_layers > facts.layers:
             return f"active_layers {self.options.active_layers} is above the model's {facts.layers} layers"
         return rank_too_large(self.options.rank, facts) if self.options.projected else None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Build the optimizer over everything *before* freezing: else layers drawn later would never move."""
+        """Build the optimizer over everything *before* freezing: otherwise layers drawn later would never move."""
         import torch
 
         from grass.layers import find_layers
@@ -114,7 +114,7 @@ class Ows(Method):
         return model
 
     def prepare(self, calibration: Calibration) -> None:
-        """Measure D, once and for ever: forward passes alone, one vector of norms a matrix, scores by pieces."""
+        """Measure D once for the whole run: only forward passes, one vector of norms per matrix, scores in pieces."""
         assert self.model is not None
         linears = linears_of(self.model)
         squares = squared_feature_norms(
@@ -136,7 +136,7 @@ class Ows(Method):
 
     @property
     def probability(self) -> tuple[float, ...]:
-        """p, linear in D; uniform where every D is 0."""
+        """p, proportional to D; uniform if every D is 0."""
         total = sum(self.outlier_share)
         return tuple(d / total if total else 1 / len(self.outlier_share) for d in self.outlier_share)
 
@@ -213,7 +213,7 @@ def squared_feature_norms(
     def adds_up(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             x = inputs[0].float()
-            # experts of a mixture see tokens without rows, hence without their padding's places
+            # experts of a mixture get tokens without their rows, so the padding mask does not apply
             kept = x * mask[0].unsqueeze(-1) if x.shape[:-1] == mask[0].shape else x
             total = kept.flatten(0, -2).square().sum(0)
             squares[name] = squares[name] + total if name in squares else total
@@ -239,7 +239,7 @@ def outlier_share(scored: Sequence[tuple[Tensor, Tensor]], factor: float) -> Ten
     """D of one layer: the share of its entries whose score exceeds `factor` times the layer's mean score.
 
     Args:
-        scored: of each matrix of the layer, its weight (outputs, inputs) and the norms of its inputs (inputs,), fp32.
+        scored: for each matrix of the layer, its weight (outputs, inputs) and the norms of its inputs (inputs,), fp32.
         factor: M.
 
     Returns:
@@ -259,7 +259,7 @@ def _scores(scored: Sequence[tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
 
 
 def _rows_of_outputs(module: Any) -> Tensor:
-    """A linear's weight as (outputs, inputs); GPT-2's `Conv1D` keeps it the other way round."""
+    """A linear's weight as (outputs, inputs); GPT-2's `Conv1D` stores it transposed."""
     from torch import nn
 
     weight: Tensor = module.weight

@@ -1,25 +1,25 @@
 """SPEFT: AdamW on the most salient entries of the linear weights, chosen once (arXiv 2412.13488, ACL 2025).
 
-Before training every entry of the decoder layers' linear weights gets a salience; the k largest of all matrices
-together train, for ever, everything else is frozen. The paper's finding is that plain gradient salience with such a
-static mask does as well as anything. Salience, as in the authors' code (0-ml/speft, model/sparse_peft.py), g being the
-gradient *averaged over batches before* its absolute value is taken, so that signs cancel:
+Before training, every entry of the decoder layers' linear weights gets a salience. The k largest over all matrices
+train throughout; everything else is frozen. The paper finds that plain gradient salience with such a static mask does
+as well as any other. Salience, as in the authors' code (0-ml/speft, model/sparse_peft.py), where g is the gradient
+*averaged over batches before* its absolute value is taken, so that signs cancel:
 
     gradient   |g|                    snip        |w g| (the code's `saliency`)
     fisher     mean of the squared gradients of single rows, a batch being cut into micro-batches of one row
     magnitude  |w|                    random      a random set
 
-From the code: global top-k (`sparse_global_topk`), k a count or a share of all entries, rounded down. Ours: the sum of
-gradients in fp32; each batch counts by its label tokens, so that the choice does not hang on the micro-batch size. The
-code trains deltas beside the weights; the entries themselves train here, which is the same but for weight decay
-(pulling an entry, or its delta, to 0) and rounding.
+From the code: global top-k (`sparse_global_topk`), k a count or a share of all entries, rounded down. Ours: gradients
+are summed in fp32; each batch is weighted by its label tokens, so that the choice does not depend on the micro-batch
+size. The code trains deltas beside the weights; here the entries themselves train, which is the same except for weight
+decay (it pulls an entry, or its delta, to 0) and rounding.
 
-What it costs: while scores are taken, `layers_together` decoder layers at a time have sums of gradients, in fp32,
-beside one matrix's scores and the k best so far (12 bytes each, up to five times while they are merged). All batches
-are run once for every such set of layers, backward down to its lowest: with L layers one by one and n batches that is
-L n forward passes and about half as many full backward passes; `magnitude` and `random` run none. In training a
-matrix's dense gradient is alive until its entries are gathered in a hook of backward; from then on gradients, moments
-and indices take k entries each. Micro-batches add up in these, and the recipe's clipping is over these.
+Cost: during scoring, `layers_together` decoder layers at a time have fp32 sums of gradients, in addition to one
+matrix's scores and the k best so far (12 bytes each, up to five times that while they are merged). All batches run once
+for every such set of layers, with backward down to its lowest layer: with L layers one by one and n batches, that is L
+n forward passes and about half as many full backward passes; `magnitude` and `random` run none. In training, a matrix's
+dense gradient is alive until a backward hook gathers its chosen entries; from then on gradients, moments and indices
+take k entries each. Micro-batches accumulate in these entries, and the recipe's clipping applies to them.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SpeftOptions(Options):
 
 
 class Speft(Method):
-    """A fixed, sparse set of single weights trains."""
+    """Trains a fixed, sparse set of single weights."""
 
     Config = SpeftOptions
     PAPER = "arXiv 2412.13488"
@@ -87,19 +87,19 @@ class Speft(Method):
     def __init__(self, options: Options, *, recipe: Recipe, lr: float, seed: int) -> None:
         super().__init__(options, recipe=recipe, lr=lr, seed=seed)
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        """Gradients of the chosen entries, by matrix, as far as this step's backward passes came."""
+        """Gradients of the chosen entries, by matrix, accumulated over this step's backward passes so far."""
         self._gathering = False
         self._chosen = LayerTrace(active=())
 
     def skip(self, facts: ModelFacts) -> str | None:
-        """There must be as many entries as are to train."""
+        """Skip if there are fewer entries than are to train."""
         entries = sum(facts.layer_parameters)
         if self.options.k is not None and self.options.k > entries:
             return f"k {self.options.k} is above the {entries} parameters of the model's layers"
         return None
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Freeze everything; what trains is known after `prepare`.
+        """Freeze everything; `prepare` decides what trains.
 
         Raises:
             ValueError: k is above the number of linear entries.
@@ -114,7 +114,7 @@ class Speft(Method):
         return model
 
     def prepare(self, calibration: Calibration) -> None:
-        """Score every entry, keep the k best of all matrices, and make their states."""
+        """Score every entry, keep the k best over all matrices, and create their states."""
         import torch
 
         assert self.optimizer is not None
@@ -131,14 +131,14 @@ class Speft(Method):
         self._train_chosen()
 
     def begin_step(self, step: int) -> None:
-        """The embedding sleeps, so backward need not reach it."""
+        """The embedding is frozen, so let backward stop before it."""
         from grass.backward import stop_at_lowest_layer
 
         assert self.model is not None
         stop_at_lowest_layer(self.model)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Gradients of the chosen entries are gathered, the rest is dropped as it comes."""
+        """Gather the gradients of the chosen entries; hooks drop the rest at once."""
         self._gathering = True
         try:
             loss.backward()
@@ -165,13 +165,13 @@ class Speft(Method):
                 moments = state["exp_avg"], state["exp_avg_sq"]
                 update_piece(entries, gradient, *moments, step=state["step"], group=group)
                 weight.view(-1).index_copy_(0, state["index"].long(), entries)
-        # a gradient that came without `backward` is nobody's
+        # drop gradients from backward passes other than `backward`
         self.optimizer.zero_grad(set_to_none=True)
         measured = host_number(norm)
         return StepFacts(grad_norm=measured, clipped=limit is not None and measured > limit)
 
     def trace(self) -> LayerTrace:
-        """Matrices with a chosen entry; a layer's importance is the share of its linear entries that was chosen."""
+        """Matrices with chosen entries; a layer's importance is the share of its linear entries that was chosen."""
         return self._chosen
 
     def expect(self, facts: ModelFacts) -> Expectation:
@@ -186,7 +186,7 @@ class Speft(Method):
         )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The optimizer's states hold the chosen entries too."""
+        """Restore the optimizer's states, which also hold the indices of the chosen entries."""
         super().load_state_dict(state)
         self._train_chosen()
 
@@ -195,7 +195,7 @@ class Speft(Method):
         return self.options.salience in ("gradient", "snip", "fisher")
 
     def _best_places(self, calibration: Calibration) -> Tensor:
-        """Places of the k best entries, ascending, all matrices laid end to end."""
+        """Indices of the k best entries, ascending, in the concatenation of all flattened matrices."""
         import torch
 
         generator = torch.Generator().manual_seed(self.seed)
@@ -232,7 +232,7 @@ class Speft(Method):
         return [added.div_(total) for added in sums]
 
     def _train_chosen(self) -> None:
-        """Let matrices with chosen entries have gradients, and say in the trace which they are."""
+        """Let matrices with chosen entries have gradients, and record these matrices in the trace."""
         assert self.optimizer is not None
         states = self.optimizer.state
         for layer in self.layers:
@@ -251,7 +251,7 @@ class Speft(Method):
         )
 
     def _gather(self, parameter: Any) -> None:
-        """The hook: keep the chosen entries of the gradient that has just been completed."""
+        """Hook: keep the chosen entries of the completed gradient, and free the rest."""
         from grass.adamw import flat
 
         if self._gathering:
@@ -263,7 +263,7 @@ class Speft(Method):
 
 
 class Best:
-    """The k largest of all scores offered so far, and their places."""
+    """The k largest of all scores offered so far, and their indices."""
 
     def __init__(self, k: int) -> None:
         self._k = k
@@ -271,7 +271,7 @@ class Best:
         self.places: Tensor
 
     def offer(self, scores: Tensor, first: int) -> None:
-        """Scores of one matrix, flat, of places `first` and following."""
+        """Offer the flattened scores of one matrix, whose first entry has the index `first`."""
         import torch
 
         values, places = scores.topk(min(self._k, scores.numel()))
@@ -290,8 +290,8 @@ def salience(name: str, weight: Tensor, measured: Tensor | None, generator: torc
     Args:
         name: which salience.
         weight: any shape.
-        measured: its mean gradient, or mean squared gradient for `fisher`; None where that is not needed.
-        generator: for `random`, on the host.
+        measured: the weight's mean gradient, or mean squared gradient for `fisher`; None if not needed.
+        generator: CPU generator for `random`.
     """
     import torch
 
@@ -304,7 +304,7 @@ def salience(name: str, weight: Tensor, measured: Tensor | None, generator: torc
 
 
 def _counts(places: Tensor, sizes: Sequence[int]) -> list[int]:
-    """How many of the places lie in each matrix; where they have no values (a forecast), an even share."""
+    """How many of the indices `places` lie in each matrix; if they have no values (a forecast), an even share."""
     ends, k = list(accumulate(sizes)), len(places)
     below = [int(host_number((places < end).sum())) for end in ends]
     if below[-1] != k:

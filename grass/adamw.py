@@ -1,9 +1,9 @@
-"""AdamW whose moments have a dtype of their own, with a step count per parameter, updated piece by piece.
+"""AdamW with a separate dtype for its moments and a step count per parameter, updated piece by piece.
 
 `torch.optim.AdamW` keeps its moments in the parameter's dtype. A bf16 second moment with beta2 = 0.999 never decays
-(0.999 v rounds back to v), so bf16 weights want fp32 moments or stochastic rounding. With moments in the weights' own
-dtype, and without stochastic rounding, this is torch's update, bit for bit. Working in pieces keeps temporaries small,
-whatever the size of a matrix.
+(0.999 v rounds back to v), so bf16 weights need fp32 moments or stochastic rounding. With moments in the weights' dtype
+and no stochastic rounding, the update equals torch's bit for bit. Working in pieces keeps temporaries small, whatever
+the size of a matrix.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def new_moments(parameter: nn.Parameter, dtype: torch.dtype) -> Moments:
 
 
 class Rounding:
-    """Random bits for stochastic rounding, the same ones for a piece whatever was updated before it.
+    """Random bits for stochastic rounding; a piece's bits do not depend on what was updated before it.
 
-    A piece's bits follow from the seed, the parameter's number, its step count and the piece's place, so a resumed run,
-    other ranks and every offload mode round alike, and there is no state to save.
+    They depend only on the seed, the parameter's number, its step count and the piece's start. So a resumed run, other
+    ranks and every offload mode round alike, and there is no state to save.
     """
 
     def __init__(self, seed: int) -> None:
@@ -40,7 +40,7 @@ class Rounding:
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def generator(self, device: torch.device, *, parameter: int, step: int, start: int) -> torch.Generator:
-        """A generator on `device`, set for one piece."""
+        """A generator on `device`, seeded for one piece."""
         generator = self._generators.setdefault(device, torch.Generator(device))
         mixed = self.seed
         for part in (parameter, step, start):
@@ -61,17 +61,17 @@ def update_piece(
 ) -> None:
     """One AdamW step of some entries of one parameter, in place (Loshchilov and Hutter 2019, algorithm 2).
 
-    Call it under `torch.no_grad()`: a piece is too small to pay for switching gradients off by itself.
+    Call it under `torch.no_grad()`: entering that context for every piece would cost too much.
 
     Args:
         weight: entries to update, any shape.
         gradient: their gradients, same shape.
         first: first moments (`exp_avg`), same shape, the moments' dtype.
         second: second moments (`exp_avg_sq`), same shape and dtype as `first`.
-        step: which step of this parameter it is, from 1.
+        step: number of this parameter's step, counted from 1.
         group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
-        generator: random bits; given, the arithmetic is in fp32 and bf16 weights and second moments are rounded
-            stochastically. None: the arithmetic is in the moments' dtype, rounded to nearest.
+        generator: random bits. If given, the arithmetic is in fp32, and bf16 weights and second moments are rounded
+            stochastically. If None, the arithmetic is in the moments' dtype, rounded to nearest.
     """
     beta1, beta2 = group["betas"]
     dtype = first.dtype if generator is None else torch.float32
@@ -99,19 +99,19 @@ def pieces_of(parameter: nn.Parameter) -> Iterator[tuple[int, int]]:
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One-dimensional view of a contiguous tensor; a copy, for reading only, of any other."""
+    """One-dimensional view of a contiguous tensor; for any other tensor a copy, to be read only."""
     return tensor.detach().reshape(-1)
 
 
 class AdamW(Optimizer):
-    """AdamW over any parameters; those without a gradient are left alone, state and weight decay included.
+    """AdamW over any parameters; one without a gradient is skipped: its state stays as it is and it does not decay.
 
     Args:
         params: parameters or groups.
-        lr, betas, eps, weight_decay: AdamW's.
+        lr, betas, eps, weight_decay: as in AdamW.
         state_dtype: dtype of the moments.
         stochastic_rounding: round bf16 weights and bf16 second moments stochastically.
-        seed: of stochastic rounding.
+        seed: seed of stochastic rounding.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class AdamW(Optimizer):
         step = moments["step"]
         tensors = [parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]]
         if not parameter.is_contiguous():
-            # no flat view to cut: such a parameter is one piece
+            # a non-contiguous parameter has no flat view to split, so it is one piece
             update_piece(*tensors, step=step, group=group, generator=self._bits(parameter, number, step, 0))
             return
         flattened = [flat(t) for t in tensors]

@@ -1,9 +1,9 @@
 """Where backward stops, and what it recomputes.
 
-It need not visit the layers below the lowest one that trains, and for as long as a probe lasts layers are checkpointed.
-A probe differentiates every layer, and a layer that is differentiated keeps more activations than a sleeping one: in a
-model without checkpointing a probe would peak above any step of training. Recomputing activations costs it one more
-forward pass and brings its peak below an ordinary step's; gradients are the same.
+Backward need not visit the layers below the lowest trainable one. During a probe, decoder layers are checkpointed: a
+probe differentiates every layer, and such a layer keeps more activations than a frozen one, so without checkpointing a
+probe would peak above any training step. Recomputing activations costs the probe one more forward pass and brings its
+peak below that of an ordinary step; gradients are the same.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from grass.layers import declared_module
 
 
 def stop_at_lowest_layer(model: nn.Module) -> None:
-    """Take off the hook that makes the embedding's output require a gradient; for models whose embedding sleeps.
+    """Remove the hook that makes the embedding's output require a gradient; for models with a frozen embedding.
 
-    transformers 5 puts that hook on with every `gradient_checkpointing_enable()`
-    (`PreTrainedModel.enable_input_require_grads`). It is there for re-entrant checkpointing, which finds no gradient
-    without it; with the non-reentrant kind, the default of transformers, it only makes backward visit, and recompute,
-    every layer down to the first. Gradients are the same to the last bit either way.
+    transformers 5 registers that hook in every `gradient_checkpointing_enable()`
+    (`PreTrainedModel.enable_input_require_grads`). Re-entrant checkpointing finds no gradient without it. With
+    non-reentrant checkpointing, the default of transformers, it only makes backward visit and recompute every layer
+    down to the first. Gradients are the same to the last bit either way.
 
-    Safe to call in every step: a no-op where there is nothing to take off, where the model is none of transformers',
-    and where the model's own code does its checkpointing, which cannot be looked into. Under 20 microseconds with
-    32 layers, on one core of a CPU.
+    Safe to call in every step. It does nothing if there is no hook to remove, if the model is not a transformers model,
+    or if the model's own code does the checkpointing, which cannot be inspected. It takes under 20 microseconds with 32
+    layers, on one CPU core.
 
     Raises:
         ValueError: checkpointing is on and re-entrant.
@@ -35,13 +35,13 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
     forget_hooks = getattr(model, "disable_input_require_grads", None)
     if not callable(forget_hooks):
         return
-    # transformers sets the same switch and function on every module that has the switch, so the first one tells
+    # transformers sets the same flag and function on every module that has the flag, so the first one is enough
     switched: Any = next((module for module in model.modules() if hasattr(module, "gradient_checkpointing")), None)
     if switched is not None and switched.gradient_checkpointing:
         options = getattr(getattr(switched, "_gradient_checkpointing_func", None), "keywords", None)
         if options is None:
             return
-        # torch takes None, and no word, for re-entrant
+        # torch treats None, or a missing argument, as re-entrant
         if options.get("use_reentrant") is not False:
             raise ValueError(
                 "gradient checkpointing is re-entrant, which needs a gradient at the embedding that does not train: "
@@ -50,7 +50,7 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
     forget_hooks()
     embedding = declared_module(model, "get_input_embeddings")
     if embedding is not None:
-        # enabling twice, or on a part of the model, leaves a hook behind that the model itself has forgotten
+        # enabling twice, or on a part of the model, leaves a hook to which the model no longer holds the handle
         for key, hook in list(embedding._forward_hooks.items()):
             if getattr(hook, "__name__", "") == "make_inputs_require_grads":
                 del embedding._forward_hooks[key]
@@ -58,7 +58,7 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Checkpoint the decoder layers of a Hugging Face model; any other, or one that does it already, is left alone."""
+    """Checkpoint a Hugging Face model's decoder layers; leave other models, and those already checkpointed, alone."""
     can: bool = getattr(model, "supports_gradient_checkpointing", False) and model.training
     if not can or getattr(model, "is_gradient_checkpointing", False):
         yield
@@ -66,7 +66,7 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     config: Any = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
     if caches:
-        # a cache of keys and values is of no use in training, and transformers would say so of every checkpointed layer
+        # a key-value cache is useless in training, and transformers would warn about it for every checkpointed layer
         config.use_cache = False
     model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     stop_at_lowest_layer(model)

@@ -1,4 +1,4 @@
-"""What a run believes of its layers: mean gradient norms, how training refreshes them, and the draws that follow."""
+"""State of layer sampling: mean gradient norms, how training refreshes them, and the draws they lead to."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from grass.sampling import LayerSampler, warn_if_not_adaptive
 
 
 class Belief:
-    """Importance of the layers and the sampler that draws by it.
+    """Layer importance and the sampler that draws layers by it.
 
     Args:
-        options: of the run.
+        options: the run's options.
         layers: number of decoder layers.
     """
 
@@ -28,18 +28,18 @@ class Belief:
             options.sampler, layers=layers, active_layers=options.active_layers, seed=options.seed
         )
         self.importance: Importance | None = None
-        """None before probing, and for ever with a sampler that measures nothing."""
+        """None before probing, and always None with a sampler that measures nothing."""
         self._warned = False
         self._window: dict[int, tuple[Tensor, int]] = {}
-        """Per layer: sum of r over the steps since the last refresh in which it was active, and their number."""
+        """By layer: the sum of r over its active steps since the last refresh, and the number of these steps."""
 
     @property
     def effective_layers(self) -> float:
-        """exp(H(p)) of the probabilities now in force."""
+        """exp(H(p)) of the current probabilities."""
         return effective_layers(self.sampler.probability)
 
     def start(self, means: Sequence[float]) -> None:
-        """Believe a probe of all layers.
+        """Set importance from a probe of all layers.
 
         Raises:
             ValueError: a mean gradient norm that is not finite.
@@ -56,11 +56,11 @@ class Belief:
                 self._window[layer] = (total + r, steps + 1)
 
     def refresh(self, *, steps: int, probed: Sequence[float] | None = None) -> None:
-        """Blend what the window's steps showed into m; then p follows (paper, refresh).
+        """Blend the window's measurements into m, then recompute p (paper, refresh).
 
         Args:
             steps: optimizer steps done so far.
-            probed: a new probe of all layers, to be believed instead of the window.
+            probed: mean gradient norms from a new probe of all layers, used instead of the window.
         """
         assert self.importance is not None
         measured: dict[int, float] = {}
@@ -79,7 +79,7 @@ class Belief:
             self._warned = warn_if_not_adaptive(self.sampler, self.effective_layers, when=when)
 
     def _follow(self) -> None:
-        """The sampler's probabilities follow importance."""
+        """Recompute the sampler's probabilities from importance."""
         assert self.importance is not None
         options = self._options
         self.sampler.follow(self.importance.values, temperature=options.temperature, norm=options.norm)

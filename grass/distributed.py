@@ -1,16 +1,16 @@
-"""Data parallelism for plain modules: gradients of active layers are averaged inside `step`, and so is importance.
+"""Data parallelism for plain modules: `step` averages the active layers' gradients, and importance, over ranks.
 
-DistributedDataParallel builds its reducer for the parameters that require gradients when it wraps the model; switching
-them afterwards makes ranks diverge without an error. Here every rank of the default process group holds the plain
-module, draws the same layers from the same generator, and averages what the layers' gradients are at that moment. R
-ranks do what one process does that accumulates their R micro-batches. What follows for the training loop:
+DistributedDataParallel builds its reducer for the parameters that require gradients when it wraps the model; changing
+`requires_grad` afterwards makes ranks diverge without an error. Here every rank of the default process group holds the
+plain module, draws the same layers from the same generator, and averages the gradients of those layers inside `step`. R
+ranks compute what one process does that accumulates their R micro-batches. For the training loop this means:
 
-- Each rank counts alike, as under DistributedDataParallel: losses that are means over unequal numbers of tokens must
-  be weighted by the caller.
-- Gradients are averaged once a step, however many backward passes it has; there is no `no_sync()` to call.
-- Clip with the option `max_grad_norm`. `clip_grad_norm_` before `step()` sees the rank's own gradient: each rank would
-  scale its own by another factor, and what is averaged then is not the clipped average.
-- Nothing is broadcast. Ranks that do not hold the same weights at the first step are refused.
+- Every rank counts the same, as under DistributedDataParallel: if losses are means over unequal numbers of tokens, the
+  caller must weight them.
+- Gradients are averaged once a step, however many backward passes it has; there is no `no_sync()`.
+- Clip with the option `max_grad_norm`. `clip_grad_norm_` before `step()` sees only the rank's own gradient: each rank
+  would scale by a different factor, and the average would not be the clipped average.
+- Nothing is broadcast. If ranks do not hold the same weights at the first step, `step` raises an error.
 - State dicts are the same on every rank: save one, load it on all.
 """
 
@@ -29,7 +29,7 @@ BUCKET_BYTES = 32 * 2**20
 COMPARED = 64
 """Values that `check_agreement` can compare at once."""
 CHECKSUM_ENTRIES = 1 << 22
-"""Weights summed at once in a checksum, so that their widening to 64 bits takes 32 MiB at most."""
+"""Weights summed at once in a checksum, so that converting them to 64 bits takes 32 MiB at most."""
 
 
 def ranks() -> int:
@@ -39,10 +39,10 @@ def ranks() -> int:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over all ranks; the parameters must be the same ones on each.
+    """Replace every gradient by its mean over all ranks; every rank must pass the same parameters.
 
-    A parameter without gradient on this rank, but with one on another, counts as zero here; one without gradient on
-    every rank keeps none, so that it does not decay. Sums are taken in the gradients' own dtype.
+    If a parameter has a gradient on another rank only, it counts as zero here. If it has none on any rank, it gets
+    none, so that it does not decay. Sums are taken in the gradients' own dtype.
     """
     count = ranks()
     if count == 1:
@@ -50,7 +50,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     device = parameters[0].device
     here = [p.grad is not None for p in parameters]
     if all(here):
-        # made on the device and not read back: the host need not wait for backward
+        # created on the device and not read back, so the host does not wait for backward
         found = torch.ones(len(here), dtype=torch.uint8, device=device)
     else:
         found = torch.tensor(here, dtype=torch.uint8, device=device)
@@ -92,10 +92,10 @@ def _average(gradients: Sequence[Tensor], count: int) -> None:
 
 
 def average(values: Tensor) -> Tensor:
-    """Mean over all ranks, equal to the last bit on each, as what is drawn from must be.
+    """Mean over all ranks, bitwise equal on each: all ranks must draw from the same probabilities.
 
     It is equal because `torch.distributed.all_reduce` leaves its result "bitwise identical in all processes" (torch's
-    documentation), whatever the order in which it sums.
+    documentation), whatever the order of summation.
     """
     count = ranks()
     if count > 1:
@@ -106,14 +106,14 @@ def average(values: Tensor) -> Tensor:
 
 
 def check_agreement(values: Mapping[str, object], device: torch.device, *, mend: str) -> None:
-    """Refuse to go on where ranks differ in what must be the same on all.
+    """Raise an error if ranks differ in values that must be the same on all.
 
-    One collective, of the same shape whatever is compared, so that ranks that do not even compare the same values are
-    refused as well, instead of waiting for each other.
+    It uses one collective, whose shape does not depend on what is compared. So ranks that compare different sets of
+    values get the error too, instead of waiting for each other.
 
     Args:
-        values: what must be the same, by the name that the message gives it; compared as text, `COMPARED` at most.
-        device: where collectives of the default group work.
+        values: values that must be the same, by their name in the message; compared as text, `COMPARED` at most.
+        device: a device on which collectives of the default group work.
         mend: what the user can do about a difference; the end of the message.
 
     Raises:
@@ -123,7 +123,7 @@ def check_agreement(values: Mapping[str, object], device: torch.device, *, mend:
         return
     digests = [_digest(f"{name}={value}") for name, value in values.items()]
     digests += [0] * (COMPARED - len(digests))
-    # the largest digest and minus the smallest: they cancel where all are equal
+    # the largest digest, and minus the smallest: their sum is 0 if all are equal
     ends = torch.tensor([digests, [-d for d in digests]], dtype=torch.int64, device=device)
     dist.all_reduce(ends, op=dist.ReduceOp.MAX)
     differing = [item for item, spread in zip(values.items(), ends.sum(0).tolist(), strict=False) if spread]
@@ -135,13 +135,14 @@ def check_agreement(values: Mapping[str, object], device: torch.device, *, mend:
 def check_ranks(
     facts: Mapping[str, object], model: nn.Module, groups: Sequence[Mapping[str, Any]], *, weights: bool
 ) -> None:
-    """Refuse ranks that would go on with other layers, or with other numbers.
+    """Raise an error if ranks would train different layers or compute with different values.
 
     Args:
-        facts: what must be the same on all ranks, beside what follows from the other arguments.
-        model: whose parameters must be as many and as large.
-        groups: parameter groups, whose learning rates must be the same (schedulers may follow what a rank measures).
-        weights: whether the weights must be the same to the last bit, as well; reads all of them.
+        facts: further values that must be the same on all ranks.
+        model: its parameters must be equal in number and total size on all ranks.
+        groups: parameter groups; their learning rates must be the same (a scheduler may depend on what a rank
+            measures).
+        weights: whether to check as well that the weights are bitwise equal; this reads all of them.
 
     Raises:
         RuntimeError: on every rank, if any two differ.
@@ -166,9 +167,9 @@ def _digest(text: str) -> int:
 
 
 def checksum(parameters: Iterable[Tensor]) -> int:
-    """A number that follows from the bits of all entries; it blocks until the device has computed it.
+    """Checksum of the bits of all entries; blocks until the device has computed it.
 
-    Equal parameters have equal checksums on every kind of device. Integers are summed, which no order changes.
+    Equal parameters have equal checksums on every kind of device: integers are summed, so the order does not matter.
     """
     integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     total = sum(

@@ -22,8 +22,8 @@ _LABELS = {
 }
 _GREY = "#e5e5e5"
 _BROKEN = "#ff00ff"
-"""Magenta. By CIELAB distance it is 42 or more from every colour of cividis, and grey is 17 or more, also as protan,
-deutan and tritan eyes see them (simulated after Machado, Oliveira and Fernandes 2009)."""
+"""Magenta. Its CIELAB distance from every colour of cividis is 42 or more, that of the grey 17 or more, also as seen
+with protan, deutan and tritan vision (simulated after Machado, Oliveira and Fernandes 2009)."""
 
 
 def plot(
@@ -31,24 +31,24 @@ def plot(
 ) -> Figure:
     """Draw one value of every decoder layer over the steps, and mark the layers that train.
 
-    A record is drawn from its step to the step of the next one. Layers that train are marked by white bars with a dark
-    edge. What was not measured is light grey; a gradient norm that is not finite is magenta. Norms that span more
-    than a factor of three have a logarithmic scale.
+    A record is drawn from its step to the step of the next one. White bars with a dark edge mark layers that train.
+    Values that were not measured are light grey; a gradient norm that is not finite is magenta. The scale is
+    logarithmic if norms span more than a factor of three.
 
     Args:
         history: `opt.history`, a list of records, or the path of a file that `write_history` wrote.
-        value: field of `Record` that is the colour: `importance`, `probability`, `norm` or `age`.
-        ax: matplotlib axes to draw on, in a figure made with `layout="constrained"`, which makes room for the legend
-            under them; by default those of a new figure, which pyplot does not know (nothing to close).
-        title: above the axes.
+        value: field of `Record` shown as colour: `importance`, `probability`, `norm` or `age`.
+        ax: matplotlib axes to draw on, in a figure made with `layout="constrained"`, which leaves space for the legend
+            below the axes; by default the axes of a new figure that is not registered with pyplot (nothing to close).
+        title: title above the axes.
 
     Returns:
         The figure of the axes; `savefig` writes it.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: an unknown `value`, a history that is empty or has none of it, steps that do not ascend, layers that
-            differ in number between records, or (from `read_history`) a bad line of the file.
+        ValueError: an unknown `value`, a history that is empty or has no entry of `value`, steps that do not ascend,
+            records with different numbers of layers, or (from `read_history`) a bad line of the file.
     """
     try:
         from matplotlib.figure import Figure
@@ -95,7 +95,7 @@ def _check(records: list[Record], value: Value) -> None:
 
 
 def _matrix(records: list[Record], value: Value) -> tuple[Any, Any]:
-    """Values and whether they were measured, both of shape (layers, records); not finite becomes infinity."""
+    """Values and whether they were measured, both of shape (layers, records); non-finite values become infinity."""
     import numpy as np
 
     nothing = (None,) * len(records[0].probability)
@@ -106,19 +106,19 @@ def _matrix(records: list[Record], value: Value) -> tuple[Any, Any]:
 
 
 def _draw_cells(ax: Any, values: Any, measured: Any, edges: list[int], value: Value) -> list[Any]:
-    """Draw the mesh and its colour bar; returns handles for the legend: grey and magenta, where there is any."""
+    """Draw the mesh and its colour bar; return legend handles for grey and magenta, for those that occur."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
-    # neighbouring records that look alike are one column: beliefs change once in a period, not in every step
+    # equal neighbouring records become one column: importance changes once in a period, not in every step
     changes = ((values[:, 1:] != values[:, :-1]) | (measured[:, 1:] != measured[:, :-1])).any(axis=0)
     first = np.flatnonzero(np.concatenate([[True], changes]))
     values, measured = values[:, first], measured[:, first]
     x = np.append(np.asarray(edges)[first], edges[-1])
     y = np.arange(len(values) + 1) - 0.5
     norm, extend = _scale(values[measured & np.isfinite(values)], value)
-    # zero has no place on a logarithmic scale and infinity on none: one gets the lowest colour, one that of "over"
+    # a logarithmic scale cannot show zero and no scale shows infinity: zero gets the lowest colour, infinity "over"
     drawn = np.where(np.isinf(values), 2 * norm.vmax, np.maximum(values, norm.vmin))
     shown = np.ma.masked_array(drawn, mask=~measured)
     colours = colormaps["cividis"].with_extremes(over=_BROKEN)
@@ -138,7 +138,7 @@ def _draw_cells(ax: Any, values: Any, measured: Any, edges: list[int], value: Va
 
 
 def _scale(values: Any, value: Value) -> tuple[Any, str]:
-    """Colour scale over finite `values`, and the end of the colour bar beyond which some lie."""
+    """Colour scale over finite `values`, and which end of the colour bar some values exceed."""
     from matplotlib.colors import LogNorm, Normalize
 
     if value == "age":
@@ -147,15 +147,15 @@ def _scale(values: Any, value: Value) -> tuple[Any, str]:
     if value != "probability" and positive.size and positive.max() > 3 * positive.min():
         return LogNorm(positive.min(), positive.max()), "min" if positive.size < values.size else "neither"
     low, high = (values.min(), values.max()) if values.size else (0.0, 1.0)
-    # at least a tenth of the middle wide: rounding shall not fill the scale where all layers are alike
+    # at least a tenth of the midpoint wide, so that rounding errors do not fill the scale when all layers are equal
     middle = (low + high) / 2 or 1.0
     return Normalize(min(low, 0.95 * middle), max(high, 1.05 * middle)), "neither"
 
 
 def _draw_active(ax: Any, records: list[Record], edges: list[int], *, share: float) -> list[Any]:
-    """Mark every stretch of steps in which a layer trains by a bar over `share` of its row; returns a legend handle.
+    """Mark each run of steps in which a layer trains by a bar over `share` of its row; return a legend handle.
 
-    All bars are one artist and their dark edges another, however many there are.
+    All bars together are one artist and their dark edges another.
     """
     import numpy as np
     from matplotlib import patheffects
@@ -166,7 +166,7 @@ def _draw_active(ax: Any, records: list[Record], edges: list[int], *, share: flo
     for i, record in enumerate(records, start=1):
         active[list(record.active), i] = 1
     turns = np.diff(active)
-    # both in order of layers, then steps, so that starts and ends belong together
+    # both are sorted by layer, then step, so the n-th start belongs to the n-th end
     rows, starts = np.nonzero(turns == 1)
     _, ends = np.nonzero(turns == -1)
     if not rows.size:
@@ -181,13 +181,13 @@ def _draw_active(ax: Any, records: list[Record], edges: list[int], *, share: flo
 
 
 def _explain(ax: Any, handles: list[Any]) -> None:
-    """Legend under the axis label, a fixed number of points below the axes whatever their height."""
+    """Put the legend under the axis label, a fixed number of points below the axes."""
     from matplotlib.transforms import ScaledTranslation
 
     if handles:
         inches = ax.get_figure(root=True).dpi_scale_trans
         below = ax.transAxes + ScaledTranslation(0, -34 / 72, inches)
-        # an entry is about 2.3 inches wide; a legend much wider than its axes would leave them no room
+        # an entry is about 2.3 inches wide; a legend much wider than its axes would leave them no space
         columns = int(ax.get_window_extent().transformed(inches.inverted()).width / 2.3)
         ax.legend(
             handles=handles,

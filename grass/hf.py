@@ -4,11 +4,11 @@ opt = Grass(model, lr=2e-5, active_layers=4, max_grad_norm=1.0)
 trainer = Trainer(model, args, train_dataset=rows, optimizers=(opt, None), callbacks=[GrassCallback(opt)])
 trainer.train()
 
-`args` must say `max_grad_norm=0.0` (its default is 1.0): Trainer clips before the optimizer's step, Grass inside it,
-after measuring. The rate and AdamW's constants are Grass's own: Trainer's `learning_rate`, `weight_decay` and `adam_*`
-are not read, its schedule and warm-up act on Grass's rate. A checkpoint of Trainer holds all that a bit-exact resume
-needs. Probabilities are in `opt`, not in Trainer's logs: `Trainer.log` stores a record before any callback sees it
-(transformers 5.17).
+Set `max_grad_norm=0.0` in `args` (its default is 1.0): Trainer clips before the optimizer's step, Grass inside it,
+after measuring. Grass uses its own learning rate and AdamW constants and ignores Trainer's `learning_rate`,
+`weight_decay` and `adam_*`; Trainer's schedule and warm-up act on Grass's rate. A Trainer checkpoint holds everything a
+bit-exact resume needs. Read probabilities from `opt`, not from Trainer's logs: `Trainer.log` stores a record before any
+callback sees it (transformers 5.17).
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from grass.optimizer import Grass
 
 
 class GrassCallback(TrainerCallback):  # type: ignore[misc]
-    """Probes before the first step, and refuses settings of Trainer under which GRASS would not be GRASS.
+    """Probes before the first step, and rejects Trainer settings that would break GRASS.
 
-    The probe uses up no step of the schedule, no row of the training data and no random number of a global generator:
-    a run with it sees the same batches in the same order, and the same rates, as a run without. It is left out where
-    the sampler needs none, where a checkpoint was resumed, and where `opt.probe` was called before. Call that with a
-    `loss` if Trainer has a `compute_loss_func` or a `compute_loss` of yours: a callback sees only the model's own loss.
+    The probe consumes no step of the schedule, no row of the training data and no random number of a global generator:
+    a run with it sees the same batches in the same order, and the same learning rates, as a run without. It is skipped
+    if the sampler needs no probe, if a checkpoint was resumed, or if `opt.probe` was called before. If Trainer has a
+    custom `compute_loss_func` or `compute_loss`, call `opt.probe` with that `loss` yourself: a callback sees only the
+    model's own loss.
 
     Args:
         opt: the optimizer that the Trainer was given in `optimizers=(opt, None)`.
@@ -44,8 +45,8 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
             Trainer's collator (paper: probing steps; 50 is ours), or the batches themselves.
 
     Raises:
-        ValueError: `probe_batches` is a number below 1; when training begins, for a setting that is refused: the
-            message names it and says how to mend it.
+        ValueError: `probe_batches` is a number below 1; when training begins, a setting is rejected: the message names
+            it and says how to fix it.
     """
 
     def __init__(self, opt: Grass, probe_batches: int | Iterable[Any] = 50) -> None:
@@ -65,7 +66,7 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
         train_dataloader: DataLoader[Any],
         **_: Any,
     ) -> None:
-        """Check the settings, then probe; a checkpoint has been loaded by now and gradients are clear."""
+        """Check the settings, then probe; by now a checkpoint has been loaded, and there are no gradients."""
         _refuse(args, self.opt, model, optimizer)
         self.opt.accumulation_steps = args.gradient_accumulation_steps
         if not _checkpointing_is_reentrant(model):
@@ -94,7 +95,7 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
                 "rows; give batches: GrassCallback(opt, probe_batches=[...])"
             )
         generator = torch.Generator().manual_seed(args.seed if args.data_seed is None else args.data_seed)
-        # goes through the dataset again, in another order, where it has fewer rows than that
+        # if the dataset has fewer rows, the sampler goes through it again in another order
         rows = RandomSampler(dataset, num_samples=self.probe_batches * state.train_batch_size, generator=generator)
         return DataLoader(
             dataset,
@@ -146,7 +147,7 @@ def _refuse(args: TrainingArguments, opt: Grass, model: nn.Module, optimizer: to
 
 
 def _checkpointing_is_reentrant(model: Any) -> bool:
-    # transformers asks torch for the other kind unless told; torch takes the re-entrant one where told nothing
+    # transformers passes use_reentrant=False by default; torch itself is re-entrant if the argument is missing
     return any(
         module.gradient_checkpointing and module._gradient_checkpointing_func.keywords.get("use_reentrant") is not False
         for module in model.modules()

@@ -1,11 +1,11 @@
-"""The host side's one seam: all by which the library decides with numbers, and all that it wants of a device.
+"""The host interface: every value the library reads from a device, every draw, and every device facility it uses.
 
-Whoever runs GRASS where these answers must be others (a forecast on tensors without values, a measurement that trains
-the same layers in every variant, a meter that resets the allocator's peak) puts another `Host` in force, with one
-statement: `with using(host): ...`. Methods that are no part of this library draw and read through it as well.
+Code that needs other answers (a forecast on tensors without values, a benchmark that trains the same layers in every
+variant, a meter that resets the allocator's peak) installs another `Host` with one statement: `with using(host): ...`.
+Methods outside this library draw and read through this interface as well.
 
-Ranks that compare themselves (`grass.distributed`) do not go through it: they read what collectives brought, and no
-stand-in for one process can answer for several.
+Comparisons between ranks (`grass.distributed`) do not use it: they read the results of collectives, which a replacement
+in one process cannot provide for several.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from grass.offload.arena import HostArena
 from grass.offload.streams import CudaStreams, NoStreams, Streams
 
 PIECE_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 22}
-"""Entries updated at once. On a CPU the piece and its temporaries stay in the cache (5 MiB in fp32), and the calls for
-a piece, some 30 us, stay small beside its arithmetic; elsewhere it is as large as keeps three fp32 temporaries below
-48 MiB, so that few kernels are launched."""
+"""Entries updated at once. On a CPU, the piece and its temporaries fit in the cache (5 MiB in fp32), and the call
+overhead of a piece, about 30 us, is small beside its arithmetic. Elsewhere, the piece is as large as three fp32
+temporaries within 48 MiB allow, so that few kernels are launched."""
 
 
 class Host:
-    """The usual answers: numbers are read, layers are drawn by chance, and devices are what they are."""
+    """The default: values are read from tensors, layers are drawn at random, and devices are the real ones."""
 
     # ------------------------------------------------------------ numbers
 
     def number(self, value: Tensor) -> float:
-        """A number of a tensor with one entry; waits for the device."""
+        """Value of a one-entry tensor; waits for the device."""
         return float(value)
 
     def numbers(self, values: Tensor) -> list[float]:
-        """Numbers of a one-dimensional tensor, in one transfer; waits for the device."""
+        """Values of a one-dimensional tensor, in one transfer; waits for the device."""
         return [float(value) for value in values.tolist()]
 
     def has_values(self, values: Tensor) -> bool:
-        """Whether the numbers of a tensor can be read, at any time; nothing is read."""
+        """Whether the values of a tensor can be read, now or later; this reads nothing."""
         return not (isinstance(values, FakeTensor) or values.is_meta)
 
     def with_values(self) -> AbstractContextManager[None]:
-        """Inside, tensors that are made have values: for arithmetic on numbers that the host knows already."""
+        """Context in which new tensors have values: for arithmetic on numbers that the host already has."""
         return nullcontext()
 
     # ------------------------------------------------------------ draws
 
     def draw(self, layers: int, count: int, by_chance: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """Which layers (or other units that are drawn among) train next.
+        """Draw the layers (or other units) that train next.
 
         Args:
-            layers: how many there are to draw among.
-            count: how many are drawn, from 1 to `layers`.
-            by_chance: draws by the caller's own law and generator; to be called once at most.
+            layers: number of layers to draw from.
+            count: number of layers drawn, from 1 to `layers`.
+            by_chance: draws from the caller's distribution with its generator; called once at most.
 
         Returns:
             `count` distinct numbers below `layers`, ascending.
@@ -65,7 +65,7 @@ class Host:
     # ------------------------------------------------------------ facilities of a device
 
     def streams(self, device: torch.device) -> Streams:
-        """Queues for copies between `device` and the host: CUDA streams on CUDA, else none."""
+        """Queues for copies between `device` and the host: CUDA streams on CUDA, synchronous copies elsewhere."""
         return CudaStreams(device) if device.type == "cuda" else NoStreams(device)
 
     def arena(self, *, pin: bool, settle: Callable[[], None]) -> HostArena:
@@ -77,16 +77,17 @@ class Host:
         return PIECE_ELEMENTS["cpu" if device.type == "cpu" else "other"]
 
     def allocated_bytes(self, device: torch.device) -> int | None:
-        """Bytes that live tensors hold on `device`, by the caching allocator's count; None where nobody counts."""
+        """Bytes of live tensors on `device`, as the caching allocator counts them; None on devices without a count."""
         return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """Largest `allocated_bytes` since the count was last reset (by anybody); None where nobody counts."""
+        """Largest `allocated_bytes` since any code last reset the peak; None on devices without a count."""
         return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
     def obtainable_bytes(self, device: torch.device) -> int | None:
-        """Bytes that this process could hold on `device` in all: what its allocator has, and what the driver would
-        still give; None where device memory is host memory.
+        """Bytes that this process could hold on `device`; None where device memory is host memory.
+
+        They are those that its allocator has reserved, and those that the driver has free.
         """
         if device.type != "cuda":
             return None
@@ -95,7 +96,7 @@ class Host:
 
 
 class HostAround(Host):
-    """Answers as another host does; a subclass changes what it must and leaves the rest to that one."""
+    """Delegates to another host; a subclass overrides only what differs."""
 
     def __init__(self, inner: Host) -> None:
         self.inner = inner
@@ -145,18 +146,18 @@ class HostAround(Host):
         return self.inner.obtainable_bytes(device)
 
 
-# not a context variable: autograd runs hooks of a CUDA backward in threads of its own, which must get the same answers
+# not a context variable: autograd runs hooks of a CUDA backward in its own threads, which must see the same host
 _in_force: list[Host] = [Host()]
 
 
 def current() -> Host:
-    """The host in force. Ask for it at every question, and keep it nowhere: another one may be in force next time."""
+    """The current host. Call this for every use and do not store the result: the host may change between calls."""
     return _in_force[-1]
 
 
 @contextmanager
 def using(host: Host) -> Iterator[None]:
-    """Put `host` in force in all threads of this process, until the block ends; blocks may be nested."""
+    """Make `host` the current one in all threads of this process until the block ends; blocks may be nested."""
     _in_force.append(host)
     try:
         yield

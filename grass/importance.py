@@ -1,7 +1,7 @@
-"""Layer importance: mean gradient norms, their refresh, and the probabilities made of them (paper, probing phase).
+"""Layer importance: mean gradient norms, their refresh, and the resulting probabilities (paper, probing phase).
 
 The paper gives the root mean square gradient per layer, its mean over the probing steps, softmax(m / tau) and an
-exponential moving average. It does not give tau, nor says how m is scaled. Raw values are 1e-6 to 1e-3, on which
+exponential moving average. It gives neither tau nor the scaling of m. For raw values, which are 1e-6 to 1e-3,
 softmax(m / 1) is uniform to three digits, so scaling m by its mean is *our* default, named in every record.
 """
 
@@ -27,7 +27,7 @@ def gradient_square(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """2-norm of each parameter's gradient, scalars on its device; in fp32 where gradients have a lower precision."""
+    """2-norm of each parameter's gradient, scalars on its device; in fp32 if any gradient has a lower precision."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     low = any(g.dtype in (torch.bfloat16, torch.float16) for g in gradients)
     return list(torch._foreach_norm(gradients, 2, dtype=torch.float32 if low else None))
@@ -43,11 +43,11 @@ def normalise(values: Sequence[float], norm: Norm) -> list[float]:
 
     Args:
         values: one mean gradient norm a layer, all finite, none negative.
-        norm: `none` as they are; `mean`, `sum`, `max` divided by that; `zscore` centred and divided by the
-            population standard deviation.
+        norm: `none` leaves values as they are; `mean`, `sum` and `max` divide by that statistic; `zscore` centres and
+            divides by the population standard deviation.
 
     Returns:
-        Scaled values; all zero where there is no scale to divide by (all values equal to 0, or without spread).
+        Scaled values; all zero if the divisor would be 0 (all values are 0, or have no spread).
     """
     if norm == "none":
         return list(values)
@@ -66,7 +66,7 @@ def probabilities(values: Sequence[float], *, temperature: float, norm: Norm) ->
 
 
 def effective_layers(probability: Sequence[float]) -> float:
-    """exp(H(p)): L where p is uniform over L layers, 1 where one layer takes all."""
+    """exp(H(p)): L if p is uniform over L layers, 1 if one layer has all the probability."""
     return math.exp(-math.fsum(p * math.log(p) for p in probability if p > 0))
 
 
@@ -77,7 +77,7 @@ class Importance:
     values: list[float]
     """m_l, float64, one a layer."""
     measured_at: list[int]
-    """Step (counted from 0) after which each value was last measured; probing counts as 0."""
+    """Step count after which each value was last measured; 0 for probing."""
 
     @classmethod
     def from_probe(cls, means: Sequence[float]) -> Importance:
@@ -97,7 +97,7 @@ class Importance:
         """m_l = ema * new + (1 - ema) * m_l for every measured layer; the others keep their value (paper, refresh).
 
         Args:
-            measured: mean r over the steps of the window in which the layer was active, by layer.
+            measured: by layer, the mean of r over the window's steps in which the layer was active.
             ema: alpha, the weight of the *new* measurement.
             step: steps done so far.
         """

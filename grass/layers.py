@@ -1,8 +1,8 @@
-"""Where a causal language model keeps its decoder layers, found from the module tree alone.
+"""Finds the decoder layers of a causal language model from the module tree alone.
 
-No table of class names: the decoder stack is the one `nn.ModuleList` of like modules that hold two or more matrices
-each. What lies outside it is split in three groups: the embedding (and whatever is none of the other two), the final
-norm, and the language-model head.
+There is no table of class names: the decoder stack is the one `nn.ModuleList` of similar modules with two or more
+matrices each. Parameters outside it form three groups: the embedding (and everything that is in neither of the other
+two), the final norm, and the language-model head.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ OUTSIDE = ("embedding", "final_norm", "head")
 class LayerMap:
     """Decoder layers of a model and the parameters outside them.
 
-    Every parameter of the model is in exactly one layer or one outside group. A head tied to the embedding is one
-    tensor; it is listed once, under `embedding`, and `head` is empty or holds the head's own bias.
+    Every parameter of the model is in exactly one layer or one outside group. A head tied to the embedding shares its
+    tensor, which is listed once, under `embedding`; `head` is then empty or holds the head's own bias.
     """
 
     layers: tuple[nn.Module, ...]
     """Decoder layers, bottom first."""
     name: str
-    """Dotted name of the module list; empty where the layers were given by hand."""
+    """Dotted name of the module list; empty if the caller passed the layers."""
     outside: dict[str, list[nn.Parameter]]
     """Parameters outside the stack, under `embedding`, `final_norm` and `head`."""
 
@@ -41,34 +41,35 @@ class LayerMap:
 
 
 def find_layers(model: nn.Module, *, layers: Sequence[nn.Module] | None = None) -> LayerMap:
-    """Find the decoder layers of `model`, and what the parameters outside them are.
+    """Find the decoder layers of `model` and group the parameters outside them.
 
-    The stack is the outermost `nn.ModuleList` whose children share a base class of their own and hold two or more
-    matrices each; where no list has such children, a list of smaller ones serves.
+    The stack is the outermost `nn.ModuleList` whose children share a base class more specific than `nn.Module` and hold
+    two or more matrices each; if no list has such children, a list of smaller modules is accepted.
 
-    A parameter outside the stack is put by the first of these rules that holds:
+    The first of these rules that applies decides the group of a parameter outside the stack:
 
     - `embedding`: it belongs to `model.get_input_embeddings()`.
     - `head`: it belongs to `model.get_output_embeddings()`.
-    - `final_norm`: it belongs to a norm (a module with parameters, none of more than one dimension) that is applied
-      to the stack's output. Such a norm is a sibling of the stack, or of a module around it, that the source of the
-      parent's `forward` first reaches after the stack; where that source does not name the stack (the parent is an
-      `nn.ModuleDict`) or is not at hand, a sibling registered after it. The nearest level with one counts.
-    - `embedding`: everything else, such as position embeddings, a norm of the embedding, projections in and out of
-      the stack's width, and a head that the model does not give out through `get_output_embeddings`.
+    - `final_norm`: it belongs to a norm (a module with parameters, none of more than one dimension) that is applied to
+      the stack's output. Such a norm is a sibling of the stack, or of a module that contains it, and the source of the
+      parent's `forward` first mentions it after the stack. If that source does not name the stack (the parent is an
+      `nn.ModuleDict`) or is not available, it is a sibling registered after the stack. The innermost level with such a
+      norm counts.
+    - `embedding`: everything else, such as position embeddings, a norm of the embedding, projections to and from the
+      stack's width, and a head that the model does not return from `get_output_embeddings`.
 
-    The rule for the norm reads `forward` from top to bottom: it misses a norm that `forward` mentions before the stack
-    and applies after it, or applies through another method. With 144 causal language models of transformers 5.17 at
-    their default configurations it finds just what normalises after the last layer when the model runs, norms inside
-    a head aside.
+    The rule for the norm reads `forward` from top to bottom, so it misses a norm that `forward` mentions before the
+    stack but applies after it, or applies through another method. For 144 causal language models of transformers 5.17
+    at their default configurations, it finds exactly the norms that run after the last layer, except norms inside a
+    head.
 
     Args:
         model: a causal language model, or any module if `layers` is given.
-        layers: the layers, bottom first, where they cannot be found or others are wanted.
+        layers: the layers, bottom first, if they cannot be found or others are wanted.
 
     Raises:
-        ValueError: no stack, or more than one candidate (the message lists them and says to pass `layers`); a given
-            layer that is no part of the model; a layer without parameters; a parameter that two layers share.
+        ValueError: no stack, or more than one candidate (the message lists them and says to pass `layers`); a passed
+            layer that is not part of the model; a layer without parameters; a parameter that two layers share.
     """
     if layers is not None:
         if not layers:
@@ -86,18 +87,18 @@ def find_layers(model: nn.Module, *, layers: Sequence[nn.Module] | None = None) 
 
 
 def declared_module(model: nn.Module, getter: str) -> nn.Module | None:
-    """Module that the model gives out through its method `getter`; None where it has no such method or module."""
+    """Module that the model's method `getter` returns; None if it has no such method or module."""
     get = getattr(model, getter, None)
     try:
         module = get() if callable(get) else None
     except NotImplementedError:
-        # transformers raises it where a model has not said where its embedding is
+        # transformers raises it for a model that does not declare its embedding
         return None
     return module if isinstance(module, nn.Module) else None
 
 
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
-    """Switch gradients; a parameter that is switched off also loses the gradient it has."""
+    """Set `requires_grad`; a parameter that is frozen also loses its gradient."""
     for parameter in parameters:
         parameter.requires_grad_(trainable)
         if not trainable:
@@ -107,7 +108,7 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
 def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        # a list inside a candidate's child (the experts of a mixture, say) is part of a layer, not a stack
+        # a list inside a candidate's child (experts of a mixture, for example) is part of a layer, not a stack
         if (
             isinstance(module, nn.ModuleList)
             and not any(name.startswith(f"{outer}.") for outer in candidates)
@@ -115,7 +116,7 @@ def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             and _are_alike(module)
         ):
             candidates[name] = module
-    # lists of single projections or embeddings (one a codebook, say) stand beside a stack and are none
+    # lists of single projections or embeddings (one per codebook, for example) may accompany a stack but are not one
     candidates = {name: m for name, m in candidates.items() if any(map(_is_deep, m))} or candidates
     if not candidates:
         raise ValueError(
@@ -131,7 +132,7 @@ def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _are_alike(modules: nn.ModuleList) -> bool:
-    """Whether all are of one class, or derive from one that is more special than `nn.Module` (hybrid models)."""
+    """Whether all share a class or base class more specific than `nn.Module` (hybrid models)."""
     shared = set.intersection(*(set(type(module).__mro__) for module in modules))
     return bool(shared - set(nn.Module.__mro__))
 
@@ -210,7 +211,7 @@ def _used_after(parent: nn.Module, stack: set[str]) -> set[str]:
 
 
 def _reached(forward: Callable[..., Any]) -> list[str]:
-    """Attributes of `self` in the order in which `forward` reaches them; none where its source is not at hand."""
+    """Attributes of `self` in the order in which `forward` uses them; none if its source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(forward))))
     except (OSError, TypeError, SyntaxError):
@@ -218,7 +219,7 @@ def _reached(forward: Callable[..., Any]) -> list[str]:
     order: list[str] = []
 
     def visit(node: ast.AST) -> None:
-        # the arguments of a call are worked out before the call is made
+        # the arguments of a call are evaluated before the call
         children = (*node.args, *node.keywords, node.func) if isinstance(node, ast.Call) else ast.iter_child_nodes(node)
         for child in children:
             visit(child)

@@ -9,22 +9,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ROWS = 256
-"""Tokens whose logits are alive at once in `chunked_cross_entropy`: a matrix product with fewer rows is bound by
-reading the head (an H100 needs about 295 FLOP a byte: 990 TFLOP/s at 3.35 TB/s), with more it only costs memory."""
+"""Tokens whose logits are alive at once in `chunked_cross_entropy`. With fewer rows, the matrix product is bound by
+reading the head (an H100 needs about 295 FLOP a byte: 990 TFLOP/s at 3.35 TB/s); more rows only cost memory."""
 
 NO_TARGET = -100
 
 
 def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Cross-entropy of `linear(hidden, weight, bias)`, summed in fp32 (nats, scalar); the plain one to rounding.
+    """Cross-entropy of `linear(hidden, weight, bias)`, summed in fp32 (nats, scalar); the plain loss up to rounding.
 
     Torch's own `linear_cross_entropy` (2.13) is not used: it returns the sum in the weights' dtype, which leaves a bf16
-    loss three digits, and a custom operator hides its buffers from every count of memory.
+    loss three digits, and as a custom operator it hides its buffers from every memory counter.
 
     Args:
         hidden: shape (tokens, width).
         weight: the head's, shape (vocabulary, width).
-        targets: word numbers, shape (tokens,); -100 is no target.
+        targets: token ids, shape (tokens,); -100 means no target.
         bias: the head's, shape (vocabulary,).
     """
     loss: Tensor = _ChunkedCrossEntropy.apply(hidden, weight, bias, targets)
@@ -32,12 +32,12 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, bias:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of `linear(hidden, weight, bias)`; arithmetic beyond the matrix products is fp32.
+    """Summed cross-entropy of `linear(hidden, weight, bias)`; everything but the matrix products is computed in fp32.
 
-    The gradient of `hidden` is made in the forward pass, chunk by chunk of tokens, so that a frozen head is multiplied
-    no more often than in the plain loss. The gradient of a trained head is made in the backward pass, chunk by chunk
-    of the *vocabulary*: each entry is then one product over all tokens, rounded once, and no fp32 copy of the head's
-    gradient is needed to add chunks up. That costs one more product with the head.
+    The forward pass computes the gradient of `hidden` in chunks of tokens, so a frozen head needs no more matrix
+    products than the plain loss. The backward pass computes the gradient of a trained head in chunks of the
+    *vocabulary*: each entry is then one product over all tokens, rounded once, and no fp32 copy of the head's gradient
+    is needed to sum chunks. That costs one more product with the head.
     """
 
     @staticmethod
@@ -94,6 +94,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _split(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(1 where a token has a target, else 0; the target, 0 where there is none), both of shape (tokens, 1)."""
+    """(1 if a token has a target, else 0; the target, or 0 if there is none), both of shape (tokens, 1)."""
     column = targets.unsqueeze(1)
     return (column != NO_TARGET).float(), column.clamp_min(0)

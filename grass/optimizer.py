@@ -1,8 +1,8 @@
 """`Grass`, an optimizer that trains a few decoder layers at a time, drawn by gradient-based importance.
 
 Source: "GRASS: Gradient-based Adaptive Layer-wise Importance Sampling for Memory-efficient Large Language Model
-Fine-tuning" (arXiv 2604.07808, Findings of ACL 2026). What the paper leaves open is a named option, its default marked
-"ours" in `grass.options.Options`.
+Fine-tuning" (arXiv 2604.07808, Findings of ACL 2026). What the paper leaves open is a named option;
+`grass.options.Options` marks its default as "ours".
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ class Grass(Optimizer):
     """GRASS as a drop-in optimizer: `loss.backward(); opt.step(); opt.zero_grad()`.
 
     Call `probe(batches)` before training, or set `probe_steps`; samplers that measure nothing need neither. Weights
-    change only in `step()`. Schedulers of torch act on it as on any optimizer. Under `torch.distributed` give every
-    rank the plain module: `step()` averages gradients itself.
+    change only in `step()`. Torch schedulers work as with any optimizer. Under `torch.distributed`, give every rank the
+    plain module: `step()` averages gradients itself.
 
     Args:
         model: a causal language model with one stack of decoder layers, or any module if `layers` is given.
-        layers: the decoder layers, bottom first, where they cannot be found or others are wanted.
-        lr: and all others: see `grass.options.Options`, which says of each what it does and whether it is the paper's.
+        layers: the decoder layers, bottom first, if they cannot be found or others are wanted.
+        lr: like all other options, explained in `grass.options.Options`, which also says whether it is the paper's.
 
     Raises:
-        ValueError: an option out of range, or a model that cannot work (wrapped, compiled, on meta, in fp16, without a
-            stack that can be told); the message says what to do.
+        ValueError: an option out of range, or an unsupported model (wrapped, compiled, on the meta device, in fp16, or
+            without an identifiable stack); the message says what to do.
     """
 
-    _step_supports_amp_scaling = True  # so that a GradScaler shows itself, and can be refused
+    _step_supports_amp_scaling = True  # makes a GradScaler set its attributes, so that it can be refused
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Grass(Optimizer):
         max_grad_norm: float | None = None,
         layers: Sequence[nn.Module] | None = None,
     ) -> None:
-        # the signature is for readers and editors; the options are defined, explained and checked in one place
+        # the signature is for readers and editors; options are defined, explained and checked only in Options
         self.options = Options(**{k: v for k, v in locals().items() if k in Options.__dataclass_fields__})
         refuse_unfit_model(model)
         found = find_layers(model, layers=layers)
@@ -89,7 +89,7 @@ class Grass(Optimizer):
         for key in OUTSIDE:
             set_trainable(found.outside[key], trained[key])
         outside = {key: found.outside[key] for key in OUTSIDE if trained[key] and found.outside[key]}
-        # in the model's own order, so that the global norm is summed as full fine-tuning sums it, to the last bit
+        # in the model's own order, so that the global norm is bitwise equal to that of full fine-tuning
         below: list[dict[str, Any]] = [
             {"params": outside[key], "name": key} for key in ("embedding",) if key in outside
         ]
@@ -99,13 +99,13 @@ class Grass(Optimizer):
         super().__init__([*below, *stack, *above], hyper)
 
         self.states = LayerStates(self, found.layers, len(below), self.options)
-        """Where the moments are, and how they come and go."""
+        """The moments, and where they are kept."""
         self.belief = Belief(self.options, len(stack))
-        """Importance of the layers, and the sampler that draws by it."""
+        """Layer importance, and the sampler that draws layers by it."""
         everything = [p for group in self.param_groups for p in group["params"]]
         self._prober = Prober(model, self.layer_parameters, everything)
         self.history = History()
-        """One record a call of `step()`, probing steps included; not part of the state dict."""
+        """One record per call of `step()`, probing steps included; not part of the state dict."""
         self.active: tuple[int, ...] = ()
         """Decoder layers that train now."""
         self._calls = 0
@@ -116,7 +116,7 @@ class Grass(Optimizer):
         self.steps = 0
         """Updates done."""
         self._same_weights = False
-        """Known of all ranks, since building or loading."""
+        """Whether all ranks were found to hold the same weights, since construction or loading."""
         self._resample()
         if probe_steps and self.needs_probe:
             self._stop_at_lowest_layer()
@@ -126,7 +126,7 @@ class Grass(Optimizer):
 
     @property
     def needs_probe(self) -> bool:
-        """The sampler draws by mean gradient norms, which only a probe can give at first."""
+        """Whether the sampler needs mean gradient norms, which at first only a probe can give."""
         return self.belief.sampler.needs_probe
 
     @property
@@ -136,12 +136,12 @@ class Grass(Optimizer):
 
     @property
     def probability(self) -> list[float]:
-        """Probability p of the next single draw, one entry a decoder layer."""
+        """Probability p of the next single draw, one entry per decoder layer."""
         return self.belief.sampler.probability
 
     @property
     def effective_layers(self) -> float:
-        """exp(H(p)) of the probabilities now in force: from 1 to the number of layers."""
+        """exp(H(p)) of the current probabilities: from 1 to the number of layers."""
         return self.belief.effective_layers
 
     @property
@@ -158,9 +158,9 @@ class Grass(Optimizer):
 
     @property
     def probe_loss(self) -> Loss | None:
-        """Loss of a probe's batch, as last given to `probe`; None: `model(**batch).loss`.
+        """Loss of a probe's batch, as last passed to `probe`; None: `model(**batch).loss`.
 
-        Set it in a resumed run that re-probes with a loss of its own.
+        Set it in a resumed run that re-probes with a custom loss.
         """
         return self._prober.loss
 
@@ -171,19 +171,19 @@ class Grass(Optimizer):
     def probe(self, batches: Iterable[Any], loss: Loss | None = None, *, exact: bool = False) -> None:
         """Measure every layer's mean gradient norm without updating anything, then draw the first active set.
 
-        Gradients are reduced to their norm and freed as they appear, so at most one parameter's gradient is alive.
-        The random numbers that dropout draws here are put back.
+        Each gradient is reduced to its norm and freed at once, so at most one parameter's gradient is alive. Afterwards
+        the random number generators are restored, so dropout here does not change training.
 
         Args:
             batches: T_p micro-batches (paper: probing steps; the number is ours); each is one probing step.
             loss: mean loss of one batch; by default `model(**batch).loss`.
-            exact: measure the gradient *accumulated* over `accumulation_steps` micro-batches, as training does, not
-                each one's own: every probing step then takes that many batches and runs them
-                ceil(layers / active_layers) times, with the gradients of `active_layers` layers alive.
+            exact: measure the gradient *accumulated* over `accumulation_steps` micro-batches, as in training, instead
+                of each micro-batch's own. Every probing step then takes that many batches and runs them ceil(layers /
+                active_layers) times, with the gradients of `active_layers` layers alive.
 
         Raises:
             ValueError: no batch, a gradient that is not finite, gradients left over from a backward pass, a call after
-                the first step, or in-step probing asked for as well.
+                the first step, or in-step probing (`probe_steps`) set as well.
         """
         if self.steps:
             raise ValueError("probe() comes before training; this optimizer has made steps already")
@@ -202,7 +202,7 @@ class Grass(Optimizer):
         self._resample()
 
     def _probe_step(self) -> None:
-        """One call of `step()` that only measures."""
+        """A call of `step()` that only measures."""
         r = self._prober.take()
         self._remember((), r, moved_bytes=0, exposed=None)
         if len(self._prober.in_step or ()) == self.options.probe_steps:
@@ -214,14 +214,14 @@ class Grass(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Measure, clip, update what is active; then refresh and draw again if the period is over.
+        """Measure, clip and update the active parameters; then refresh and draw again if the period is over.
 
-        With `probe_steps`, the first that many calls measure all layers and update nothing: their data is consumed,
-        and a scheduler that is stepped beside has moved on.
+        The first `probe_steps` calls measure all layers and update nothing, but they consume their data, and a
+        scheduler that is stepped along with them advances.
 
         Raises:
-            RuntimeError: not probed yet, no gradient, a gradient scaler at work, or ranks that differ in options,
-                weights, learning rates or steps.
+            RuntimeError: not probed yet, no gradient, a GradScaler calls this, or ranks differ in options, weights,
+                learning rates or steps.
         """
         refuse_loss_scaling(self)
         loss = None
@@ -247,12 +247,12 @@ class Grass(Optimizer):
         if self.belief.sampler.refreshes and self.steps % self.options.refresh == 0:
             self._refresh()
         if self.steps % self.options.sample_every == 0:
-            # gradients of layers that now fall asleep are dropped here: zero_grad() comes too late for them
+            # this drops gradients of layers that are frozen now: zero_grad() would come too late for them
             self._resample()
         return loss
 
     def last_micro_batch(self) -> None:
-        """Say before a backward pass that it is the step's last; needed only where `accumulation_steps` varies."""
+        """Call before the last backward pass of a step; needed only if `accumulation_steps` varies."""
         if self.states.hooks is not None:
             self.states.hooks.last_micro_batch()
 
@@ -277,7 +277,7 @@ class Grass(Optimizer):
             nn.utils.clip_grads_with_norm_(list(self._norms), self.options.max_grad_norm, self._grad_norm)
 
     def _refresh(self) -> None:
-        """Blend what the window's steps showed, or a new probe of all layers, into m; then p follows (paper)."""
+        """Blend the window's measurements, or a new probe of all layers, into m, then recompute p (paper)."""
         probed = None
         if self.options.reprobe is not False:
             self.zero_grad()
@@ -337,10 +337,9 @@ class Grass(Optimizer):
     # ------------------------------------------------------------ resume
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only the constructor adds groups.
+        """Add a group; only the constructor may do so.
 
-        Raises:
-            ValueError: called later; what trains follows from the model and the `train_*` options.
+        Raises: ValueError: called later; the model and the `train_*` options determine what trains.
         """
         if hasattr(self, "steps"):
             raise ValueError("Grass takes its parameters from the model: build it when the model is complete")
@@ -360,10 +359,10 @@ class Grass(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; also puts the model's `requires_grad` flags in order.
+        """Inverse of `state_dict`; also sets the model's `requires_grad` flags.
 
-        Moments keep their dtype, and go to where this optimizer keeps them, whatever device they come on: the base
-        class would cast both to the parameters'.
+        Moments keep their dtype and go to where this optimizer keeps them, whatever device they come from; the base
+        class would cast them to the parameters' dtype and device.
 
         Raises:
             ValueError: saved with other groups, or with moments of another dtype.

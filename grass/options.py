@@ -1,4 +1,4 @@
-"""Every option of `Grass`, its meaning, its status (the paper's or ours), and what is refused."""
+"""Every option of `Grass`: its meaning, whether it is the paper's or ours, and which values are rejected."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Options:
     """Options of `Grass`; names in brackets are the paper's symbols.
 
-    "Paper" marks what the paper describes. It publishes no value of gamma, T_p, T_s, T_u, tau, alpha, learning rate or
-    clipping: every default is ours.
+    "Paper" marks what the paper describes. The paper publishes no value of gamma, T_p, T_s, T_u, tau, alpha, learning
+    rate or clipping, so every default is ours.
     """
 
     lr: float
@@ -48,32 +48,32 @@ class Options:
     ema: float = 0.5
     """[alpha] Weight of the *new* measurement in a refresh (paper)."""
     train_embedding: bool = True
-    """Train the input embedding; position embeddings and any other parameter outside the stack go with it (ours)."""
+    """Train the input embedding, with position embeddings and any other parameter outside the stack (ours)."""
     train_head: bool = True
-    """Train the language-model head; one that is tied to the embedding goes with the embedding (ours)."""
+    """Train the language-model head; a head tied to the embedding follows `train_embedding` (ours)."""
     train_final_norm: bool = True
     """Train the normalisation after the last decoder layer (ours)."""
     state: State = "keep"
-    """`keep` the moments of sleeping layers (paper), or `reset` them when a layer falls asleep (a control)."""
+    """`keep` the moments of sleeping layers (paper), or `reset` them when a layer stops training (a control)."""
     sampler: Sampler = "importance"
     """How layers are drawn: `importance` (paper), `static` (paper's GRASS*), or a control (see `grass.sampling`)."""
     reprobe: Reprobe = False
-    """A control: batches, or a function that returns them, with which *all* layers are measured anew at each refresh;
-    False (paper): a refresh uses what the active layers' own steps showed."""
+    """A control: batches, or a function that returns them, with which *all* layers are measured again at each refresh.
+    False (paper): a refresh uses measurements from the active layers' own steps."""
     offload: Offload = "auto"
-    """Where moments live. `resident`: active layers' on the device, sleeping ones' on the host (paper: moved when
-    layers change). `move`: all on the host, staged in chunks for the update alone. `auto`: chosen by free memory at
-    peak. Results are equal to the last bit."""
+    """Where moments are kept. `resident`: those of active layers on the device, of sleeping layers on the host (paper:
+    moved when layers change). `move`: all on the host, staged in chunks only for the update. `auto`: chosen by free
+    memory at peak. Results are bitwise equal."""
     state_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype of the moments (ours; the paper's memory table needs bf16, whose second moment never decays)."""
     stochastic_rounding: bool = False
-    """Round bf16 weights and bf16 second moments up or down at random, right on average; the update is then
-    computed in fp32 (ours)."""
+    """Round bf16 weights and bf16 second moments up or down at random, with the exact value as expectation; the update
+    is then computed in fp32 (ours)."""
     accumulation_steps: int = 1
-    """Backward passes a step, so that the last one is known and states can be fetched during it; see
-    `Grass.last_micro_batch` for loops where the number varies."""
+    """Backward passes per step. It identifies the last one, during which states can be fetched; for loops in which the
+    number varies, see `Grass.last_micro_batch`."""
     seed: int = 0
-    """Of the draws' own generator, and of stochastic rounding."""
+    """Seed of the generator for draws, and of stochastic rounding."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates."""
     eps: float = 1e-8
@@ -81,11 +81,11 @@ class Options:
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay; sleeping layers have no gradient and do not decay."""
     max_grad_norm: float | None = None
-    """Clip the global norm of the active gradients inside `step()`, after importance was measured. Active parameters
-    only: a bound of 1 is weaker than it is for full fine-tuning."""
+    """Clip the global norm of the active gradients inside `step()`, after importance was measured. The norm covers
+    active parameters only, so a bound of 1 is weaker than in full fine-tuning."""
 
     def __post_init__(self) -> None:
-        """Refuse what no model could make valid.
+        """Reject options that are invalid for every model.
 
         Raises:
             ValueError: an option out of range; the message names it.
@@ -120,9 +120,9 @@ class Options:
             raise ValueError(f"max_grad_norm must be above 0, or None to switch clipping off, not {self.max_grad_norm}")
 
     def of_all_ranks(self) -> dict[str, object]:
-        """What must be the same on all ranks of data parallelism: neither batches nor what changes no result.
+        """Options that must be the same on all data-parallel ranks.
 
-        The learning rate is left out, since a scheduler changes it.
+        Left out are batches, options that change no result, and the learning rate, since a scheduler changes it.
         """
         own = {"lr", "offload", "accumulation_steps", "reprobe"}
         shared = {name: value for name, value in vars(self).items() if name not in own}
@@ -139,7 +139,7 @@ class Options:
         return STATE_DTYPES[self.state_dtype]
 
     def check_model(self, layers: int, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Refuse what this model makes invalid.
+        """Reject options that are invalid for this model.
 
         Raises:
             ValueError: more active layers than layers, a parameter without a flat view, or nothing to round

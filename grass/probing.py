@@ -1,17 +1,17 @@
-"""The probing phase: every layer's gradient norm, with no update and hardly any memory (paper, probing phase).
+"""The probing phase: every layer's gradient norm, without an update and with little memory (paper, probing phase).
 
-Norms are taken in fp32 as each gradient appears, and the gradient is freed at once, so that one parameter's gradient
-is alive at a time. Embedding, final norm and head are not differentiated. Decoder layers are checkpointed while the
-probe lasts (see `grass.backward`). The host reads the norms once, at the end.
+Each gradient's norm is computed in fp32 as soon as it appears, and the gradient is freed at once, so only one
+parameter's gradient is alive at a time. Embedding, final norm and head are not differentiated. Decoder layers are
+checkpointed during the probe (see `grass.backward`). The host reads the norms once, at the end.
 
-What is measured under accumulation: outside the schedule, a probing step is one micro-batch, whose gradient is noisier,
-hence larger, than the average over a step's micro-batches; inside `step()` it is the root of the summed squares of the
-micro-batches' gradients as the loop scales them, which is the accumulated norm if micro-batches are uncorrelated.
-`exact` measures the norm of the accumulated gradient, at the cost of running the micro-batches once for every
-`together` layers.
+With gradient accumulation, the measurement depends on the kind of probe. Outside the schedule, a probing step is one
+micro-batch, whose gradient is noisier, hence larger, than the average over a step's micro-batches. Inside `step()`, it
+is the root of the summed squares of the micro-batches' gradients as the loop scales them, which equals the accumulated
+norm if micro-batches are uncorrelated. `exact` measures the norm of the accumulated gradient, at the cost of running
+the micro-batches once for every `together` layers.
 
-Ranks of data parallelism are treated as micro-batches are: a probe outside the schedule averages over the probing steps
-of all ranks, inside `step()` the root is over the squares of all ranks, and `exact` averages the gradients themselves.
+Data-parallel ranks are treated like micro-batches: a probe outside the schedule averages over the probing steps of all
+ranks, inside `step()` the root is over the squares of all ranks, and `exact` averages the gradients themselves.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Prober:
     """Measures the mean gradient norm m of every decoder layer.
 
     Args:
-        model: what computes the loss.
+        model: model that computes the loss.
         layers: parameters of each decoder layer.
         everything: all parameters of the optimizer.
     """
@@ -57,21 +57,21 @@ class Prober:
         """Loss of one batch; None: `model(**batch).loss`."""
         self._hooks = NormHooks(layers, everything)
         self.in_step: list[Tensor] | None = None
-        """Squared norms of the in-step probing steps so far, each of shape (layers,); None when none is under way."""
+        """Squared norms of the in-step probing steps so far, each of shape (layers,); None outside in-step probing."""
         self._while_in_step = ExitStack()
 
     # ------------------------------------------------------------ outside the schedule
 
     def measure(self, batches: Iterable[Any], *, exact: int | None, together: int) -> list[float]:
-        """Mean gradient norm m of every layer over `batches`; random numbers that dropout draws are put back.
+        """Mean gradient norm m of every layer over `batches`; random number generators are restored afterwards.
 
         Args:
             batches: micro-batches.
-            exact: micro-batches that make one step, for the norm of the accumulated gradient; None: each counts alone.
+            exact: micro-batches in one step, for the norm of the accumulated gradient; None: each is measured alone.
             together: layers whose accumulated gradients may be alive at once.
 
         Raises:
-            ValueError: no batch, or gradients of an earlier backward pass.
+            ValueError: no batch, or gradients left over from an earlier backward pass.
             RuntimeError: ranks were given different numbers of batches.
         """
         losses = (self._loss_of(batch) for batch in batches)
@@ -90,7 +90,7 @@ class Prober:
         return means
 
     def _steps(self, losses: Iterator[Callable[[], Tensor]], size: int) -> Iterator[list[Callable[[], Tensor]]]:
-        """Micro-batches of one exact probing step after the other; as many on every rank, whose gradients are one."""
+        """Yield the micro-batches of each exact probing step; equally many on all ranks, which average gradients."""
         while True:
             step = list(islice(losses, size))
             self._agree("micro-batches of an exact probing step", len(step))
@@ -122,7 +122,7 @@ class Prober:
         squares = []
         for first in range(0, len(self._layers), together):
             chosen = self._layers[first : first + together]
-            # dropout must fall alike at every pass over the same micro-batches
+            # dropout must be the same in every pass over the same micro-batches
             with _only(chosen, self._everything), random_numbers_kept(self._everything[0].device):
                 for loss in losses:
                     (loss() / len(losses)).backward()
@@ -131,7 +131,7 @@ class Prober:
         return torch.stack([torch.zeros((), device=self._everything[0].device) if s is None else s for s in squares])
 
     def means(self, squares: Sequence[Tensor]) -> list[float]:
-        """Mean over probing steps of r = sqrt(||g||^2 / N); the host reads once."""
+        """Mean over probing steps of r = sqrt(||g||^2 / N); the host reads the device once."""
         rows, layers = torch.stack(list(squares)), len(self._layers)
         read = current().numbers(rows.reshape(-1))
         r = [
@@ -143,7 +143,7 @@ class Prober:
     # ------------------------------------------------------------ inside step()
 
     def start(self, before: Sequence[Tensor] = ()) -> None:
-        """From here on backward passes are measured, after the probing steps `before` of a resumed run."""
+        """Start measuring backward passes; `before` holds the probing steps done before a resume."""
         self._hooks.start()
         self._while_in_step.enter_context(checkpointed(self._model))
         self.in_step = list(before)
@@ -151,12 +151,12 @@ class Prober:
     def take(self) -> Tensor:
         """End one in-step probing step; returns r of every layer, shape (layers,), on the device."""
         assert self.in_step is not None
-        # the sum over ranks of each one's squares, its gradient divided by their number as the average divides it
+        # squares summed over ranks, each rank's gradient divided by the number of ranks, as in the averaged gradient
         self.in_step.append(average(self._hooks.take()) / ranks())
         return (self.in_step[-1] / torch.tensor(self._counts, device=self._everything[0].device)).sqrt()
 
     def stop(self) -> list[float] | None:
-        """End in-step probing; returns m of every layer, None where no probing step was done."""
+        """End in-step probing; returns m of every layer, or None if no probing step was done."""
         squares, self.in_step = self.in_step, None
         self._while_in_step.close()
         self._hooks.stop()
@@ -164,7 +164,7 @@ class Prober:
 
 
 class NormHooks:
-    """Turns every gradient of the decoder layers into a squared norm and frees it, from `start` to `stop`."""
+    """From `start` to `stop`, reduces every gradient of the decoder layers to its squared norm and frees it."""
 
     def __init__(self, layers: Sequence[Sequence[nn.Parameter]], everything: Sequence[nn.Parameter]) -> None:
         self._layers = layers
@@ -174,10 +174,9 @@ class NormHooks:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def start(self) -> None:
-        """Let all decoder layers, and nothing else, have gradients.
+        """Let only the decoder layers, and all of them, have gradients.
 
-        Raises:
-            ValueError: there are gradients of an earlier backward pass.
+        Raises: ValueError: there are gradients left over from an earlier backward pass.
         """
         if any(p.grad is not None for p in self._everything):
             raise ValueError("probe() found gradients of an earlier backward pass: call opt.zero_grad() first")
@@ -190,7 +189,7 @@ class NormHooks:
     def take(self) -> Tensor:
         """Sum of the squared gradient norms of every layer since the last call, shape (layers,), fp32, on the device.
 
-        Over several backward passes it is the sum of each one's own squares. A layer without gradient has 0.
+        Over several backward passes, it is the sum of the squares of each pass. A layer without gradient has 0.
         """
         zero = torch.zeros((), dtype=torch.float32, device=self._everything[0].device)
         squares = torch.stack([self._squares.get(layer, zero) for layer in range(len(self._layers))])
@@ -198,7 +197,7 @@ class NormHooks:
         return squares
 
     def stop(self) -> None:
-        """Take the hooks off and restore every flag."""
+        """Remove the hooks and restore every `requires_grad` flag."""
         for handle in self._handles:
             handle.remove()
         for parameter, trainable in self._before:
@@ -217,7 +216,7 @@ class NormHooks:
 
 @contextmanager
 def _only(chosen: Sequence[Sequence[nn.Parameter]], everything: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Gradients of `chosen` alone; none is left afterwards."""
+    """Let only `chosen` have gradients; none is left afterwards."""
     if any(p.grad is not None for p in everything):
         raise ValueError("probe() found gradients of an earlier backward pass: call opt.zero_grad() first")
     before = [(p, p.requires_grad) for p in everything]
@@ -234,7 +233,7 @@ def _only(chosen: Sequence[Sequence[nn.Parameter]], everything: Sequence[nn.Para
 
 @contextmanager
 def random_numbers_kept(device: torch.device) -> Iterator[None]:
-    """Random numbers drawn within, on the host or on `device`, are put back."""
+    """Restore the global random number generators of the host and of `device` when the block ends."""
     devices = [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield

@@ -1,6 +1,6 @@
-"""Models and training loops that `Grass` cannot serve, each refused in one sentence.
+"""Models and training loops that `Grass` does not support, each rejected with a one-sentence error.
 
-Wrappers are known by the name of their class, so that nothing is imported that the caller has not imported.
+Wrappers are recognised by their class name, so that nothing is imported that the caller has not imported.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ _WRAPPERS = {
         "carries peft adapters, and GRASS trains whole layers, the weights that peft keeps frozen included: merge the "
         "adapters and pass the plain model, or train them with an ordinary optimizer"
     ),
-    # Seen with torch 2.13, gloo, 2 processes: built while some layers sleep, the ranks part at the first draw of
-    # others and nothing is raised, with find_unused_parameters or without; built while all train and without it, they
-    # part in the first step, and the second raises.
+    # Observed with torch 2.13, gloo, 2 processes. Built while some layers are frozen, ranks diverge at the first draw #
+    # of others and nothing is raised, with or without find_unused_parameters. Built while all layers train and without
+    # # find_unused_parameters, ranks diverge in the first step, and the second raises.
     "torch.nn.parallel.distributed.DistributedDataParallel": (
         "is wrapped in DistributedDataParallel, whose reducer is built for one fixed set of parameters, so that the "
         "ranks silently diverge as other layers are drawn: pass the plain module (model.module), Grass.step() "
@@ -32,26 +32,24 @@ _WRAPPERS = {
         "model that is whole on every rank"
     ),
 }
-"""Start of a class's full name, and why its modules are refused."""
+"""Prefix of a class's full name, and why its modules are rejected."""
 
 
 def refuse_unfit_model(model: nn.Module) -> None:
-    """Raise if `Grass` cannot train `model`, or would do so wrongly.
+    """Raise if `Grass` cannot train `model` correctly.
 
-    Refused are a model that was compiled as a whole, peft adapters, DistributedDataParallel, DataParallel and FSDP
-    around the model or any part of it, and parameters that are sharded (DTensor), on the meta device, quantised or
-    float16. A wrapper that is put around the model later, in the training loop, cannot be seen from here.
+    It rejects a model that was compiled as a whole; peft adapters, DistributedDataParallel, DataParallel and FSDP
+    around the model or any part of it; and parameters that are sharded (DTensor), on the meta device, quantised or
+    float16. It cannot detect a wrapper that is put around the model later, in the training loop.
 
-    `torch.compile` keeps requires_grad of every parameter among its guards: a draw of other layers compiles the whole
-    model anew, and after `torch._dynamo.config.recompile_limit` (8) such sets it runs uncompiled; the gradients stay
-    right (seen with torch 2.13, a Llama of 6 layers, 2 active). Decoder layers that are compiled one by one
-    (`layer.compile()`) need 4 versions in all, whatever is drawn (seen with `use_cache=False`), and are not refused.
+    `torch.compile` guards on `requires_grad` of every parameter: drawing other layers recompiles the whole model, and
+    after `torch._dynamo.config.recompile_limit` (8) such sets it runs uncompiled; gradients stay correct (observed with
+    torch 2.13, a Llama of 6 layers, 2 active). Decoder layers that are compiled one by one (`layer.compile()`) need 4
+    versions in total, whatever is drawn (observed with `use_cache=False`), and are accepted.
 
-    Args:
-        model: what is to be given to `Grass`.
+    Args: model: the model to pass to `Grass`.
 
-    Raises:
-        ValueError: the model is one of these; the message names the first module or parameter, and what to do.
+    Raises: ValueError: the model is rejected; the message names the first module or parameter, and what to do.
     """
     if _COMPILED in _class_names(model) or model._compiled_call_impl is not None:
         raise ValueError(
@@ -74,20 +72,18 @@ def refuse_unfit_model(model: nn.Module) -> None:
 
 
 def refuse_loss_scaling(optimizer: Optimizer) -> None:
-    """Raise if a `torch.amp.GradScaler` is stepping `optimizer`; for the first line of its `step`.
+    """Raise if a `torch.amp.GradScaler` is stepping `optimizer`; call this first in its `step`.
 
-    The optimizer's class must say `_step_supports_amp_scaling = True`: the scaler then leaves it to the optimizer to
-    handle scaled gradients, and sets its attributes `grad_scale` and `found_inf` for the length of every `step`,
-    whether `unscale_` was called before or not (`torch/amp/grad_scaler.py`, `GradScaler.step`). Without the
-    declaration the scaler hides: it calls `step` like anybody, or skips it. A scaler with `enabled=False` sets
-    nothing and is let through.
+    The optimizer's class must set `_step_supports_amp_scaling = True`. The scaler then lets the optimizer handle scaled
+    gradients, and sets the optimizer's attributes `grad_scale` and `found_inf` during every `step`, whether or not
+    `unscale_` was called before (`torch/amp/grad_scaler.py`, `GradScaler.step`). Otherwise the scaler cannot be
+    detected: it calls `step` like any caller, or skips it. A scaler with `enabled=False` sets nothing and is accepted.
 
-    Raises:
-        RuntimeError: a scaler calls. Its marks are taken off again, so that the next `step` without it works.
+    Raises: RuntimeError: a scaler calls `step`. Its attributes are removed, so that the next `step` without it works.
     """
     if not hasattr(optimizer, "found_inf"):
         return
-    # the scaler takes them off only after a step that returns
+    # the scaler removes them only after a step that returns
     for mark in ("grad_scale", "found_inf"):
         vars(optimizer).pop(mark, None)
     raise RuntimeError(

@@ -1,7 +1,7 @@
-"""Stochastic rounding to bf16: a small update is lost or doubled by chance, and right on average.
+"""Stochastic rounding to bf16: a small update is rounded up or down at random and is correct on average.
 
-Rounding to nearest loses every update smaller than half the distance to the next bf16 number, at every step anew
-(Zamirai et al. 2020, "Revisiting BFloat16 Training", arXiv 2010.06192, for weights; the second moment has it alike).
+Rounding to nearest loses every update smaller than half the distance to the next bf16 number, in every step (Zamirai et
+al. 2020, "Revisiting BFloat16 Training", arXiv 2010.06192, for weights; the same holds for the second moment).
 """
 
 from __future__ import annotations
@@ -13,26 +13,27 @@ _KEPT = -1 << 16
 """Mask over the bits of an fp32 number: its upper half is the bf16 number next to it towards zero."""
 
 _EXPONENT = 0x7F80_0000
-"""The exponent bits of an fp32 number: all set in inf and nan, and in them alone."""
+"""The exponent bits of an fp32 number: all set only in inf and nan."""
 
 _LARGEST = torch.finfo(torch.bfloat16).max
 
 
 @torch.no_grad()
 def round_stochastically(values: Tensor, out: Tensor, generator: torch.Generator) -> None:
-    """Round `values` into `out`, each to one of its two bf16 neighbours, so that its expectation is the value itself.
+    """Round each of `values` into `out`, to one of its two bf16 neighbours, with the value itself as expectation.
 
-    A value that lies the fraction f of the way from its neighbour nearer zero to the other becomes the other with
-    probability f, exactly: f has 16 bits, and so has the random number added to the bits of the value before the lower
-    half is cut off. Hence a bf16 number never changes (-0.0 and subnormals included), and -x is rounded as x is. inf
-    and nan stay what they are. A finite value beyond the largest bf16 number (3.39e38) becomes that number, of its
-    sign: the other neighbour would be inf, no expectation could be right, and one inf would end the training.
+    A value at fraction f of the way from its neighbour nearer zero to the other one is rounded to the other one with
+    probability exactly f: f has 16 bits, as has the random number that is added to the value's bits before the lower
+    half is cut off. Hence a bf16 number never changes (including -0.0 and subnormals), and -x is rounded like x. inf
+    and nan are unchanged. A finite value beyond the largest bf16 number (3.39e38) becomes that number, with its sign:
+    its other neighbour would be inf, no expectation could be right, and one inf would ruin the training.
 
-    The result depends on the values, in their order, and the generator's state, not on strides. A caller that rounds
-    in chunks and seeds the generator for each gets the same chunk whatever was rounded before it; other cuts are other
-    random numbers. One generator running on through the chunks gives the result of no cut at all on the CPU only.
+    The result depends on the values, in their order, and on the generator's state, not on strides. If a caller rounds
+    in chunks and seeds the generator for each, a chunk's result does not depend on what was rounded before; a different
+    split gives different random numbers. One generator used across all chunks equals rounding without a split only on
+    the CPU.
 
-    Needs 5 bytes of temporary memory per element: one int32 for the bits, one bool for what is not finite.
+    Needs 5 bytes of temporary memory per element: one int32 for the bits, one bool that marks non-finite values.
 
     Args:
         values: fp32, any shape; not changed.

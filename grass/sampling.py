@@ -1,11 +1,11 @@
-"""Which layers train next: the paper's draw by importance, and the controls that isolate what it is worth.
+"""Which layers train next: the paper's draw by importance, and controls that isolate its benefit.
 
 importance  by p = softmax(m / tau), refreshed as training goes (paper)
-static      by p of the probing phase, for ever (paper's GRASS*)
-uniform     every layer alike: LISA's law
+static      by p of the probing phase throughout (paper's GRASS*)
+uniform     every layer with equal probability, as in LISA
 inverse     by softmax(-m / tau): the least important layers first
-topk        the gamma most important layers, no chance involved
-fixed       one random set for ever
+topk        the gamma most important layers, without randomness
+fixed       one random set throughout
 age         by the number of steps since a layer last trained, whatever its gradients
 cyclic      each layer once, in shuffled order, then shuffled again
 """
@@ -27,20 +27,20 @@ Sampler = Literal["importance", "uniform", "inverse", "topk", "fixed", "static",
 NEEDS_PROBE = frozenset({"importance", "inverse", "topk", "static"})
 """Samplers that need mean gradient norms before their first draw."""
 REFRESHES = frozenset({"importance", "inverse", "topk"})
-"""Samplers whose probabilities follow the gradients of training."""
+"""Samplers whose probabilities are refreshed from the gradients of training."""
 
 
 def draw_layers(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
-    """Draw `count` distinct layers; the host in force may answer otherwise (see `grass.host`).
+    """Draw `count` distinct layers; the current host may override the draw (see `grass.host`).
 
-    The paper does not say whether draws are with replacement; ours are without, one after the other with the rest
-    renormalised. Adding Gumbel noise to log p and taking the `count` largest has exactly that law, and works in log
-    space, so that a probability too small for float64 can still fill an empty place.
+    The paper does not say whether draws are with replacement. Ours are without: one layer after the other, with the
+    remaining probabilities renormalised. Adding Gumbel noise to log p and taking the `count` largest has exactly that
+    distribution, and works in log space, so that a layer whose probability underflows float64 can still be drawn.
 
     Args:
-        probability: one non-negative number a layer; need not sum to 1.
+        probability: one non-negative number per layer; need not sum to 1.
         count: from 1 to the number of layers.
-        generator: a CPU generator of the caller's own, never the global one.
+        generator: the caller's own CPU generator, never the global one.
 
     Returns:
         Layer numbers in ascending order.
@@ -62,7 +62,7 @@ def _draw_by(probability: Sequence[float], count: int, generator: torch.Generato
 
 
 class LayerSampler:
-    """Draws of one run: the probabilities now in force, the generator, and what the controls remember."""
+    """Draws of one run: the current probabilities, the generator, and the state of the controls."""
 
     def __init__(self, kind: Sampler, *, layers: int, active_layers: int, seed: int) -> None:
         self.kind = kind
@@ -70,7 +70,7 @@ class LayerSampler:
         self.active_layers = active_layers
         self.generator = torch.Generator().manual_seed(seed)
         self.probability = [1 / layers] * layers
-        """p of the next single draw, one a layer, summing to 1. `topk` and `fixed`: 1/gamma for the chosen layers."""
+        """p of the next single draw, one per layer, summing to 1. `topk` and `fixed`: 1/gamma for the chosen layers."""
         self._trained_until = [0] * layers
         """`age`: steps done when each layer last trained."""
         self._queue: list[int] = []
@@ -78,20 +78,21 @@ class LayerSampler:
 
     @property
     def needs_probe(self) -> bool:
-        """Mean gradient norms are needed before the first draw that counts."""
+        """Whether mean gradient norms are needed before the first draw that is used for training."""
         return self.kind in NEEDS_PROBE
 
     @property
     def refreshes(self) -> bool:
-        """Probabilities follow the gradients of training."""
+        """Whether probabilities are refreshed from the gradients of training."""
         return self.kind in REFRESHES
 
     def follow(self, importance: Sequence[float], *, temperature: float, norm: Norm) -> None:
-        """New probabilities from new mean gradient norms, one a layer; nothing for samplers that measure nothing."""
+        """Set probabilities from new mean gradient norms, one per layer; no effect on samplers that measure nothing."""
         if self.kind in ("importance", "static"):
             self.probability = probabilities(importance, temperature=temperature, norm=norm)
         elif self.kind == "inverse":
-            # softmax(-m / tau): scaled first, since the scaling of negative values is another one
+            # softmax(-m / tau): m is normalised before the sign change, since negative values would be scaled
+            # differently
             self.probability = probabilities(importance, temperature=-temperature, norm=norm)
         elif self.kind == "topk":
             largest = sorted(range(self.layers), key=lambda layer: (-importance[layer], layer))
@@ -102,7 +103,7 @@ class LayerSampler:
 
         Args:
             steps: optimizer steps done so far.
-            trained: layers of the period that ends.
+            trained: layers that trained in the period that ends.
         """
         for layer in trained:
             self._trained_until[layer] = steps
@@ -117,7 +118,7 @@ class LayerSampler:
         return drawn
 
     def _put_all_on(self, chosen: Sequence[int]) -> None:
-        # exact zeros elsewhere: a draw then takes just the chosen ones
+        # exact zeros elsewhere, so a draw takes exactly the chosen layers
         self.probability = [1 / len(chosen) if layer in chosen else 0.0 for layer in range(self.layers)]
 
     def _next_of_cycle(self) -> tuple[int, ...]:
@@ -125,7 +126,8 @@ class LayerSampler:
         self._queue = self._queue[self.active_layers :]
         while len(drawn) < self.active_layers:
             order = torch.randperm(self.layers, generator=self.generator).tolist()
-            # a set that spans two rounds must still be distinct: what it holds already goes to the round's end
+            # a set that spans two rounds must be distinct, so layers that it already holds go to the end of the new
+            # round
             fresh = [layer for layer in order if layer not in drawn]
             missing = self.active_layers - len(drawn)
             self._queue = fresh[missing:] + [layer for layer in order if layer in drawn]
@@ -142,7 +144,7 @@ class LayerSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`; a generator state that was sent to a device is brought back."""
+        """Inverse of `state_dict`; a generator state on another device is copied to the CPU."""
         self.probability = list(state["probability"])
         self.generator.set_state(state["generator"].cpu())
         self._trained_until = list(state["trained_until"])
@@ -150,7 +152,7 @@ class LayerSampler:
 
 
 def warn_if_not_adaptive(sampler: LayerSampler, effective: float, *, when: str) -> bool:
-    """Warn where drawing by importance comes to drawing uniformly, or the same layers for ever; whether it did."""
+    """Warn if drawing by importance amounts to uniform draws or to a fixed set; return whether it warned."""
     if sampler.kind not in ("importance", "static", "inverse"):
         return False
     if effective > 0.95 * sampler.layers:

@@ -1,8 +1,8 @@
-"""What happened in every step: `Record`, `History` (what `opt.history` is), and its file of JSON Lines.
+"""What happened in every step: `Record`, `History` (the type of `opt.history`), and its JSON Lines file.
 
-A record's facts are known to the host when the step ends, but for two: the gradient norms are still on the device, and
-how long computing waited for copies is known to events of the device. Reading either would make the host wait for the
-device in every step, so a history keeps them as they are and reads them when somebody looks.
+When a step ends, the host has all of a record's values but two: the gradient norms are still on the device, and only
+device events know how long computation waited for copies. Reading either would make the host wait for the device in
+every step, so a history stores them unread and reads them on access.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from grass.host import current
 
 MOST_PENDING = 256
-"""Records whose device values may be waiting to be read; at this number all of them are read, in one transfer."""
+"""Most records with unread device values; at this number all of them are read, in one transfer."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One optimizer step. Tuples over layers have one entry a decoder layer, bottom first."""
+    """One optimizer step. Tuples over layers have one entry per decoder layer, bottom first."""
 
     step: int
     """Number of the step, counted from 0."""
@@ -35,29 +35,29 @@ class Record:
     """Decoder layers that trained in this step, ascending (paper: the gamma sampled layers); empty while probing."""
     norm: tuple[float | None, ...]
     """r, root mean square of each layer's gradient entries before clipping, in units of loss per unit of weight (paper:
-    gradient norm of one step); None where it was not measured, as in a layer asleep."""
+    gradient norm of one step); None if it was not measured, as in a sleeping layer."""
     importance: tuple[float, ...] | None
-    """m, the mean gradient norms in force in this step, in the unit of r (paper: mean gradient norm, its measure of
-    layer importance); None before probing and with a sampler that measures nothing."""
+    """m, the mean gradient norms used in this step, in the unit of r (paper: mean gradient norm, its measure of layer
+    importance); None before probing and with a sampler that measures nothing."""
     age: tuple[int, ...] | None
-    """Steps since each entry of `importance` was measured; None where `importance` is (ours)."""
+    """Steps since each entry of `importance` was measured; None if `importance` is None (ours)."""
     probability: tuple[float, ...]
-    """P, the sampling probabilities in force in this step; they sum to 1 (paper: softmax of m over tau)."""
+    """P, the sampling probabilities used in this step; they sum to 1 (paper: softmax of m over tau)."""
     effective_layers: float
-    """exp(H(P)), from 1 (one layer takes all) to the number of layers (uniform); a count of layers (ours)."""
+    """exp(H(P)), a number of layers, from 1 (one layer has all the probability) to all layers (uniform) (ours)."""
     mode: str
     """How optimizer states were kept in this step: `resident` on the device, or `move` to and from the host (paper:
     layer-wise optimizer state offloading)."""
     moved_bytes: int
     """Bytes of optimizer state copied between device and host on behalf of this step, both directions together."""
     exposed_copy_s: float | None
-    """Seconds that computing waited for those copies (paper: what overlapping computation and communication leaves
-    over); None where not known."""
+    """Seconds that computation waited for those copies (paper: the time that overlapping computation and communication
+    does not hide); None if unknown."""
 
 
 @dataclass(frozen=True)
 class _Pending:
-    """What is still to be read for one record."""
+    """Values of one record that are still to be read."""
 
     norms: Tensor | None
     exposed: Callable[[], float | None] | None
@@ -66,8 +66,8 @@ class _Pending:
 class History(Sequence[Record]):
     """Records in the order of their steps; read like a list, equal to a list of the same records.
 
-    `append`, `len` and `repr` never read device memory. An index, a slice, iteration and a comparison do, where a
-    record they touch is pending; then all pending records are read together.
+    `append`, `len` and `repr` never read device memory, except `append` at `MOST_PENDING`. An index, a slice, iteration
+    and a comparison do if a record they touch is pending; then all pending records are read together.
     """
 
     def __init__(self) -> None:
@@ -79,17 +79,17 @@ class History(Sequence[Record]):
     ) -> None:
         """Add the next step, without waiting for the device unless `MOST_PENDING` records are pending.
 
-        A tensor without values (a fake or a meta tensor, as in a forecast of memory) is let go together with
-        `exposed`: that step was never computed, so its record says None for both for ever.
+        A tensor without values (a fake or a meta tensor, as in a memory forecast) is dropped together with `exposed`:
+        that step was never computed, so both stay None in its record.
 
         Args:
             record: the step; with `norms`, its `norm` is all None; with `exposed`, its `exposed_copy_s` is None.
-            norms: r of the layers in `record.active`, or of all layers where that is empty; shape (layers,), fp32, on
-                any device. It is kept, not copied: do not write into it afterwards.
+            norms: r of the layers in `record.active`, or of all layers if that is empty; shape (layers,), fp32, on any
+                device. It is kept, not copied: do not write into it afterwards.
             exposed: gives `exposed_copy_s`; called once, at any time from now on, and may wait for the device.
 
         Raises:
-            ValueError: `norms` has not one value for each of those layers.
+            ValueError: `norms` does not have one value for each of those layers.
         """
         if norms is not None:
             expected = len(_measured_layers(record))
@@ -133,7 +133,7 @@ class History(Sequence[Record]):
         return f"History({len(self)} steps)"
 
     def _read_pending(self) -> None:
-        """Fill in every pending record: one transfer for the norms of all, then the copy times."""
+        """Fill in every pending record: one transfer for all norms, then the copy times."""
         rows = iter(_to_host([p.norms for p in self._pending.values() if p.norms is not None]))
         found: dict[int, Record] = {}
         for i, pending in self._pending.items():
@@ -150,10 +150,10 @@ class History(Sequence[Record]):
 
 
 def write_history(history: Sequence[Record], path: str | Path) -> None:
-    """Write one JSON object a line, its keys the fields of `Record`, and replace `path` by the whole file at once.
+    """Write one JSON object per line, with the fields of `Record` as keys, and replace `path` atomically.
 
-    Every line is strict JSON. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", as in
-    Protocol Buffers' JSON: a norm that overflowed is the very thing one looks for, and null means not measured.
+    Every line is strict JSON. Numbers that JSON lacks are the strings "NaN", "Infinity" and "-Infinity", as in Protocol
+    Buffers' JSON: a norm that overflowed must stay visible, and null means not measured.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -186,12 +186,12 @@ def read_history(path: str | Path) -> list[Record]:
 
 
 def _measured_layers(record: Record) -> Sequence[int]:
-    """Layers that have a norm in this step: those that train, or all of them while probing."""
+    """Layers that have a norm in this step: the active ones, or all while probing."""
     return record.active or range(len(record.norm))
 
 
 def _to_host(tensors: list[Tensor]) -> list[list[float]]:
-    """Values of 1-d tensors, with one transfer a device (as a rule there is one device)."""
+    """Values of 1-d tensors, with one transfer per device (usually there is one device)."""
     values = {
         device: iter(current().numbers(torch.cat([t for t in tensors if t.device == device])))
         for device in {t.device for t in tensors}
@@ -200,7 +200,7 @@ def _to_host(tensors: list[Tensor]) -> list[list[float]]:
 
 
 def _encode(value: Any) -> Any:
-    """A field's value as strict JSON has it."""
+    """A field's value in strict JSON."""
     if isinstance(value, tuple):
         return [v if v is None or math.isfinite(v) else _word(v) for v in value]
     return _word(value) if isinstance(value, float) and not math.isfinite(value) else value
@@ -243,7 +243,7 @@ def _refuse(constant: str) -> float:
 
 
 def _integer(value: Any) -> int:
-    # bool is an int to Python, not to whoever wrote the file
+    # bool is an int in Python, but true and false in the file are not numbers
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"{json.dumps(value)} is not a whole number")
     return value

@@ -1,1 +1,1 @@
-"""Optimizer states of sleeping layers on the host, moved behind the computation."""
+"""Keeps optimizer states of sleeping layers on the host; copies overlap with computation."""

@@ -13,23 +13,24 @@ from torch import Tensor
 
 
 class HostArena:
-    """All host memory for moments: page-aligned blocks, registered with CUDA so that copies need no staging by it.
+    """All host memory for moments: page-aligned blocks, registered with CUDA so that copies need no staging buffer.
 
-    A block is made when its group first trains, so host memory follows what was visited. `cudaHostRegister` pins the
-    very bytes asked for; `pin_memory()` would round each block up to a power of two.
+    A block is allocated when its group first trains, so host memory grows with the groups visited. `cudaHostRegister`
+    pins exactly the bytes requested; `pin_memory()` would round each block up to a power of two.
 
     Args:
         pin: register blocks.
-        settle: waits until no block is being copied; called before one is released, and before the arena goes.
+        settle: waits until no block is being copied; called before a block is released and before the arena is
+            destroyed.
     """
 
     def __init__(self, *, pin: bool, settle: Callable[[], None]) -> None:
         self.pinned = pin
-        """Whether blocks are pinned; False on devices without CUDA, and from the first refusal on."""
+        """Whether blocks are pinned; False on devices without CUDA, and after CUDA first refuses to pin one."""
         self.nbytes = 0
         self._settle = settle
         self._registered: dict[int, Tensor] = {}
-        # memory must be at rest and unregistered before it is unmapped
+        # copies must be over and memory unregistered before it is unmapped
         weakref.finalize(self, _settle_and_unregister, settle, self._registered)
 
     @property
@@ -48,7 +49,7 @@ class HostArena:
         return block
 
     def release(self, block: Tensor) -> None:
-        """Unpin and forget a block; its memory goes with its last view."""
+        """Unpin and forget a block; its memory is freed with its last view."""
         self._settle()
         self.nbytes -= block.nbytes
         if self._registered.pop(block.data_ptr(), None) is not None:
@@ -70,10 +71,10 @@ class HostArena:
 
 
 def _forget_last_error() -> None:
-    """Keep a refusal from being raised at the next kernel, whose launch it has nothing to do with.
+    """Keep a failed registration from being raised at the next, unrelated kernel launch.
 
-    The runtime keeps its last error until somebody asks, torch asks after every launch, and its bindings give no other
-    way to ask (https://github.com/vllm-project/vllm/pull/50070): let one launch that nobody needs raise it.
+    The CUDA runtime keeps its last error until it is queried. Torch queries it after every launch, and its bindings
+    offer no other way to query it (https://github.com/vllm-project/vllm/pull/50070), so a dummy launch raises it here.
     """
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")

@@ -1,4 +1,4 @@
-"""Moments of a parameter group as one flat block, cut in chunks for transfer and in pieces for the update."""
+"""Moments of a parameter group as one flat block, split into chunks for transfer and pieces for the update."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from grass.adamw import pieces_of
 
 CHUNK_BYTES = 16 * 2**20
-"""Pieces travel together up to this size, both moments counted; a single piece may be larger.
-`grass.offload.offload.RING` such buffers stand on top of weights and gradients in every update, while a copy of this
-size, a third of a millisecond at 50 GB/s, still takes the bus's full rate."""
+"""Pieces are copied together up to this size, both moments counted; a single piece may be larger. Every update needs
+`grass.offload.offload.RING` such buffers on top of weights and gradients, while a copy of this size, a third of a
+millisecond at 50 GB/s, still reaches the bus's full rate."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive pieces that travel together: entries `start` to `end` of the block."""
+    """Consecutive pieces that are copied together: entries `start` to `end` of the block."""
 
     start: int
     end: int
@@ -44,8 +44,8 @@ class Chunk:
 class Block:
     """Both moments of every parameter of one group, shape (2, entries): first moments, then second.
 
-    `home` is where the moments are when nothing is staged: a host tensor, or a device buffer while the group is awake
-    in `resident` mode; None before the group's first update.
+    `home` holds the moments when nothing is staged: a host tensor, or a device buffer while the group trains in
+    `resident` mode; None before the group's first update.
     """
 
     def __init__(self, index: int, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
@@ -57,9 +57,9 @@ class Block:
         self.elements = sum(counts)
         self.home: Tensor | None = None
         self.host: Tensor | None = None
-        """Host block, kept while the moments are on the device, so that it is pinned once."""
+        """Host block; kept while the moments are on the device, so that it is pinned only once."""
         self.ready: Any = None
-        """Event after which `home` holds the moments, where a copy into it is on its way."""
+        """Event after which `home` holds the moments, while a copy into it is in flight."""
         self._chunks: list[Chunk] | None = None
 
     @property
@@ -69,7 +69,7 @@ class Block:
 
     @property
     def chunks(self) -> list[Chunk]:
-        """The block, cut in chunks of whole pieces by `CHUNK_BYTES`; the same cuts in every mode."""
+        """The block, split into chunks of whole pieces by `CHUNK_BYTES`; the split is the same in every mode."""
         if self._chunks is None:
             self._chunks = list(self._cut(CHUNK_BYTES // (2 * self.dtype.itemsize)))
         return self._chunks

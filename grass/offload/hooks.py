@@ -14,14 +14,14 @@ from grass.offload.offload import StateOffload
 
 
 class LayerHooks:
-    """Frees returned buffers during forward, fetches states of layers whose gradients are final during backward.
+    """Frees written-back buffers during forward; fetches states of layers with final gradients during backward.
 
     Args:
-        states: what is told.
+        states: the state offload that these hooks drive.
         layers: decoder layers, bottom first.
         blocks: the layers' blocks, in the same order.
-        outside: blocks of what trains beside the layers.
-        below: whether backward goes on below the lowest active layer (the embedding trains).
+        outside: blocks of the trained parameters outside the layers.
+        below: whether backward continues below the lowest active layer (the embedding trains).
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class LayerHooks:
         self._fired: dict[int, int] = {}
         """Gradients stored since the last step, by layer."""
         self._final: list[Block] = []
-        """Active layers whose gradients are final, in the order in which they became so."""
+        """Active layers whose gradients are final, in the order of completion."""
         self._stored_before = 0
-        """Bytes of gradients that were there as backward entered the layer it is in."""
+        """Bytes of gradients that existed as backward entered its current layer."""
         self._to_return = 0
         self._gradient_handles: list[torch.utils.hooks.RemovableHandle] = []
         count = len(layers)
         self._handles = [
             layer.register_forward_pre_hook(self._before_layer(number, count)) for number, layer in enumerate(layers)
         ]
-        # without an allocator that counts there is never headroom, and nothing to watch
+        # without an allocator count there is no headroom, and nothing to measure
         self._watches = current().allocated_bytes(states.device) is not None
         if self._watches:
             after_layer = _uncompiled(self._after_layer)
             self._handles += [layer.register_forward_hook(after_layer) for layer in layers]
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
-        """Other layers train from here on, over `accumulation_steps` backward passes a step."""
+        """From now on the layers `active` train, with `accumulation_steps` backward passes a step."""
         self._active = list(active)
         awake = [*self._outside, *(self._blocks[layer] for layer in self._active)]
         self._trained = [p for block in awake for p in block.parameters]
@@ -79,7 +79,7 @@ class LayerHooks:
         self._count_anew(1)
 
     def step_done(self, accumulation_steps: int) -> None:
-        """The update is over; count from the beginning."""
+        """The update is over; reset the counts."""
         self._states.headroom.step_done()
         self._count_anew(accumulation_steps)
 
@@ -88,7 +88,7 @@ class LayerHooks:
         self._to_return = self._states.returning
 
     def remove(self) -> None:
-        """Take every hook off; those that a living graph still holds have nothing to do any more."""
+        """Remove every hook; hooks that a live autograd graph still holds no longer do anything."""
         for handle in [*self._handles, *self._gradient_handles]:
             handle.remove()
         self._final = []
@@ -97,10 +97,10 @@ class LayerHooks:
         def hook(module: nn.Module, arguments: Any) -> None:
             if torch._C._current_graph_task_id() != -1:
                 return  # within backward: recomputation under checkpointing
-            # a forward pass before the step came: what was fetched would stand on top of its activations
+            # a forward pass without a step since the last backward: fetched buffers would add to its activations
             self._final = []
             self._states.drop_fetched()
-            # activations grow layer by layer, buffers shrink in step: neither stands on top of the other
+            # activations grow layer by layer and buffers are freed at the same pace, so their peaks do not add up
             if self._states.returning:
                 self._states.release(keep=self._to_return * (count - 1 - number) // count)
 
@@ -122,7 +122,7 @@ class LayerHooks:
         def hook(parameter: Tensor) -> None:
             self._states.headroom.gradient_ready(stored=self._stored() - self._stored_before)
             self._fired[layer] = self._fired.get(layer, 0) + 1
-            # a step that never came leaves its count behind
+            # modulo, because the counts of an abandoned step are not reset
             if self._fired[layer] % (len(block.parameters) * self._accumulation_steps) == 0:
                 self._final.append(block)
                 self._fetch()
@@ -140,6 +140,6 @@ class LayerHooks:
 
 
 def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """A layer that is compiled by itself would compile its hooks along, and run parts of them twice."""
+    """Exclude a hook from compilation: a compiled layer would compile its hooks too and run parts of them twice."""
     uncompiled: Callable[..., None] = torch.compiler.disable(hook)
     return uncompiled

@@ -1,13 +1,13 @@
-"""Moments of sleeping layers live on the host; those of active layers come to the device for as long as they must.
+"""Moments of sleeping layers stay on the host; those of active layers are on the device only as long as needed.
 
-`resident`: a group's moments are on the device while it trains, and change places when layers do. `move`: all moments
-stay on the host; `step` stages them in chunks, updates, and sends them back during the next forward pass, so that none
-is on the device when activations peak. What is fetched, when, and into which buffer follows from events alone; results
-are the same in both modes, to the last bit.
+`resident`: a group's moments are on the device while it trains, and are swapped when the active layers change. `move`:
+all moments stay on the host; `step` stages them in chunks, updates, and sends them back during the next forward pass,
+so that none is on the device when activations peak. Events alone decide what is fetched, when, and into which buffer.
+Results are bitwise equal in both modes.
 
-Moving behind the *update* of a neighbour, as the paper describes it, cannot hide a copy: a layer's update takes a
-millisecond, its copy some sixteen. Backward can, where memory allows (see `grass.offload.headroom`); writing back
-hides behind the next forward pass.
+Overlapping a copy with the *update* of another layer, as the paper describes, cannot hide it: a layer's update takes a
+millisecond, its copy about sixteen. Backward can hide it if memory allows (see `grass.offload.headroom`); the copy back
+overlaps with the next forward pass.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from grass.offload.headroom import BackwardHeadroom
 Mode = Literal["resident", "move"]
 
 RING = 4
-"""Buffers that a step may use beyond those filled during backward: one arriving, one updated, two returning."""
+"""Buffers that a step may use beyond those filled in backward: one being fetched, one updated, two written back."""
 FREE_TO_STAY = 1.25
-"""`auto`: states stay resident if this many times their bytes are free at peak; the rest is for fragmentation."""
+"""`auto`: states stay resident if this many times their bytes are free at peak; the surplus is for fragmentation."""
 TEMPORARY_BYTES = 25
-"""Of the update, an entry of the piece at work: five fp32 numbers in `grass.adamw.update_piece`, and what
-`grass.rounding.round_stochastically` needs."""
+"""Temporary bytes of the update per entry of the current piece: five fp32 numbers in `grass.adamw.update_piece`, and
+what `grass.rounding.round_stochastically` needs."""
 
 UpdateChunk = Callable[[Block, Chunk, Tensor], None]
-"""Updates the pieces of a chunk with the moments in the buffer given, shape (2, elements of the chunk)."""
+"""Updates the pieces of a chunk with the moments in the given buffer, shape (2, elements of the chunk)."""
 
 
 @dataclass
@@ -54,8 +54,8 @@ class StateOffload:
     Args:
         blocks: one a parameter group.
         device: where the parameters are.
-        mode: `resident`, `move`, or `auto`: `move` until the first change of layers shows how much memory is free at
-            peak, and for ever where device memory is host memory, `resident`.
+        mode: `resident`, `move`, or `auto`. `auto` starts with `move` and decides at the first change of layers, when
+            the memory free at peak is known; where device memory is host memory, it is always `resident`.
     """
 
     def __init__(self, blocks: Sequence[Block], device: torch.device, mode: str) -> None:
@@ -64,7 +64,7 @@ class StateOffload:
         self.streams = current().streams(device)
         self.headroom = BackwardHeadroom(device)
         self.arena = current().arena(pin=device.type == "cuda", settle=self.streams.settle)
-        # whoever drops the last reference may do so in mid-copy, and the buffers go with it
+        # the last reference may be dropped during a copy, which would free the buffers
         weakref.finalize(self, self.streams.settle)
         self.moved_bytes = 0
         """Bytes copied since this was last set to 0, both directions."""
@@ -77,9 +77,9 @@ class StateOffload:
             self.why = "auto: watching the peak" if self.undecided else "auto: device memory is host memory"
         self._has_updated = False
         self._fetched: dict[tuple[int, int], _Staged] = {}
-        """Chunks on the device or on their way, by (block, chunk)."""
+        """Chunks on the device or being fetched, by (block, chunk)."""
         self._returning: deque[tuple[Tensor, Any]] = deque()
-        """Buffers that are being written back, with the event that ends it; oldest first."""
+        """Buffers being written back, each with the event that marks the end of its copy; oldest first."""
         self._written: dict[tuple[int, int], Any] = {}
         """`move`: event after which the host block holds a chunk's newest moments."""
 
@@ -87,16 +87,14 @@ class StateOffload:
 
     @property
     def apart(self) -> bool:
-        """Device and host memory are two things: moments that stay on a CPU have nowhere else to be."""
+        """Whether device and host memory are separate; if not (CPU), moments are never copied."""
         return self.streams.apart
 
     def change(self, asleep: Iterable[Block], awake: Iterable[Block], *, keep: bool) -> None:
-        """Other groups train from here on.
+        """Change the groups that train.
 
-        Args:
-            asleep: groups that do not train now.
-            awake: groups that do.
-            keep: sleeping moments stay on the host; else they are forgotten.
+        Args: asleep: groups that do not train now. awake: groups that do. keep: whether sleeping groups keep their
+        moments on the host; otherwise these are dropped.
         """
         self.headroom.new_period()
         self.drop_fetched()
@@ -127,7 +125,7 @@ class StateOffload:
         )
 
     def _free_at_peak(self) -> int | None:
-        """Bytes that this process could have had on top of its peak; None where device memory is host memory."""
+        """Bytes that this process could have allocated above its peak; None where device memory is host memory."""
         obtainable, peak = current().obtainable_bytes(self.device), current().peak_bytes(self.device)
         return None if obtainable is None or peak is None else obtainable - peak
 
@@ -156,7 +154,7 @@ class StateOffload:
         self._returning.append((buffer, event))
 
     def _bring(self, block: Block) -> None:
-        """`resident`: from the host block to a device buffer, a leaving group's where one fits."""
+        """`resident`: from the host block to a device buffer; reuses the buffer of a group that leaves, if one fits."""
         assert block.host is not None
         streams = self.streams
         buffer = self._take_returning(block.elements, block.dtype, "fetch")
@@ -173,7 +171,7 @@ class StateOffload:
         block.home, block.ready = buffer, streams.mark("fetch")
 
     def _take_returning(self, elements: int, dtype: torch.dtype, queue: Literal["compute", "fetch"]) -> Tensor | None:
-        """A buffer of that very size that is on its way back; `queue` waits until it is empty."""
+        """A buffer of exactly that size that is being written back, or None; `queue` waits until its copy is done."""
         for place, (buffer, event) in enumerate(self._returning):
             if buffer.shape[1] == elements and buffer.dtype == dtype:
                 del self._returning[place]
@@ -185,14 +183,14 @@ class StateOffload:
 
     @cached_property
     def _update_bytes(self) -> int:
-        """What a staged update allocates: its ring, and one piece's temporaries."""
+        """Bytes that a staged update allocates: its ring of buffers and one piece's temporaries."""
         chunks = [(chunk, block.dtype.itemsize) for block in self.blocks for chunk in block.chunks]
         ring = RING * max(2 * chunk.elements * itemsize for chunk, itemsize in chunks)
         piece = max(piece.end - piece.start for chunk, _ in chunks for piece in chunk.pieces)
         return ring + TEMPORARY_BYTES * piece
 
     def prefetch(self, blocks: Sequence[Block], *, more_to_come: bool, gradients: int) -> None:
-        """`move`: fetch moments of groups whose gradients are final, as far as the peak is not raised.
+        """`move`: fetch moments of groups with final gradients, as long as this does not raise the peak.
 
         Args:
             blocks: the groups.
@@ -215,7 +213,7 @@ class StateOffload:
                 self._stage(block, number, self._new_buffer(chunk.elements, block.dtype))
 
     def drop_fetched(self, blocks: Iterable[Block] | None = None) -> None:
-        """Let go of what backward fetched (of `blocks`; of all) for a step that never came; the host holds it too."""
+        """Drop chunks (of `blocks`, or all) fetched in backward for a step not taken; the host still holds them."""
         chosen = None if blocks is None else {block.index for block in blocks}
         for key in [key for key in self._fetched if chosen is None or key[0] in chosen]:
             staged = self._fetched.pop(key)
@@ -223,7 +221,7 @@ class StateOffload:
 
     def _new_buffer(self, elements: int, dtype: torch.dtype) -> Tensor:
         buffer = self.streams.allocate(elements, dtype)
-        # memory that `compute` freed a moment ago may still be in use there
+        # the allocator may return memory that `compute` has freed but still uses
         self.streams.wait("fetch", self.streams.mark("compute"))
         return buffer
 
@@ -239,7 +237,7 @@ class StateOffload:
     # ------------------------------------------------------------ step
 
     def update(self, blocks: Sequence[Block], apply: UpdateChunk) -> None:
-        """Update the groups `blocks`, each where its moments are."""
+        """Update the groups `blocks`: staged in `move` mode, in place in `resident` mode."""
         self._has_updated = True
         for block in blocks:
             self._ensure_home(block)
@@ -256,7 +254,7 @@ class StateOffload:
                 self._apply(apply, block, chunk, home[:, chunk.start : chunk.end], home)
 
     def _ensure_home(self, block: Block) -> None:
-        """Zero moments for a group that never trained."""
+        """Create zero moments for a group that has none yet."""
         if block.home is not None:
             return
         if self.mode == "move" or not self.apart:
@@ -268,7 +266,7 @@ class StateOffload:
         block.home = buffer
 
     def _update_staged(self, blocks: Sequence[Block], apply: UpdateChunk) -> None:
-        """Fetch, update and send back chunk by chunk; those that backward fetched come first."""
+        """Fetch, update and send back chunk by chunk; chunks that backward fetched come first."""
         self.release()
         work = [(block, number) for block in blocks for number in range(len(block.chunks))]
         work.sort(key=lambda item: (item[0].index, item[1]) not in self._fetched)
@@ -317,23 +315,23 @@ class StateOffload:
         return len(self._returning)
 
     def release(self, keep: int = 0) -> None:
-        """Free buffers that are written back, oldest first, until `keep` are left; `compute` waits where it must."""
+        """Free buffers being written back, oldest first, until `keep` are left; `compute` waits for their copies."""
         while len(self._returning) > keep:
             buffer, event = self._returning.popleft()
             self.streams.wait("compute", event)
             self.streams.free(buffer)
 
     def release_done(self) -> None:
-        """Free buffers whose way back is over by now, without waiting."""
+        """Free buffers whose copy back is already done, without waiting."""
         while self._returning and self.streams.done(self._returning[0][1]):
             self.release(keep=len(self._returning) - 1)
 
     def put_home(self, block: Block, host: Tensor) -> None:
-        """Take a host block from `arena` for a group's moments: for its first update, or for a resume."""
+        """Make a host block from `arena` the home of a group's moments: for its first update, or for a resume."""
         block.home = block.host = host
 
     def settle(self) -> None:
-        """Block until every moment is at home: before anybody reads or writes it from the host."""
+        """Block until all copies are done; call this before reading or writing moments from the host."""
         self.streams.settle()
         self._written.clear()
         for block in self.blocks:

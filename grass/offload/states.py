@@ -1,7 +1,7 @@
-"""AdamW over the groups that are awake, its moments wherever the state offload keeps them.
+"""AdamW over the groups that train, with moments wherever the state offload keeps them.
 
-The optimizer's `state` shows each parameter's moments as views of its group's block, where they are at home, with the
-parameter's own step count: layers that were awake at different times have different bias corrections.
+The optimizer's `state` exposes each parameter's moments as views of its group's block, together with the parameter's
+own step count: layers that trained at different times have different bias corrections.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class LayerStates:
     """Moments and step counts of one `Grass`, and the update that uses them.
 
     Args:
-        optimizer: whose `state` and `param_groups` are used; one block a group, in the same order.
+        optimizer: its `state` and `param_groups` are used; there is one block a group, in the same order.
         layers: decoder layers, bottom first.
         first_layer: index of the bottom layer's group.
-        options: of the run.
+        options: the run's options.
     """
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[nn.Module], first_layer: int, options: Options) -> None:
@@ -41,12 +41,12 @@ class LayerStates:
         self._outside = [block for block in self.blocks if block not in self.layer_blocks]
         self._number = {p: i for i, p in enumerate(p for parameters in groups for p in parameters)}
         self.offload: StateOffload | None = None
-        """None until the first step: only then the parameters are where they will train."""
+        """None until the first step, since parameters may be moved to another device before it."""
         self._shown: dict[int, tuple[Tensor, int]] = {}
-        """By block: the home whose views `state` shows, and of how many parameters."""
+        """By block: the home whose views `state` exposes, and for how many parameters."""
         self.hooks: LayerHooks | None = None
         self._take_off: weakref.finalize[..., LayerStates] | None = None
-        """Takes the hooks off the model, at the latest when this object goes."""
+        """Removes the hooks from the model, at the latest when this object is destroyed."""
 
     @property
     def mode(self) -> str:
@@ -55,16 +55,16 @@ class LayerStates:
 
     @property
     def why(self) -> str:
-        """Why that mode runs."""
+        """Reason for the current mode."""
         return "nothing has trained yet" if self.offload is None else self.offload.why
 
     def awake(self, active: Sequence[int]) -> list[Block]:
-        """Blocks that train while the layers `active` do, in the model's order."""
+        """Blocks that train while the layers `active` train, in the model's order."""
         chosen = [*self._outside, *(self.layer_blocks[layer] for layer in active)]
         return sorted(chosen, key=lambda block: block.index)
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
-        """The layers `active` train from here on."""
+        """From now on, the layers `active` train."""
         if self.offload is None:
             return
         awake = self.awake(active)
@@ -80,8 +80,8 @@ class LayerStates:
         """One AdamW step of every parameter that has a gradient.
 
         Returns:
-            Bytes of moments copied since the last update, and a function that tells the seconds that computing waited
-            for copies.
+            Bytes of moments copied since the last update, and a function that returns the seconds for which computation
+            waited for copies.
         """
         if self.offload is None:
             self._start(self._new_offload(), active, accumulation_steps)
@@ -90,7 +90,8 @@ class LayerStates:
         trained = [b for b in self.awake(active) if any(p.grad is not None for p in b.parameters)]
         for block in trained:
             for p in block.parameters:
-                # a plain dictionary: the optimizer's own would be grown by a mere look
+                # setdefault with a plain dictionary: the optimizer's state is a defaultdict, which grows when it is
+                # read
                 self._optimizer.state.setdefault(p, {"step": 0})["step"] += p.grad is not None
         offload.update(trained, self._update_chunk)
         for block in trained:
@@ -130,12 +131,12 @@ class LayerStates:
             hooks = LayerHooks(offload, self._layers, self.layer_blocks, outside=self._outside, below=below)
             hooks.change(active, accumulation_steps)
             self.hooks = hooks
-            # else the model would keep the moments of an optimizer that is gone
+            # otherwise the model's hooks would keep the moments of a deleted optimizer alive
             self._take_off = weakref.finalize(self, hooks.remove)
             self._take_off.atexit = False
 
     def _show(self, block: Block) -> None:
-        """Let the optimizer's `state` show the moments where they are now, if it does not yet."""
+        """Point the optimizer's `state` at the current home of the moments, if it does not already."""
         state, home = self._optimizer.state, block.home
         if home is None:
             self._shown.pop(block.index, None)
@@ -154,12 +155,12 @@ class LayerStates:
     # ------------------------------------------------------------ resume
 
     def settle(self) -> None:
-        """Wait until the moments shown are the newest."""
+        """Wait until the moments in `state` are up to date."""
         if self.offload is not None:
             self.offload.settle()
 
     def load(self, state_dict: dict[str, Any], active: Sequence[int], accumulation_steps: int) -> None:
-        """Take the moments of an optimizer's state dict, whatever device they come on, each to where it belongs.
+        """Load the moments of an optimizer's state dict, from any device, and place each where this optimizer keeps it.
 
         Raises:
             ValueError: moments of another dtype than this optimizer keeps.
@@ -172,7 +173,7 @@ class LayerStates:
                     f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {self._options.dtype}: "
                     "build it with the state_dtype it was saved with"
                 )
-        # the moments may be views of this very optimizer's, as in opt.load_state_dict(opt.state_dict())
+        # the moments may be views of this optimizer's own, as in opt.load_state_dict(opt.state_dict())
         self.settle()
         trained = [block for block in self.blocks if any(saved[p] is not None for p in block.parameters)]
         offload = self._new_offload() if trained else None
@@ -190,7 +191,7 @@ class LayerStates:
         self.change(active, accumulation_steps)
 
     def _loaded(self, offload: StateOffload, block: Block, saved: dict[nn.Parameter, Any]) -> Tensor:
-        """A new host block of `offload` with the moments of `block` that are in `saved`, zeros where none are."""
+        """A new host block of `offload` with the moments of `block` that are in `saved`, and zeros for the rest."""
         host = offload.arena.take(block.elements, block.dtype)
         for number, p in enumerate(block.parameters):
             moments = saved[p]
@@ -200,7 +201,7 @@ class LayerStates:
         return host
 
     def release(self) -> None:
-        """Forget all moments and take the hooks off."""
+        """Forget all moments and remove the hooks."""
         if self._take_off is not None:
             self._take_off()
         self._shown = {}

@@ -1,7 +1,7 @@
-"""Copies between device and host beside the computation: three queues, ordered by events and by nothing else.
+"""Copies between device and host that overlap with computation: three queues, ordered only by events.
 
-The state offload speaks to this interface alone, so the same code runs on CUDA streams, without streams on any other
-device, and under a recording fake that replays other legal orders.
+The state offload uses only this interface, so the same code runs on CUDA streams, without streams on any other device,
+and with a recording fake that replays other legal orders.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Queue = Literal["compute", "fetch", "return"]
 
 
 class Streams(Protocol):
-    """What the state offload needs of a device."""
+    """Device operations that the state offload needs."""
 
     apart: bool
-    """Device and host memory are two things; where they are one, moments have nowhere else to be."""
+    """Whether device and host memory are separate; if not, moments are never copied."""
 
     def allocate(self, elements: int, dtype: torch.dtype) -> Tensor:
-        """A device buffer of shape (2, elements), contents undefined, in the order of `compute`."""
+        """A device buffer of shape (2, elements), uninitialised, allocated in the order of `compute`."""
 
     def free(self, buffer: Tensor) -> None:
-        """`compute` may reuse the memory from here on: every other queue's access must come before, by an event."""
+        """Let `compute` reuse the memory from now on; events must order every other queue's access before this."""
 
     def copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
         """Enqueue a copy of both moments, shape (2, entries), rows dense; both must stay alive until it is done."""
@@ -36,23 +36,23 @@ class Streams(Protocol):
         """Enqueue on `compute` an action that reads and writes `buffer`."""
 
     def mark(self, queue: Queue) -> Any:
-        """An event that is done when everything enqueued on `queue` so far is done."""
+        """Record an event that is done when everything enqueued on `queue` so far is done."""
 
     def wait(self, queue: Queue, event: Any) -> None:
-        """What is enqueued on `queue` from here on starts after `event`."""
+        """Make everything enqueued on `queue` from now on start after `event`."""
 
     def done(self, event: Any) -> bool:
-        """Whether `event` is done by now; never blocks."""
+        """Whether `event` is done; never blocks."""
 
     def settle(self) -> None:
         """Block the host until all queues are empty."""
 
     def exposed(self) -> Callable[[], float | None]:
-        """Ask after a step: a function that says how many seconds `compute` waited for copies since the last asking."""
+        """After a step: a function that returns the seconds `compute` waited for copies since the last call."""
 
 
 class NoStreams:
-    """Any device without streams of its own: every copy is done, and waited for, when it is asked for."""
+    """Any device without streams: every copy is synchronous."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -96,7 +96,7 @@ class NoStreams:
 
 
 class CudaStreams:
-    """One CUDA device: two streams of its own beside the stream that the model runs on."""
+    """One CUDA device: two copy streams beside the stream that the model runs on."""
 
     apart = True
 
@@ -106,7 +106,7 @@ class CudaStreams:
         self._waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def _stream(self, queue: Queue) -> torch.cuda.Stream:
-        # the caller's own stream, asked for every time: a user may run the model on another than the default one
+        # look up the caller's stream every time: a user may run the model on a stream other than the default one
         return torch.cuda.current_stream(self.device) if queue == "compute" else self._own[queue]
 
     def allocate(self, elements: int, dtype: torch.dtype) -> Tensor:
@@ -119,8 +119,8 @@ class CudaStreams:
     def copy(self, queue: Literal["fetch", "return"], target: Tensor, source: Tensor) -> None:
         """An asynchronous copy, if the host side is pinned."""
         with torch.cuda.stream(self._own[queue]):
-            # row by row: as a whole a chunk is strided, and a strided copy between host and device goes through
-            # temporaries and blocks the host (torch, aten/src/ATen/native/cuda/Copy.cu: copy_requires_temporaries)
+            # row by row: a whole chunk is strided, and a strided copy between host and device goes through temporaries
+            # and # blocks the host (torch, aten/src/ATen/native/cuda/Copy.cu: copy_requires_temporaries)
             for to, of in zip(target, source, strict=True):
                 to.copy_(of, non_blocking=True)
 
@@ -135,7 +135,7 @@ class CudaStreams:
         return event
 
     def wait(self, queue: Queue, event: torch.cuda.Event) -> None:
-        """Wait on the device; the time that `compute` waits is measured by two more events."""
+        """Wait on the device; two more events measure the time that `compute` waits."""
         stream = self._stream(queue)
         if queue != "compute":
             stream.wait_event(event)
@@ -147,17 +147,17 @@ class CudaStreams:
         self._waits.append((before, after))
 
     def done(self, event: torch.cuda.Event) -> bool:
-        """Ask the driver."""
+        """Query the event."""
         finished: bool = event.query()
         return finished
 
     def settle(self) -> None:
-        """Wait for both copying streams; what the model runs is waited for through their events."""
+        """Wait for both copy streams, and so for the computation whose events they wait for."""
         for stream in self._own.values():
             stream.synchronize()
 
     def exposed(self) -> Callable[[], float | None]:
-        """The waits since the last asking; reading them blocks until the last is over."""
+        """The waits since the last call; reading them blocks until the last wait is over."""
         waits, self._waits = self._waits, []
 
         def seconds() -> float:
