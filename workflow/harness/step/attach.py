@@ -1,4 +1,4 @@
-"""From a method's name and a model to something that can make steps: the one place where a method is attached."""
+"""Attaches a method, given by name, to a model that is then ready to train: the one place where this happens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Attached:
 
     method: Method
     module: nn.Module
-    """What trains: the model, perhaps wrapped."""
+    """The module that trains: the model, perhaps wrapped."""
     facts: ModelFacts
-    """Of the model before the method touched it."""
+    """Facts of the model, taken before the method touched it."""
     promise: Expectation
 
 
@@ -41,7 +41,7 @@ def new_method(module: str, options: Mapping[str, Any], *, recipe: Recipe, lr: f
 
     Args:
         module: file under `baselines/`, without its ending.
-        options: of the method, as in its config entry; what is left out takes its default.
+        options: of the method, as in its config entry; options left out take their defaults.
         recipe: of the run.
         lr: peak learning rate; None for a method that takes no step.
         seed: for the method's own draws.
@@ -60,7 +60,7 @@ def attach(method: Method, model: nn.Module) -> Attached:
     """Attach `method` to `model`, in training mode, with activation checkpointing if the recipe asks for it.
 
     Args:
-        method: with the recipe that is to be run.
+        method: made with the recipe of the run.
         model: a causal language model of transformers on its device, every parameter requiring a gradient.
 
     Raises:
@@ -78,8 +78,8 @@ def attach(method: Method, model: nn.Module) -> Attached:
 def switch_on_checkpointing(model: Any, asked: bool) -> None:
     """Non-reentrant activation checkpointing of a model of transformers.
 
-    transformers also puts a hook on the embedding that the re-entrant kind needs; it would force backward to visit
-    every layer below the lowest active one, so it is taken off again.
+    transformers also puts a hook on the embedding, which only the re-entrant kind needs. The hook would force backward
+    to visit every layer below the lowest active one, so it is removed again.
     """
     if asked:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

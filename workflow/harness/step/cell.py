@@ -1,6 +1,6 @@
-"""One cell, from its description to training steps: the same code on fake tensors, on a CPU and on a GPU.
+"""Runs training steps of one cell: the same code on fake tensors, on a CPU and on a GPU.
 
-Whoever runs a cell is told when a phase begins, and owns clock and meters; nothing here measures.
+Nothing here measures: the caller owns clock and meters, and is told when each phase begins.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from harness.study.strict_yaml import ConfigError
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
 STEPS_A_DRAW = 2
-"""Steps between two draws in a cell: one that watches, one that acts upon it (see `grass.offload.headroom`). The period
-that a method's entry names decides no byte, and would make a run of every draw long."""
+"""Steps between two draws in a cell: in the first a method observes memory, in the second it acts on what it saw (see
+`grass.offload.headroom`). The period in the method's config entry does not change peak memory, and would make it slow
+to try every draw."""
 
 
 def configuration(model: Geometry | Path) -> Any:
-    """The model's configuration, of transformers.
+    """The model's transformers configuration.
 
     Raises:
-        ConfigError: a folder whose config.json transformers cannot read.
+        ConfigError: transformers cannot read the folder's config.json.
     """
     if isinstance(model, Path):
         try:
@@ -48,7 +49,7 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
     """A causal language model with random weights, in training mode, every parameter requiring a gradient.
 
     Raises:
-        ConfigError: a geometry whose model has not the published number of parameters.
+        ConfigError: the geometry's model does not have the published number of parameters.
     """
     with torch.device(device):
         built: nn.Module = AutoModelForCausalLM.from_config(
@@ -64,7 +65,7 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
 
 
 class RandomBatches:
-    """Batches of random tokens without padding, all of them targets; `baselines.method.Calibration` as well."""
+    """Batches of random tokens, all of them targets, no padding; also serves as `baselines.method.Calibration`."""
 
     def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, device: str, seed: int) -> None:
         self._shape, self._vocabulary, self._device, self._seed = shape, vocabulary, device, seed
@@ -78,11 +79,11 @@ class RandomBatches:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
-        """The first `count` batches of calibration."""
+        """The first `count` calibration batches."""
         return (self.batch(-1 - number) for number in range(count))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """Mean loss per target; every token but a row's first is one, which spares reading the labels."""
+        """Mean loss per target. Every token but a row's first is a target, so the labels need not be read."""
         return self._loss(model, batch) / (self._shape.batch * (self._shape.length - 1))
 
 
@@ -91,11 +92,11 @@ class CellRun:
 
     Args:
         cell: what to run.
-        steps: that will be made, for the recipe.
+        steps: number of steps that will be run, for the recipe.
         device: `cpu` or `cuda`.
-        enter: told the phase that begins; `resample` also begins inside `update` where a method draws there.
-        policy: of the draws that are made before the first step.
-        steps_a_draw: steps between two draws, whatever the method's entry says.
+        enter: called with each phase as it begins; `resample` also begins inside `update` if a method draws there.
+        policy: chooses the layers of draws made before the first step.
+        steps_a_draw: steps between two draws; overrides the method's config entry.
 
     Raises:
         CannotRunError: a package is missing, or the method refuses; the message is the reason.
@@ -112,7 +113,7 @@ class CellRun:
         steps_a_draw: int = STEPS_A_DRAW,
     ) -> None:
         self._enter = enter
-        # gradients of the first are alive in the second, and a third shows nothing new
+        # the second micro-batch runs with the gradients of the first alive; a third adds nothing to peak memory
         self._micro_batches = min(2, cell.micro_batches)
         known = cell.method_class().Config.model_fields
         options = dict(cell.options)
@@ -136,21 +137,21 @@ class CellRun:
         enter("load")
 
     def prepare(self) -> None:
-        """The method's own measurements before the first step."""
+        """Run the measurements that the method makes before the first step."""
         self._enter("probe")
         with using(self.draws):
             self.method.prepare(self.batches)
 
     def step(self, number: int, *, then: Policy | None = None) -> None:
-        """Optimizer step `number`; `then` is the policy of draws made as it ends, for the next step."""
+        """Run optimizer step `number`; `then` is the policy of draws made at its end, for the next step."""
         with using(self.draws):
             run_step(self._attached, number, lr_factor=1.0, context=_CellStep(self, number, then))
 
     def visit(self, number: int, *, then: Policy | None = None) -> None:
-        """Step `number` with zero gradients and no forward and backward pass: its states come to be all the same.
+        """Step `number` with zero gradients and no forward or backward pass: it still allocates optimizer states.
 
-        Matrices that have states already are left out, to be quick; vectors never, so that no step is empty. A method
-        that uses gradients up in backward makes a whole step: none is left for a visit to take the place of.
+        Matrices that already have states are skipped, for speed; vectors never are, so that no step is empty. A method
+        that consumes its gradients during backward runs a whole step instead: a visit has no gradients to set to zero.
         """
         if self.promise.gradients == "consumed":
             self.step(number, then=then)
@@ -170,7 +171,7 @@ class CellRun:
             self.method.end_step(lambda: (self.batches.loss(self.module, b) for b in (batch,)))
 
     def _then(self, policy: Policy | None) -> None:
-        """The policy of the draws that the step makes as it ends."""
+        """Set the policy of the draws that the step makes at its end."""
         self.draws.policy = policy or self.draws.policy
 
 
@@ -182,12 +183,12 @@ class _CellStep(StepContext):
 
     @contextmanager
     def part(self, part: Part) -> Iterator[None]:
-        """Tells whoever watches the cell."""
+        """Report the part to the cell's `enter` callback."""
         self._run._enter("resample" if part == "begin" else part)
         yield
 
     def micro_batches(self) -> Sequence[Batch]:
-        """One batch, as often as gradients are accumulated."""
+        """The same batch for each step of gradient accumulation."""
         return [self._run.batches.batch(self._number)] * self._run._micro_batches
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
@@ -195,5 +196,5 @@ class _CellStep(StepContext):
         return self._run.batches.loss(module, batch)
 
     def before_update(self) -> None:
-        """Draws come as the step ends."""
+        """Set the policy for the draws at the end of the step."""
         self._run._then(self._next_policy)

@@ -1,7 +1,7 @@
-"""Forced draws: which layers a layer-wise method trains is chosen here, so that the worst draw is met.
+"""Forced draws: this module chooses the layers that a layer-wise method trains, so that the worst draw is tested.
 
 Memory depends on which layers are active: the lowest one decides how many layers keep activations for backward. A run
-that draws by chance meets layer 0 sooner or later, so it is the worst draw that a card must hold.
+with random draws draws layer 0 sooner or later, so the card must have room for the worst draw.
 """
 
 from __future__ import annotations
@@ -15,48 +15,48 @@ Policy = Callable[[int, int], tuple[int, ...]]
 
 
 def bottom_and_top(layers: int, count: int) -> tuple[int, ...]:
-    """Layer 0 and the topmost others."""
+    """Layer 0 and the `count - 1` topmost layers."""
     return (0, *range(layers - count + 1, layers))
 
 
 def bottom(layers: int, count: int) -> tuple[int, ...]:
-    """The lowest layers."""
+    """The `count` lowest layers."""
     return tuple(range(count))
 
 
 def top(layers: int, count: int) -> tuple[int, ...]:
-    """The topmost layers."""
+    """The `count` topmost layers."""
     return tuple(range(layers - count, layers))
 
 
 CANDIDATES: tuple[Policy, ...] = (bottom_and_top, bottom, top)
-"""Draws among which the worst is looked for."""
+"""Candidates for the draw with the highest peak memory."""
 
 
 def covering(layers: int, count: int) -> list[Policy]:
-    """Draws that visit every layer."""
+    """Policies whose draws together contain every layer."""
     starts = [min(first, layers - count) for first in range(0, layers, count)]
     return [lambda _layers, _count, first=first: tuple(range(first, first + count)) for first in starts]  # type: ignore[misc]
 
 
 class ForcedDraws(HostAround):
-    """A host that answers every draw by the policy now in force, and all else as the one around which it is put.
+    """A host that answers every draw with the current policy, and passes all other calls on to the host it wraps.
 
     Args:
-        inner: answers all else.
+        inner: the wrapped host.
         policy: may be changed at any time.
-        on_draw: told that a method draws.
+        on_draw: called whenever a method draws.
     """
 
     def __init__(self, inner: Host, *, policy: Policy, on_draw: Callable[[], None] = lambda: None) -> None:
         super().__init__(inner)
         self.policy = policy
         self.taken: list[tuple[int, ...]] = []
-        """The sets that methods were given."""
+        """Every set of layers handed out so far."""
         self._on_draw = on_draw
 
     def draw(self, layers: int, count: int, by_chance: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
-        """The layers that train next; nothing is left to chance, and no random number is used up."""
+        """The layers that train next, without randomness: no random number is consumed."""
         self._on_draw()
         self.taken.append(self.policy(layers, count))
         return self.taken[-1]

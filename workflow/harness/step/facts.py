@@ -1,4 +1,4 @@
-"""What is known of a model before any method touches it."""
+"""Facts of a model before any method touches it."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Arithmetic and optimizer traffic of one training step, and the speed that follows if every method runs alike.
 
 The count is the usual one: a matrix product with N weights takes 2 N FLOP a token forward, as many for the gradient of
-its input and as many for the gradient of its weights. A frozen layer pays no weight gradient; a layer below the lowest
-that trains pays neither, nor recomputation. Attention is causal, so half of its scores are counted. What is left out:
-copies between device and host, small kernels, the optimizer's launches. So speeds are bounds at equal efficiency; none
-is measured.
+its input and as many for the gradient of its weights. A frozen layer computes no weight gradient; a layer below the
+lowest one that trains computes neither gradient, and is not recomputed. Attention is causal, so half of its scores are
+counted. Copies between device and host, small kernels and the optimizer's kernel launches are left out. The speeds are
+therefore bounds that assume equal efficiency; none is measured.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from baselines.method import Expectation, ModelFacts
 from harness.step.spec import Settings, Shape
 
 FLOP_PER_S = 400e12
-"""Achieved by dense bf16 products on an H100: 40 % of its 989 TFLOP/s."""
+"""Rate of dense bf16 matrix products assumed for an H100: 40 % of its 989 TFLOP/s."""
 OPTIMIZER_BYTES = 14
-"""AdamW's traffic a trained parameter: weight, gradient and two moments in bf16 read, all but the gradient written."""
+"""AdamW's traffic per trained parameter, in bf16: weight, gradient, two moments read; all but the gradient written."""
 BYTES_PER_S = 3.0e12
-"""Achieved by kernels that only move memory on an H100: 90 % of its 3.35 TB/s."""
+"""Rate of memory-bound kernels assumed for an H100: 90 % of its 3.35 TB/s."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,13 @@ def step_cost(
         flop += 2.0 * _trained_in_layers(facts, promise)
         flop += head * trains_head * (1 + settings.chunked_loss)
     if promise.base_frozen:
-        # adapters are products of their own: forward, recomputed forward, and the gradient of their input
+        # adapters add matrix products: forward, recomputed forward, and the gradient of their input
         flop += 2.0 * promise.trainable_parameters * (2 + settings.activation_checkpointing)
     return StepCost(flop * tokens, OPTIMIZER_BYTES * promise.trainable_parameters, tokens)
 
 
 def attention_width(config: Any) -> int:
-    """Query heads times their width, of a configuration of transformers."""
+    """Query heads times their width, from a transformers configuration."""
     text = config.get_text_config()
     return int(
         text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -82,7 +82,7 @@ def attention_width(config: Any) -> int:
 
 
 def _reach(facts: ModelFacts, promise: Expectation) -> float:
-    """Mean share of the layers that backward visits: all, or those from the lowest drawn one on."""
+    """Mean share of the layers that backward visits: all of them, or those from the lowest drawn one upwards."""
     if promise.layers != "sampled" or promise.embedding:
         return 1.0
     drawn = promise.active_layers or 1

@@ -15,8 +15,8 @@ from grass.loss import NO_TARGET, chunked_cross_entropy
 def token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Cross-entropy in fp32, summed over the label tokens of `batch` (nats, scalar).
 
-    Summed, not averaged: divided by the label tokens of the whole optimizer step it makes accumulation exact, where a
-    mean of micro-batch means would weigh short answers more.
+    Summed, not averaged: dividing the sum by the label tokens of the whole optimizer step makes gradient accumulation
+    exact, whereas a mean of micro-batch means would give short answers more weight.
 
     Args:
         model: a causal language model.
@@ -27,17 +27,17 @@ def token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def chunked_token_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """`token_loss` to rounding, with the logits of few tokens at a time (`grass.loss`).
+    """Equal to `token_loss` up to rounding, but holds the logits of only a few tokens at a time (`grass.loss`).
 
-    The head is applied by this function, not by the model, so it must be a plain linear layer and the model must do
-    nothing with the logits after it.
+    This function applies the head, not the model. So the head must be a plain linear layer, and the model must not
+    change the logits afterwards.
 
     Args:
         model: a causal language model of transformers, perhaps wrapped by peft.
         batch: as for `token_loss`.
 
     Raises:
-        ValueError: the head is no plain linear layer, or the model scales or caps its logits.
+        ValueError: the head is not a plain linear layer, or the model scales or caps its logits.
     """
     head = _plain_head(model)
     with _without_head(head) as handed_over:
@@ -76,7 +76,7 @@ def _plain_head(model: nn.Module) -> nn.Linear:
 
 @contextmanager
 def _without_head(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """Let `head` hand its input on unchanged; yields the list of what it was given."""
+    """Make `head` return its input unchanged inside the block; yields the list of the inputs it received."""
     given: list[Tensor] = []
 
     def hand_over(hidden: Tensor) -> Tensor:

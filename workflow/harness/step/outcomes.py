@@ -1,4 +1,4 @@
-"""How a step may end badly: outcomes that are rows of the tables, told apart from faults of the program."""
+"""Bad outcomes of a step, which become rows of the tables, and how to tell them from bugs in the program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class DivergedError(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator refused: torch's on a GPU has an exception of its own, all others have only words."""
+    """Whether memory ran out: torch raises its own exception on a GPU; others are recognised by their message."""
     import torch
 
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
@@ -31,11 +31,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def out_of_memory_why(error: BaseException, phase: str) -> str:
-    """One line for a record: where memory ran out, and the first line of what the allocator said."""
+    """One line for a record: where memory ran out, and the first line of the allocator's message."""
     return f"in phase {phase}: {(str(error) or 'host memory').splitlines()[0]}"
 
 
 def requested_bytes(message: str) -> int | None:
-    """Bytes that an allocator was asked for, out of its message; None where the message names no number."""
+    """Bytes requested from an allocator, read from its error message; None if the message names no number."""
     found = _REQUEST.search(message)
     return None if found is None else round(float(found[1]) * _UNITS[found[2]])

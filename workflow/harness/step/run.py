@@ -1,6 +1,6 @@
-"""One optimizer step of an attached method: the same code in training, in a forecast, and where it is measured.
+"""One optimizer step of an attached method: the same code in training, forecasts and measurements.
 
-Who runs a step owns clock, meters and batches; nothing here measures, and nothing here asks which method it is.
+The caller owns clock, meters and batches. Nothing here measures, and nothing here depends on which method it is.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from harness.step.attach import Attached
 
 Batch = Mapping[str, Tensor]
 Part = Literal["begin", "forward", "backward", "update"]
-"""Of a step. In `begin` the method freezes and draws, if it does so before the step and not after the last one."""
+"""Parts of a step. `begin` is where a method freezes and draws layers, unless it does so at the end of a step."""
 
 
 class StepContext:
-    """What one step is given, and who is told of it, in the order in which it happens."""
+    """Supplies a step with batches and loss, and is called at each of its parts; methods are in order of the calls."""
 
     def part(self, part: Part) -> AbstractContextManager[None]:
-        """Brackets each part of the step."""
+        """A context manager that is entered around each part of the step."""
         return nullcontext()
 
     def begun(self) -> None:
-        """The method has begun the step: what will train is known, and nothing is computed yet."""
+        """Called when the method has begun the step: it is known what will train, and nothing is computed yet."""
 
     def micro_batches(self) -> Sequence[Batch]:
-        """The step's batches; asked for once, when the step is begun."""
+        """The step's micro-batches; called once, after `begun`."""
         raise NotImplementedError
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Loss of one micro-batch, divided so that the sum over all is the step's (scalar)."""
+        """Loss of one micro-batch (scalar), scaled so that the losses of all micro-batches sum to the step's loss."""
         raise NotImplementedError
 
     def after_backward(self, loss: Tensor) -> None:
-        """Backward of a micro-batch is over; its loss, detached."""
+        """Called after each micro-batch's backward, with its detached loss."""
 
     def before_update(self) -> None:
-        """All gradients are there that will be."""
+        """Called when all gradients of the step have been computed."""
 
 
 def run_step(attached: Attached, step: int, *, lr_factor: float, context: StepContext) -> StepFacts:
@@ -65,7 +65,7 @@ def run_step(attached: Attached, step: int, *, lr_factor: float, context: StepCo
         with context.part("backward"):
             method.backward(loss, last=number == len(batches))
         context.after_backward(loss.detach())
-        # the next forward pass must not find this one's graph alive
+        # free this micro-batch's graph before the next forward pass
         del loss
     context.before_update()
 

@@ -1,6 +1,6 @@
-"""What one training step is asked to be: a model, a method, settings, a shape and number formats. No torch here.
+"""The specification of one training step: model, method, settings, shape and number formats. Imports no torch.
 
-Memory and speed of a step depend on shapes alone, so a model is its configuration, and its weights are random.
+Memory and speed of a step depend on shapes alone, so a model is given by its configuration, and has random weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Geometry(Strict):
         return self
 
     def fields(self) -> dict[str, Any]:
-        """Arguments of the configuration class of transformers."""
+        """Arguments for the transformers configuration class."""
         return self.model_dump(exclude={"architecture", "parameters"})
 
 

@@ -1,6 +1,6 @@
-"""Steps that meet a cell's peak of memory: states everywhere that they can be, and every candidate for the worst draw.
+"""Steps that reach a cell's peak memory: all optimizer states exist, and every candidate for the worst draw is tried.
 
-A forecast and a measurement make the same steps, so that what is predicted and what is measured is one thing.
+Forecasts and measurements run the same steps, so that they are about the same quantity.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ def run_worst_case(
 ) -> None:
     """Let every layer whose states stay on the device train once, then step under each candidate draw.
 
-    A period trains what was drawn as the one before it ended; the first one trains the first candidate.
+    A period trains the layers drawn at the end of the period before it; the first period trains the first candidate.
 
     Args:
         run: attached and prepared; it must draw every `STEPS_A_DRAW` steps, if it draws at all.
         held_bytes: optimizer states on the device now.
-        watches_memory: whether the method asks how much memory is taken. One that does acts upon what the first step
-            of a period shows; for any other that step only makes states, which a visit makes too, in less time.
+        watches_memory: whether the method reads memory use. Such a method acts on what it saw in a period's first step.
+            For any other method that step only allocates states, so a visit, which is faster, takes its place.
     """
     steps = _Periods(run, watches_memory)
     candidates, visits = [CANDIDATES[0]], []
@@ -36,21 +36,21 @@ def run_worst_case(
         steps.period(run.visit, then)
         held, before = held_bytes(), held
         if held == before:
-            break  # what falls asleep leaves the device: more visits would change nothing there
+            break  # states of inactive layers leave the device, so further visits would not add any there
     steps.period(run.visit, candidates[0])
     for then in [*candidates[1:], candidates[-1]]:
         steps.period(run.step, then)
 
 
 class _Periods:
-    """Makes the steps from one draw to the next, and counts them."""
+    """Runs the steps of one period after another, and counts them."""
 
     def __init__(self, run: CellRun, watches_memory: Callable[[], bool]) -> None:
         self._run, self._watches_memory = run, watches_memory
         self._done = 0
 
     def period(self, act: Callable[..., None], then: Policy) -> None:
-        """`then` is the policy of the draw that ends the period."""
+        """Run one period, its last step by `act`; `then` is the policy of the draw that ends it."""
         for place in range(STEPS_A_DRAW):
             last = place == STEPS_A_DRAW - 1
             first = act if self._watches_memory() else self._run.visit
