@@ -23,10 +23,10 @@ THROTTLE_REASONS = {
 class Card:
     """The GPU, or the MIG part of one, that torch sees first: the first entry of CUDA_VISIBLE_DEVICES.
 
-    Clocks, power and link are those of the whole board, memory and processes those of the part.
+    Clocks, power and link are those of the whole board; memory and processes are those of the MIG part.
 
     Args:
-        nvml: `pynvml`, or what stands for it.
+        nvml: `pynvml`, or a stand-in for it.
 
     Raises:
         Exception: whatever NVML raises where there is no driver or no such device; its errors share no base.
@@ -45,9 +45,9 @@ class Card:
             self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._handle) if self.mig else self._handle
         )
         self.divided = not self.mig and in_mig_mode(nvml, self._handle)
-        """In MIG mode, but no part was named: CUDA takes the first, and nothing here says which that is."""
+        """In MIG mode, but no part was named: CUDA takes the first one, and this class cannot tell which that is."""
         self.reserved_apart = self._has_second_version()
-        """Whether the driver tells what is used from what it reserves for itself."""
+        """Whether the driver reports used memory apart from the memory it reserves for itself."""
         self._throttling: int | None = None
         self._throttling_why: str | None = None
         self._before = self.state()
@@ -70,7 +70,7 @@ class Card:
         return list(self._nvml.nvmlDeviceGetComputeRunningProcesses(self._handle))
 
     def note_throttling(self) -> None:
-        """Remember why clocks are held back at this moment."""
+        """Record the reasons for which clocks are throttled at this moment."""
         if self._throttling_why is None:
             try:
                 self._throttling = (self._throttling or 0) | self._throttle_bits()
@@ -102,7 +102,7 @@ class Card:
         )
 
     def record(self) -> GpuRecord:
-        """What the card is, how it was when this object was made, and how it is now."""
+        """The card's description, its state when this object was made, and its state now."""
         nvml, board = self._nvml, self._board
         read = _Reader()
         during = None if self._throttling is None else _words(self._throttling)
@@ -128,7 +128,7 @@ class Card:
 
 
 class _Reader:
-    """Reads figures one by one; one that cannot be read is None and its reason is kept."""
+    """Reads figures one by one; a figure that cannot be read is None, and the reason is kept."""
 
     def __init__(self) -> None:
         self.why: dict[str, str] = {}
@@ -142,13 +142,13 @@ class _Reader:
 
 
 def cuda_is_initialised() -> bool:
-    """Whether this process holds a CUDA context already; asks torch only if somebody else imported it."""
+    """Whether this process already holds a CUDA context; asks torch only if it has been imported."""
     torch = sys.modules.get("torch")
     return torch is not None and bool(torch.cuda.is_initialized())
 
 
 def in_mig_mode(nvml: Any, handle: Any) -> bool:
-    """Whether a card is cut into MIG devices; one that knows no MIG is not."""
+    """Whether a card is split into MIG devices; False for a card that does not support MIG."""
     try:
         return bool(nvml.nvmlDeviceGetMigMode(handle)[0])
     except Exception:  # noqa: BLE001  "not supported" on most cards, an attribute missing in old packages
@@ -156,7 +156,7 @@ def in_mig_mode(nvml: Any, handle: Any) -> bool:
 
 
 def text_of(value: str | bytes) -> str:
-    """NVML's older packages answer in bytes."""
+    """An answer of NVML as text: older packages return bytes."""
     return value.decode() if isinstance(value, bytes) else value
 
 

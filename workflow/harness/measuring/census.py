@@ -1,4 +1,4 @@
-"""What tensors are alive: the harness's own count of a method's state, which the method cannot word differently."""
+"""Counts live tensors: the harness's own figure for a method's state, independent of what the method reports."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None, *, counts: Callable[[Tensor], bool]) -> int:
-    """Bytes of an optimizer's states, each storage once; on fake tensors as on real ones.
+    """Bytes of an optimizer's states, each storage counted once; works on fake and on real tensors.
 
     Args:
-        optimizer: None holds nothing.
-        counts: whether a tensor of the states is to be counted.
+        optimizer: None has no states.
+        counts: whether a tensor of the states counts.
     """
     held: dict[int, int] = {}
     for tensor in state_tensors(optimizer):
@@ -44,9 +44,9 @@ def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
 
 
 def begin_census() -> None:
-    """From here on only new objects are counted: everything alive now leaves the garbage collector's sight.
+    """Count only objects created from here on: everything alive now is hidden from the garbage collector.
 
-    It also makes each count a matter of milliseconds instead of half a second. Undone by the next `begin_census`.
+    This also cuts the time of a count from half a second to milliseconds. The next `begin_census` undoes it.
     """
     gc.unfreeze()
     gc.collect()
@@ -54,15 +54,15 @@ def begin_census() -> None:
 
 
 def live_bytes_outside(module: nn.Module) -> int:
-    """Bytes of tensors born since `begin_census` and still alive, parameters and buffers of `module` left out.
+    """Bytes of tensors created since `begin_census` and still alive, without parameters and buffers of `module`.
 
     Gradients count, since a gradient alive between two steps is memory that the method holds. Tensors are found
-    through Python's garbage collector: one that only C++ knows (in a graph not yet freed) is not seen.
+    through Python's garbage collector: a tensor that only C++ refers to (in a graph not yet freed) is not seen.
     """
     gc.collect()
-    # type(), not isinstance(): lazy objects of other libraries answer isinstance by importing half the world
+    # type(), not isinstance(): isinstance makes the lazy objects of other libraries import large packages
     alive = storage_bytes(o for o in gc.get_objects() if issubclass(type(o), Tensor))
-    # a gradient that Python never touched has no Python object yet
+    # a gradient that Python code never accessed has no Python object yet
     alive |= storage_bytes(p.grad for p in module.parameters() if p.grad is not None)
     for address in storage_bytes([*module.parameters(), *module.buffers()]):
         alive.pop(address, None)
@@ -72,7 +72,7 @@ def live_bytes_outside(module: nn.Module) -> int:
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
     """Two position-weighted integer sums a tensor over its raw bits, computed on its own device.
 
-    Equal bits give equal fingerprints; tensors that differ in any entry differ here but for a chance of about 2**-64.
+    Equal bits give equal fingerprints; different tensors get the same one with a probability of about 2**-64.
     """
     parts: list[int] = []
     for tensor in tensors:

@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 
 class StepClock:
-    """Seconds from `start` to `stop`, without the time in `paused` blocks; or of laps that follow one another.
+    """Seconds from `start` to `stop`, without the time in `paused` blocks; or of successive laps.
 
-    On CUDA the marks are events on the stream that the model runs on: `stop` waits for that stream alone, so a method's
-    own copies beside it run on into the next step, as they do in a loop of the user's. Elsewhere `time.perf_counter`.
+    On CUDA it records events on the model's stream. `stop` waits for that stream alone, so copies that a method makes
+    on other streams continue into the next step, as in an ordinary training loop. Elsewhere it uses
+    `time.perf_counter`.
 
     Args:
         device: the run's, "cpu" or "cuda".
-        cuda: stands for `torch.cuda`.
+        cuda: a stand-in for `torch.cuda`, for tests.
     """
 
     def __init__(self, device: str, cuda: Any = None) -> None:
@@ -31,19 +32,19 @@ class StepClock:
         self._began: Any = None
 
     def start(self) -> None:
-        """A new step begins."""
+        """Begin a new step."""
         self._spans = []
         self._began = self._mark()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is not the step's."""
+        """Do not count the time inside the block."""
         self._spans.append((self._began, self._mark()))
         yield
         self._began = self._mark()
 
     def lap(self) -> None:
-        """The step ends and the next one begins at once; nothing is waited for, and `laps` tells the seconds later."""
+        """End the step and begin the next at once, without waiting for the device; `laps` gives the seconds later."""
         self._laps.append((self._began, self._mark()))
         self._began = self._laps[-1][1]
 
@@ -54,7 +55,7 @@ class StepClock:
         return [self._seconds(begin, end) for begin, end in self._laps]
 
     def stop(self) -> float:
-        """The step ends; its seconds."""
+        """End the step and return its seconds."""
         self._spans.append((self._began, self._mark()))
         if self.kind == "cuda events":
             self._spans[-1][1].synchronize()

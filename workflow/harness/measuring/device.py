@@ -1,4 +1,4 @@
-"""Torch's CUDA allocator, and peaks by phase where phases lie within one another."""
+"""Torch's CUDA allocator, and peaks by phase for nested phases."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from typing import Any
 
 Peaks = Mapping[str, int | None]
-"""One figure a kind, None where it cannot be read."""
+"""One figure per kind, None where it cannot be read."""
 
 ON_THE_CPU = "the run was on the CPU"
 
 
 class PhasePeaks:
-    """Peak by phase of a counter that forgets its peak when it is reset, and is reset whenever a phase begins.
+    """Peaks by phase, from a counter whose peak is reset whenever a phase begins.
 
-    What the counter says is handed to every open phase before each reset and at each end, so an outer phase's peak is
-    the highest of all that was read in it, whatever began inside.
+    Before each reset and at the end of each phase, the counter is read and every open phase is updated. So an outer
+    phase's peak is the highest value read in it, including those of the phases inside it.
 
     Args:
         kinds: what the counter counts.
-        read: peaks since the last reset, one a kind.
-        reset: makes the present values the peaks.
+        read: returns the peaks since the last reset, one per kind.
+        reset: resets the peaks to the present values.
     """
 
     def __init__(self, kinds: Sequence[str], read: Callable[[], Peaks], reset: Callable[[], None]) -> None:
@@ -34,14 +34,14 @@ class PhasePeaks:
         """Highest value read so far, by kind, whatever the phase."""
 
     def begin(self, name: str) -> None:
-        """A phase begins, inside those that are open."""
+        """Begin a phase, inside those that are open."""
         if self._open:
             self._hand_on()
         self._reset()
         self._open[name] = {}
 
     def end(self, name: str) -> Mapping[str, int]:
-        """An open phase ends; its peaks since it began, by kind (none where nothing can be read)."""
+        """End an open phase; returns its peaks since it began, by kind (none where nothing can be read)."""
         self._hand_on()
         own = self._open.pop(name)
         for kind, phases in self.by_phase.items():
@@ -51,7 +51,7 @@ class PhasePeaks:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Peaks inside the block go under `name`, and to the phases around it."""
+        """Record peaks inside the block under `name`, and for the phases around it."""
         self.begin(name)
         try:
             yield
@@ -60,7 +60,7 @@ class PhasePeaks:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """What is used inside the block counts in no phase."""
+        """Count memory used inside the block in no phase."""
         self._hand_on()
         yield
         self._reset()
@@ -75,11 +75,11 @@ class PhasePeaks:
 class AllocatorMeter:
     """Torch's caching allocator on the current CUDA device.
 
-    Its counters are the host's own and follow the order of its calls, so reading them waits for nothing on the device.
+    Its counters are kept on the host, in the order of the calls, so reading them does not wait for the device.
 
     Args:
-        device: the run's, "cpu" or "cuda"; elsewhere than on CUDA every figure is None.
-        cuda: stands for `torch.cuda`.
+        device: the run's, "cpu" or "cuda"; on a CPU every figure is None.
+        cuda: a stand-in for `torch.cuda`, for tests.
     """
 
     KINDS = ("allocated", "reserved")
@@ -93,24 +93,24 @@ class AllocatorMeter:
             self.begin()
 
     def begin(self) -> None:
-        """From here on retries are counted."""
+        """Count retries from here on."""
         if self.why is None:
             self._retries_before = self._count_retries()
 
     def restart(self) -> None:
-        """Make the present values the peaks."""
+        """Reset the peaks to the present values."""
         if self.why is None:
             self._cuda.reset_peak_memory_stats()
 
     def peaks(self) -> dict[str, int | None]:
-        """Peaks since the last restart, in one reading: the flat form of the counters takes several times as long."""
+        """Peaks since the last restart. Reads the nested statistics: flattening them takes several times as long."""
         if self.why is not None:
             return dict.fromkeys(self.KINDS)
         counters = self._cuda.memory_stats_as_nested_dict()
         return {kind: int(counters[f"{kind}_bytes"]["all"]["peak"]) for kind in self.KINDS}
 
     def retries(self) -> int | None:
-        """Times that the allocator ran out and emptied its cache, since `begin`."""
+        """Number of times since `begin` that the allocator ran out of memory and emptied its cache."""
         return None if self.why is not None else self._count_retries() - self._retries_before
 
     def pinned_peak(self) -> tuple[int | None, str | None]:
@@ -137,12 +137,12 @@ class AllocatorMeter:
             self._cuda.synchronize()
 
     def empty_cache(self) -> None:
-        """Return unused memory to the driver: what the harness used for itself must not stand in the run's figures."""
+        """Return unused memory to the driver: memory that the harness used must not count in the run's figures."""
         if self.why is None:
             self._cuda.empty_cache()
 
     def drop_workspaces(self) -> None:
-        """Every handle of a matrix library keeps a buffer of its own from torch's pool: let go of them."""
+        """Free the workspace that each matrix-library handle keeps in torch's pool."""
         if self.why is None:
             import torch
 
@@ -155,5 +155,5 @@ class AllocatorMeter:
 
 
 def allocator_settings() -> str:
-    """PYTORCH_ALLOC_CONF as it is set, or under its former name PYTORCH_CUDA_ALLOC_CONF; empty where neither is."""
+    """Value of PYTORCH_ALLOC_CONF, or of its former name PYTORCH_CUDA_ALLOC_CONF; empty where neither is set."""
     return os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")

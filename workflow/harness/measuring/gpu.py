@@ -1,7 +1,7 @@
 """One job per GPU, whatever the number of jobs: a lease on a device, taken before torch is imported.
 
-A lease is an flock on a file named after the device's UUID: the kernel gives it back when the process dies, however it
-dies. It keeps apart the jobs of one user on one machine; others are seen by `harness.measuring.nvml`.
+A lease is an flock on a file named after the device's UUID: the kernel releases it when the process ends, for whatever
+reason. Leases separate the jobs of one user on one machine; `harness.measuring.nvml` detects other processes.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from harness.progress import duration, say
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 POLL_S = 2.0
-"""Time between two tries of a job that waits."""
+"""Seconds between two tries of a waiting job."""
 COMMAND_LENGTH = 200
-"""Characters of a holder's command that are told to those who wait."""
+"""Characters of the holder's command that are shown to waiting jobs."""
 
 
 class NoGpuError(UserError):
-    """There is no GPU to be had; one sentence for people."""
+    """No GPU is available; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one job computes on: a GPU, or a MIG part of one."""
+    """The device of one job: a GPU, or a MIG part of one."""
 
     index: int
-    """Of the GPU, as nvidia-smi counts: by PCI bus."""
+    """Number of the GPU as in nvidia-smi: by PCI bus."""
     uuid: str
-    """What CUDA_VISIBLE_DEVICES takes: `GPU-...` or `MIG-...`."""
+    """As CUDA_VISIBLE_DEVICES takes it: `GPU-...` or `MIG-...`."""
     name: str
     gpu_uuid: str
-    """Of the GPU that a MIG part belongs to; of a whole GPU its own."""
+    """UUID of the GPU that a MIG part belongs to; a whole GPU's own UUID."""
 
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name})"
@@ -57,7 +57,7 @@ class Device:
 
 @contextmanager
 def lease_for(device: str) -> Iterator[Device | None]:
-    """A leased GPU where a recipe's device is "cuda"; elsewhere nothing is taken and nothing waited for."""
+    """A leased GPU if a recipe's device is "cuda"; otherwise None, at once."""
     if device != "cuda":
         yield None
         return
@@ -75,18 +75,18 @@ def gpu_lease(
 ) -> Iterator[Device]:
     """Hold one free GPU of those visible, and make it the only one that CUDA will see in this process.
 
-    Waits until one is free. Once this process has a CUDA context, the lease lasts until it ends: the context holds
-    memory on the card until then.
+    Waits until one is free. Once this process has a CUDA context, the lease lasts until the process ends, because the
+    context holds memory on the card until then.
 
     Args:
-        lister: all devices of the machine; by default `list_devices`.
+        lister: returns all devices of the machine; by default `list_devices`.
         folder: of the lock files; by default the user's own, see `lock_folder`.
-        tell: says a line when waiting begins and ends.
-        poll_s: time between two tries.
+        tell: called with a line when waiting begins and ends.
+        poll_s: seconds between two tries.
 
     Raises:
         NoGpuError: no GPU, or none that CUDA_VISIBLE_DEVICES lets through.
-        RuntimeError: CUDA is initialised in this process already, or it holds a lease.
+        RuntimeError: this process has initialised CUDA already, or holds a lease.
     """
     if cuda_is_initialised():
         raise RuntimeError("CUDA is initialised in this process already: take the GPU lease before torch is used")
@@ -142,7 +142,7 @@ def _lock_file(folder: Path, device: Device) -> Path:
 
 def _try(path: Path) -> int | None:
     """An open descriptor that holds the lock, or None where somebody else does."""
-    # not truncated: the holder's own words are in it
+    # not truncated: it holds the present holder's description
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -162,14 +162,14 @@ def _command() -> str:
 
 
 def _held(folder: Path, device: Device) -> str:
-    """Who holds a device.
+    """Description of the process that holds a device.
 
     Raises:
-        RuntimeError: this process does, and would wait for itself.
+        RuntimeError: this process holds it, and would wait for itself.
     """
     try:
         holder: dict[str, Any] = json.loads(_lock_file(folder, device).read_text(encoding="utf-8"))
-    except ValueError:  # taken this moment, and not written yet
+    except ValueError:  # the holder has just taken the lock, and not written its description yet
         return f"{device} is held"
     if holder["pid"] == os.getpid():
         raise RuntimeError(f"this process holds {device} already: a job computes on one GPU")
@@ -182,15 +182,16 @@ def _held(folder: Path, device: Device) -> str:
 def visible_devices(devices: Sequence[Device], visible: str | None) -> list[Device]:
     """The devices that CUDA_VISIBLE_DEVICES lets through, in its order.
 
-    As CUDA reads it: numbers, UUIDs or the beginning of one, MIG ids; nothing after a negative number. The number or
-    UUID of a GPU in MIG mode means all its parts. Numbers follow the PCI bus, as with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    The value is read as CUDA reads it: numbers, UUIDs or the beginning of one, MIG ids; entries from a negative number
+    on are ignored. The number or UUID of a GPU in MIG mode means all its parts. Numbers follow the PCI bus, as with
+    CUDA_DEVICE_ORDER=PCI_BUS_ID.
 
     Args:
         devices: all of the machine.
         visible: the variable's value; None where it is not set.
 
     Raises:
-        NoGpuError: there is none, the value lets none through, or it names one that is not there.
+        NoGpuError: there is no device, the value lets none through, or it names one that does not exist.
     """
     if not devices:
         raise NoGpuError("no GPU was found on this machine: set device: cpu in the recipe, or run where there is one")
@@ -198,7 +199,7 @@ def visible_devices(devices: Sequence[Device], visible: str | None) -> list[Devi
         return list(devices)
     chosen: dict[str, Device] = {}
     for word in filter(None, map(str.strip, visible.split(","))):
-        if word.startswith("-") or word == "NoDevFiles":  # Slurm's word for none
+        if word.startswith("-") or word == "NoDevFiles":  # Slurm's value for no GPU
             break
         named = [
             device
@@ -239,7 +240,7 @@ def list_devices() -> list[Device]:
 
 
 def devices_by_nvml(nvml: ModuleType) -> list[Device]:
-    """GPUs, those in MIG mode replaced by their parts; one that this process may not open is left out."""
+    """All GPUs that this process may open; a GPU in MIG mode is replaced by its parts."""
     api: Any = nvml
     api.nvmlInit()
     found: list[Device] = []
@@ -248,7 +249,7 @@ def devices_by_nvml(nvml: ModuleType) -> list[Device]:
         try:
             handle = api.nvmlDeviceGetHandleByIndex(number)
         except api.NVMLError_NoPermission:
-            continue  # another job's on this node: CUDA does not count it either
+            continue  # belongs to another job on this node: CUDA does not count it either
         uuid, name = text_of(api.nvmlDeviceGetUUID(handle)), text_of(api.nvmlDeviceGetName(handle))
         if in_mig_mode(api, handle):
             for part in _mig_parts(api, handle):
@@ -264,11 +265,11 @@ def _mig_parts(api: Any, handle: Any) -> Iterator[Any]:
         try:
             yield api.nvmlDeviceGetMigDeviceHandleByIndex(handle, place)
         except api.NVMLError_NotFound:
-            continue  # places may be empty
+            continue  # MIG slots may be empty
 
 
 def devices_by_smi(text: str) -> list[Device]:
-    """The same from the words of `nvidia-smi -L`."""
+    """The same from the output of `nvidia-smi -L`."""
     found: list[Device] = []
     index, name, gpu = 0, "", ""
     for line in text.splitlines():

@@ -1,7 +1,7 @@
 """Host memory of this process: the kernel's high-water mark, the proportional set, and the control group's peak.
 
-Pinned memory may count as shared or as the driver's and be missing from the resident set: who pins says how much, see
-`baselines.method.Method.pinned_bytes`.
+Pinned memory may count as shared or as the driver's, and be missing from the resident set. So a method that pins memory
+reports how much, see `baselines.method.Method.pinned_bytes`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Reading = tuple[int | None, str | None]
 
 
 class HostMeter:
-    """Peak resident set of this process: Linux keeps a high-water mark that can be set back exactly."""
+    """Peak resident set of this process, from the high-water mark that Linux keeps and lets a process reset."""
 
     def __init__(self, proc: Path = PROC) -> None:
         self._status, self._reset = proc / "status", proc / "clear_refs"
@@ -28,7 +28,7 @@ class HostMeter:
             self.why = f"the kernel's high-water mark cannot be reset here ({type(error).__name__})"
 
     def restart(self) -> None:
-        """Set the high-water mark back to the present resident set."""
+        """Reset the high-water mark to the present resident set."""
         if self.why is None:
             self._reset.write_text("5")
 
@@ -43,7 +43,7 @@ class HostMeter:
 def proportional_set(proc: Path = PROC) -> Reading:
     """PSS now: like the resident set, but a page shared by n processes counts as an n-th.
 
-    The kernel walks all pages for it, milliseconds a GiB: not for the inside of a timed step.
+    The kernel walks all pages to compute it, milliseconds per GiB: do not call it inside a timed step.
     """
     try:
         return _kilobytes(proc / "smaps_rollup", "Pss:"), None
@@ -54,8 +54,8 @@ def proportional_set(proc: Path = PROC) -> Reading:
 def cgroup_peak(proc: Path = PROC, root: Path = CGROUPS) -> Reading:
     """Highest memory of the process's control group since it was made, version 2 or 1 of the interface.
 
-    Other processes of the group and the page cache count: it bounds this process's use from above, where the group is
-    a job's own.
+    Other processes of the group and the page cache count too. So it is an upper bound of this process's use, provided
+    that the group belongs to the job alone.
     """
     try:
         lines = (proc / "cgroup").read_text().splitlines()
@@ -65,7 +65,7 @@ def cgroup_peak(proc: Path = PROC, root: Path = CGROUPS) -> Reading:
     for line in lines:
         number, controllers, path = line.split(":", 2)
         inside = path.lstrip("/")
-        # in a container the path may be the host's: then what is mounted there is the container's own group
+        # in a container the path may be the host's; the mounted folder is then the container's own group
         if number == "0" and not controllers:
             candidates += [root / inside / "memory.peak", root / "memory.peak"]
         elif "memory" in controllers.split(","):

@@ -1,4 +1,4 @@
-"""A host whose peak of memory never falls, for methods that follow it while meters reset the allocator's."""
+"""A host whose peak memory never falls: methods may read the peak while meters reset the allocator's."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from grass.host import Host, HostAround
 
 
 class PeakNeverFalls(HostAround):
-    """Tells methods the highest of all peaks, though the allocator's is reset at every phase.
+    """Gives methods the highest peak so far, although the allocator's peak is reset at every phase.
 
     Args:
-        inner: asks the allocator.
-        before: highest peak before the last reset.
+        inner: the wrapped host, which reads the allocator.
+        before: returns the highest peak before the last reset.
     """
 
     def __init__(self, inner: Host, before: Callable[[], int]) -> None:
@@ -22,6 +22,6 @@ class PeakNeverFalls(HostAround):
         self._before = before
 
     def peak_bytes(self, device: torch.device) -> int | None:
-        """Largest so far; None where nobody counts."""
+        """Highest peak so far, in bytes; None where it cannot be read."""
         peak = super().peak_bytes(device)
         return None if peak is None else max(self._before(), peak)

@@ -1,7 +1,7 @@
-"""The one front of all meters: host, torch's allocator, the driver; by phase where that can be.
+"""One interface to all meters: host, torch's allocator, the driver; by phase where possible.
 
-A figure that cannot be read is None with its reason, whatever the machine has. Where anybody else was on the GPU, its
-memory is None too: a method may follow what is free there, so even its own allocations are not those of a quiet card.
+A figure that cannot be read is None, with the reason. If another process was on the GPU, device memory is None too: a
+method may adapt to the free memory, so even its own allocations differ from those on an otherwise idle card.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.run import EVALUATION, GpuRecord, GpuState, Memory
 
 LEFTOVER_BYTES = 16 * 2**20
-"""What may stay behind on the device when its user has gone: handles and small constants of libraries."""
+"""Memory that may stay allocated after a job has released the device: handles and small constants of libraries."""
 
 
 class Meters:
-    """All meters of a process; `phase` brackets what is to be told apart. Make it before CUDA is touched.
+    """All meters of a process; use `phase` to get separate figures. Create it before CUDA is initialised.
 
     Args:
-        device: of what is measured.
-        cuda: stands for `torch.cuda`.
-        nvml: stands for `pynvml`.
+        device: of the measured code.
+        cuda: a stand-in for `torch.cuda`, for tests.
+        nvml: a stand-in for `pynvml`, for tests.
     """
 
     def __init__(self, device: DeviceKind, *, cuda: Any = None, nvml: ModuleType | None = None) -> None:
@@ -42,7 +42,7 @@ class Meters:
         self._forget_peaks()
 
     def restart(self) -> None:
-        """Forget the peaks so far, and who was seen on the GPU: something else is measured from here on."""
+        """Forget the peaks and the foreign processes seen so far: a new measurement begins."""
         self._nvml.restart()
         self._forget_peaks()
 
@@ -58,13 +58,13 @@ class Meters:
     # ------------------------------------------------------------ phases
 
     def begin(self, name: str) -> None:
-        """A phase begins, inside those that are open."""
+        """Begin a phase, inside those that are open."""
         self._host_peaks.begin(name)
         self._device_peaks.begin(name)
         self._nvml.counting = name != EVALUATION
 
     def end(self, name: str) -> Mapping[str, int]:
-        """An open phase ends; the allocator's peaks in it, `allocated` and `reserved` (none where nobody counts)."""
+        """End an open phase; returns its allocator peaks, `allocated` and `reserved` (none on a CPU)."""
         peaks = self._device_peaks.end(name)
         self._host_peaks.end(name)
         self._nvml.counting = False
@@ -74,7 +74,7 @@ class Meters:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Peaks inside the block go under `name`; a phase entered twice keeps its higher peak."""
+        """Record peaks inside the block under `name`; a phase entered twice keeps its higher peak."""
         self.begin(name)
         try:
             yield
@@ -83,18 +83,18 @@ class Meters:
 
     @contextmanager
     def left_out(self) -> Iterator[None]:
-        """Within a phase: what the harness uses for itself inside the block does not count."""
+        """Within a phase: memory that the harness itself uses inside the block does not count."""
         with self._host_peaks.left_out(), self._device_peaks.left_out():
             yield
 
     def parts(self, step: int, period: int) -> Callable[[str], AbstractContextManager[None]]:
-        """What brackets the parts of one step: `with part("forward"): ...`.
+        """Returns the context manager for the parts of one step: `with part("forward"): ...`.
 
-        Only the allocator's peaks are told apart, in a watched step on CUDA; elsewhere the brackets do nothing.
+        It separates only the allocator's peaks, in a watched step on CUDA; elsewhere it does nothing.
 
         Args:
             step: counted from 0.
-            period: steps of the method's period, or of the one it is watched by.
+            period: steps in the method's period, or in the fallback period that the harness watches it by.
         """
         if self._allocator.why is not None or not is_watched(step, period):
             return lambda _: nullcontext()
@@ -102,8 +102,8 @@ class Meters:
         return self._device_peaks.phase
 
     def peak_kept(self) -> AbstractContextManager[None]:
-        """A method may follow the allocator's peak, which falls back at every phase: inside the block it does not."""
-        # importing meters must not import torch, since a GPU is leased before that
+        """Methods may read the allocator's peak, which is reset at every phase: inside the block they see no reset."""
+        # importing this module must not import torch, since a GPU is leased before torch is imported
         from grass.host import current, using
         from harness.measuring.kept_peak import PeakNeverFalls
 
@@ -112,17 +112,17 @@ class Meters:
     # ------------------------------------------------------------ samples
 
     def pinned(self, nbytes: int | None) -> None:
-        """What the method says it holds in pinned memory; the highest counts."""
+        """Note the pinned memory that the method reports; the highest value counts."""
         if nbytes is not None:
             self._pinned = max(nbytes, self._pinned or 0)
 
     def sample_driver(self) -> None:
-        """One more look at what the driver says, while everything is still held."""
+        """Take one more sample from the driver while the run's memory is still allocated."""
         self._nvml.sample_now()
 
     @property
     def foreign_why(self) -> str | None:
-        """Who else was seen on the GPU."""
+        """Which other process was seen on the GPU, in words; None if there was none."""
         return self._nvml.foreign_why
 
     # ------------------------------------------------------------ the device
@@ -136,11 +136,11 @@ class Meters:
         return self._allocator.allocated()
 
     def empty_cache(self) -> None:
-        """After the harness used the device for itself: its memory must not stand in the run's reserved peak."""
+        """Free what the harness itself used on the device, so that it does not count in the run's reserved peak."""
         self._allocator.empty_cache()
 
     def clean(self) -> bool:
-        """Give back what no tensor needs; whether the device is as it was when this was first called."""
+        """Free unused memory; returns whether the device is back in the state of the first call."""
         gc.collect()
         self._allocator.drop_workspaces()
         self._allocator.empty_cache()
@@ -164,7 +164,7 @@ class Meters:
         return self._allocator.device_name
 
     def describe(self) -> DeviceRecord:
-        """The device, with the rates of its copies, which take some tenths of a second to measure."""
+        """The device with its copy rates, which take some tenths of a second to measure."""
         import torch
 
         card, why = self._nvml.gpu_record()
@@ -188,7 +188,7 @@ class Meters:
     # ------------------------------------------------------------ what came of it
 
     def close(self) -> None:
-        """Look once more, and stop sampling the driver."""
+        """Take a last sample, and stop sampling the driver."""
         self._nvml.close()
 
     def record(self, *, state_peak_bytes: int | None) -> Memory:
@@ -239,11 +239,11 @@ def _ratio(reserved: int | None, allocated: int | None) -> float | None:
 
 
 def is_watched(step: int, period: int) -> bool:
-    """Whether the parts of a step are told apart: one step a period, in turn its second and its last.
+    """Whether the peaks of a step's parts are recorded: in one step per period, alternately its second and its last.
 
-    Each part begins with a reset of the allocator's peak, which a method may itself be reading to see what memory is
-    free. So never in the first period, where it may choose by that peak how to go on, nor in any period's first step,
-    where it may learn from it; and seldom, so that the clock of the run is not the clock of its watcher.
+    Each part begins with a reset of the allocator's peak, which a method may itself read to see how much memory is
+    free. So no step of the first period is watched, where a method may choose its mode by that peak, nor any period's
+    first step, where it may learn from it. Few steps are watched, so that watching hardly affects the run's time.
     """
     number, place = divmod(step, period)
     return number > 0 and place > 0 and place == (1 if number % 2 else period - 1)

@@ -1,7 +1,7 @@
-"""Memory of this process and of its GPU as the driver sees it, and whoever else is on that GPU.
+"""Memory of this process and of its GPU as the driver reports it, and other processes on that GPU.
 
-NVML's list of processes fails in many ways that look like success: in a container the process ids are the host's, under
-WSL and on some MIG devices there is no list. Each of these is None with its own reason, never 0.
+NVML's list of processes fails in many ways that look like success: in a container the process ids are the host's; under
+WSL and on some MIG devices there is no list. In each of these cases the figure is None with its own reason, never 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from harness.measuring.device import ON_THE_CPU
 from harness.records.run import GpuRecord
 
 POLL_S = 0.1
-"""Torch's pool of reserved memory hardly shrinks, so a slow look misses little of it."""
+"""Seconds between samples. Torch's pool of reserved memory hardly shrinks, so slow sampling misses little of it."""
 FOREIGN_BYTES = 256 * 2**20
-"""In use before our first allocation, with nobody listed: above this somebody is there. A CUDA context alone takes more
-than this, an idle card less."""
+"""If more than this is in use before our first allocation, and NVML lists no process, another process is on the GPU. A
+CUDA context alone takes more than this, an idle card less."""
 FOREIGN_WITH_RESERVED_BYTES = 2**30
-"""The same for drivers that count what they reserve for themselves as used, up to some 0.7 GiB on large cards."""
+"""The same for drivers that count their own reserved memory as used, up to some 0.7 GiB on large cards."""
 
 _NO_SAMPLE = "no sample was taken while the run was measured"
 
@@ -31,22 +31,22 @@ _NO_SAMPLE = "no sample was taken while the run was measured"
 class NvmlMeter:
     """Device and process memory, sampled by a thread while `counting`; one peak of each for the whole run.
 
-    Make it before this process touches CUDA: what is in use by then is not its own.
+    Create it before this process initialises CUDA: memory in use by then is taken to belong to others.
 
     Args:
         device: the run's, "cpu" or "cuda".
-        nvml: stands for `pynvml`.
-        poll_s: time between two samples.
+        nvml: a stand-in for `pynvml`, for tests.
+        poll_s: seconds between two samples.
     """
 
     def __init__(self, device: str, nvml: ModuleType | None = None, *, poll_s: float = POLL_S) -> None:
         self.process_peak_bytes: int | None = None
         self.device_peak_bytes: int | None = None
         self.why: str | None = None
-        """Why nothing is known of the device."""
+        """Why no figure of the device is known."""
         self._delta_why: str | None = None
         self.foreign_why: str | None = None
-        """What else was seen on the GPU so far."""
+        """The other process or memory seen on the GPU so far, in words."""
         self.counting = True
         """Whether samples raise the peaks; foreign processes are looked for in any case."""
         self.poll_s = poll_s
@@ -96,7 +96,7 @@ class NvmlMeter:
             return None
 
     def sample(self) -> None:
-        """Look once: raise the peaks, and see who is there."""
+        """Take one sample: update the peaks, and look for other processes."""
         assert self._card is not None
         used, listed = self._card.used_bytes(), self._processes()
         mine = next((p for p in listed or [] if p.pid == self._pid), None)
@@ -113,24 +113,24 @@ class NvmlMeter:
                 self._process_why = f"NVML lists this process without its memory{_where(self._card)}"
         elif not self._seen:
             self._process_why = f"NVML lists no process with this id (a container?){_where(self._card)}"
-            others = others[1:]  # one of them may be this process under the host's number
+            others = others[1:]  # one of them may be this process under its host process id
         if others:
             self._foreign(f"another compute process was on the GPU during the run (pid {others[0]})")
 
     def sample_now(self) -> None:
-        """Look once, if anything can be looked at; a failure is a reason from here on."""
+        """Take one sample if there is a device to sample; a failure ends sampling and becomes the reason `why`."""
         if self._card is not None and self.why is None:
             self._sample_or_void()
 
     def restart(self) -> None:
-        """Forget the peaks, and who was seen."""
+        """Forget the peaks and the foreign processes seen so far."""
         self.process_peak_bytes = self.device_peak_bytes = self.foreign_why = None
 
     def _foreign(self, why: str) -> None:
         self.foreign_why = self.foreign_why or why
 
     def close(self) -> None:
-        """Look once more, stop sampling, and judge what was in use before the run."""
+        """Take a last sample, stop sampling, and check the memory that was in use before the run."""
         self._stop.set()
         if self._thread is None:
             return
@@ -154,7 +154,7 @@ class NvmlMeter:
             self.sample()
             assert self._card is not None
             self._card.note_throttling()
-        except Exception as error:  # noqa: BLE001  as above; a peak of half a run is no peak
+        except Exception as error:  # noqa: BLE001  as above; a peak that covers half of a run is not the run's peak
             self.process_peak_bytes = self.device_peak_bytes = None
             self.why = f"NVML failed during the run: {error}"
             return False
@@ -171,21 +171,21 @@ class NvmlMeter:
 
     @property
     def delta_peak_bytes(self) -> int | None:
-        """The device's peak less what was in use before; None on a shared card."""
+        """The device's peak minus the memory in use before the run; None on a shared card."""
         if self.device_peak_bytes is None or self._before is None or self.foreign_why is not None:
             return None
         return max(0, self.device_peak_bytes - self._before)
 
     @property
     def delta_why(self) -> str | None:
-        """Why that is None; None where it is known."""
+        """Why `delta_peak_bytes` is None; None where it is known."""
         if self.delta_peak_bytes is not None:
             return None
         return self.why or self.foreign_why or self._delta_why or _NO_SAMPLE
 
     @property
     def source(self) -> Literal["process", "device delta"] | None:
-        """Which figure says what this process held."""
+        """Which figure gives the memory that this process held."""
         if self.process_peak_bytes is not None:
             return "process"
         return None if self.delta_peak_bytes is None else "device delta"

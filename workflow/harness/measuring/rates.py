@@ -14,11 +14,11 @@ REPEATS = 5
 
 
 def with_rates(record: TrainRecord, *, torch: Any = None) -> TrainRecord:
-    """The record of a finished run with the rates of its machine, or why there are none.
+    """The record of a finished run with its machine's copy rates, or the reason why there are none.
 
     Args:
-        record: of a run in this process, over and out of memory.
-        torch: stands for the package.
+        record: of a run that ended in this process and whose memory is freed.
+        torch: a stand-in for the package, for tests.
     """
     why = None
     if record.recipe["device"] != "cuda":
@@ -30,18 +30,18 @@ def with_rates(record: TrainRecord, *, torch: Any = None) -> TrainRecord:
 
 
 def transfer_rates(*, copy_bytes: int = COPY_BYTES, repeats: int = REPEATS, torch: Any = None) -> TransferRates:
-    """Median rate of `repeats` copies after one that is not counted, timed by CUDA events.
+    """Median rate of `repeats` copies after one warm-up copy, timed by CUDA events.
 
-    Takes twice `copy_bytes` on the host, pinned, as much on the current device, and some tenths of a second. Call it
-    outside of what is measured.
+    Allocates twice `copy_bytes` of pinned host memory and as much on the current device; takes some tenths of a second.
+    Do not call it within a measurement.
 
     Args:
         copy_bytes: size of one copy in one direction.
-        repeats: copies that count.
-        torch: stands for the package.
+        repeats: number of timed copies.
+        torch: a stand-in for the package, for tests.
 
     Returns:
-        The rates; all None with the reason where the memory is not to be had.
+        The rates; all None with the reason where the memory cannot be allocated.
     """
     if torch is None:
         import torch as real
@@ -74,7 +74,7 @@ def transfer_rates(*, copy_bytes: int = COPY_BYTES, repeats: int = REPEATS, torc
 
 
 def _median_seconds(cuda: Any, streams: list[Any], ways: tuple[Callable[[], None], ...], repeats: int) -> float:
-    """From the common start of all `ways`, each on a stream of its own, to the end of the last."""
+    """Median time from the common start of all `ways`, each on its own stream, to the end of the last one."""
     found: list[float] = []
     for _ in range(repeats + 1):
         cuda.synchronize()
