@@ -1,1 +1,1 @@
-"""What was: records of runs, cells and searches, how they are written and read, and the code that made them."""
+"""Records of runs, cells and searches: how they are written and read, and which code made them."""

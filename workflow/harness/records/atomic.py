@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, flushed to the disk, then renamed into it."""
+"""Files that are either complete or absent: written to a temporary path, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The same for a folder; what was at `path` is replaced."""
+    """The same for a folder; an existing folder at `path` is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)

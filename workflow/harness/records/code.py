@@ -1,8 +1,8 @@
-"""Which code decides what a record says, and the one hash of it that all kinds of records carry.
+"""The code that a record depends on, and its hash, which every kind of record carries.
 
-A record depends on the modules that make it and on whatever these import, however deep: the closure of a few root
-modules, named below for each kind and read from the import statements. So no list of modules has to be kept up, and a
-method's file makes only its own records stale. This module needs the standard library alone.
+A record depends on the modules that make it and on everything these import, directly or not: the closure of a few root
+modules, which are named below for each kind of record. Imports are read from the source, so no list of modules has to
+be maintained, and a change of a method's file makes only that method's records stale. Uses only the standard library.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ EVALUATION: Roots = ("harness.evaluating.score",)
 
 
 def training(module: str) -> Roots:
-    """Of a training run of the method in `baselines.<module>`."""
+    """Root modules of a training run of the method in `baselines.<module>`."""
     return ("harness.training.loop", "harness.measuring.rates", f"baselines.{module}")
 
 
 def search(module: str) -> Roots:
-    """Of a search of that method's learning rate."""
+    """Root modules of a learning-rate search for that method."""
     return ("harness.training.search", f"baselines.{module}")
 
 
 def run_forecast(module: str) -> Roots:
-    """Of a forecast of the memory of that method's runs."""
+    """Root modules of a memory forecast for that method's runs."""
     return ("harness.forecasting.run_forecast", f"baselines.{module}")
 
 
 def step_forecast(module: str) -> Roots:
-    """Of a forecast of the memory of one step, a cell of an efficiency study."""
+    """Root modules of a memory forecast for one step, a cell of an efficiency study."""
     return ("harness.forecasting.forecast", "harness.step.flops", f"baselines.{module}")
 
 
 def measurement(module: str) -> Roots:
-    """Of the memory and speed of one step as measured."""
+    """Root modules of a measurement of the memory and speed of one step."""
     return ("harness.efficiency.measure", f"baselines.{module}")
 
 
 APART = ("grass.heatmap", "harness.errors", "harness.progress", "harness.records", "harness.study")
-"""Modules and packages that are imported by what makes records and decide nothing of what a record says: a figure of
-the library, sentences for the user, progress lines, how records are written down (their shape has a version of its
-own), and the question, which is in the name of the record."""
+"""Modules and packages that record-making code imports, but that do not affect what a record says: a figure of the
+library, messages to the user, progress lines, how records are written (their schema has its own version), and the job's
+specification, which is in the name of the record."""
 
 DATA = (".j2", ".json", ".yaml")
-"""Files that a package reads beside its modules, such as the tasks of lm-eval."""
+"""Suffixes of files other than modules that a package reads, such as the tasks of lm-eval."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class Code:
 
 @cache
 def code_of(roots: Roots) -> Code:
-    """The code behind a record made by these modules, as it is today.
+    """Today's code of a record that is made by these root modules.
 
     Raises:
-        ModuleNotFoundError: there is no such root.
+        ModuleNotFoundError: a root module does not exist.
     """
     return _ours().code(roots)
 
 
 @cache
 def _ours() -> Tree:
-    # found without importing them: `grass` would import torch
+    # located without importing them: `grass` would import torch
     specs = {name: importlib.util.find_spec(name) for name in ("grass", "baselines", "harness")}
     return Tree({name: Path(spec.origin).parent for name, spec in specs.items() if spec and spec.origin})
 
@@ -90,8 +90,8 @@ class Tree:
     """The source files of some packages, each read once.
 
     Args:
-        folders: of the top-level packages, by name; imports of anything else are not followed.
-        apart: what does not count, see `APART`.
+        folders: of the top-level packages, by name; imports of other packages are not followed.
+        apart: modules that do not count, see `APART`.
     """
 
     def __init__(self, folders: Mapping[str, Path], apart: Sequence[str] = APART) -> None:
@@ -103,7 +103,7 @@ class Tree:
         """The code of the closure of `roots`.
 
         Raises:
-            ModuleNotFoundError: there is no such root.
+            ModuleNotFoundError: a root module does not exist.
         """
         files: dict[str, Path] = {}
         for module in self.closure(roots):
@@ -120,13 +120,13 @@ class Tree:
         )
 
     def closure(self, roots: Iterable[str]) -> list[str]:
-        """The roots and every module that they import, however deep, and wherever the import stands.
+        """The roots and every module that they import, directly or not, also by imports inside functions.
 
-        A parent package counts only where it is itself imported from: `import grass.loss` runs `grass/__init__.py`,
-        which decides nothing of what `grass.loss` computes.
+        A parent package counts only if something is imported from it: `import grass.loss` runs `grass/__init__.py`,
+        but that file does not affect what `grass.loss` computes.
 
         Raises:
-            ModuleNotFoundError: there is no such root.
+            ModuleNotFoundError: a root module does not exist.
         """
         left = list(roots)
         for root in left:
@@ -164,11 +164,11 @@ class Tree:
 
 
 def imported_names(text: str, *, package: str) -> set[str]:
-    """Whatever may be a module among the names that a module's text imports; imports for type checkers alone are none.
+    """Every imported name that may be a module; imports under `if TYPE_CHECKING` are left out.
 
     Args:
-        text: of the module.
-        package: that the module is in, which relative imports count from.
+        text: source of the importing module.
+        package: package of that module, to resolve relative imports.
     """
     found = set()
     for node in _executed(ast.parse(text).body):
@@ -195,15 +195,15 @@ def _name(node: ast.expr) -> str | None:
 
 
 _FSTRING_START, _FSTRING_END = (getattr(tokenize, f"FSTRING_{end}", None) for end in ("START", "END"))
-"""Kinds of tokens at the ends of an f-string, which is taken apart since Python 3.12; before, it was one string."""
+"""Token kinds at both ends of an f-string: since Python 3.12 it is several tokens, before it was one string token."""
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
 
 
 def bare(text: str) -> str:
-    """What of a module's text decides what it does, the same under every version of Python.
+    """The part of a module's source that affects what it does; the same under every version of Python.
 
-    One line a logical line: its tokens with a space between them, behind a `>` for each block that opens before it and
-    a `<` for each that closes. Comments, blank lines, wrapped lines and strings that are statements leave no trace.
+    One line per logical line: its tokens, separated by spaces, after a `>` for each block that opens before it and a
+    `<` for each that closes. Comments, blank lines, line wrapping and docstrings do not appear.
     """
     found: list[str] = []
     line: list[str] = []
@@ -223,7 +223,7 @@ def bare(text: str) -> str:
 
 
 def _tokens(text: str) -> Iterator[tuple[int, str]]:
-    """Kind and text of each token but layout; an f-string is a name, so that none is taken for a docstring."""
+    """Kind and text of every token but layout; an f-string counts as a name, so it is not taken for a docstring."""
     lines, depth, start = text.split("\n"), 0, (0, 0)
     for token in tokenize.generate_tokens(StringIO(text).readline):
         if token.type == _FSTRING_START:

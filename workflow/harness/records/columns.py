@@ -1,4 +1,4 @@
-"""The flat rows that tables and figures are made from: columns of results/<study>/*.parquet, and their types."""
+"""Columns, with their types, of results/<study>/*.parquet: the flat rows that tables and figures are made from."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from harness.records.run import EVALUATION, Check, TrainRecord, largest
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the runs: its type, and what of a run's record it shows."""
+    """A column of the runs' table: its type, and where its value is in a run's record."""
 
     dtype: str
     source: str
-    """Path of the value in the record; where a block on the way is null, the value is too. Empty: the record."""
+    """Path of the value in the record, null if a block on the way is null. Empty: the record itself."""
     made: Callable[[Any], Any] | None = None
-    """What the value becomes in the table."""
+    """Converts the record's value to the table's."""
 
     def of(self, record: TrainRecord) -> Any:
         """The value for one run."""
@@ -31,7 +31,7 @@ class Column:
 
 
 def _peak(by_phase: Mapping[str, int | None]) -> int | None:
-    """Highest of the phases of training; evaluating is none."""
+    """Highest value over the phases of training; evaluation does not count."""
     return largest(by_phase, without=EVALUATION)
 
 
@@ -40,7 +40,7 @@ def _failed(checks: Sequence[Check]) -> str:
 
 
 def _is_stale(record: TrainRecord) -> bool:
-    """Whether other code than today's made it."""
+    """Whether the record is stale: made by other code than today's."""
     return record.provenance.source_sha256 != code_of(training(record.module)).sha256
 
 
@@ -94,10 +94,10 @@ RUNS: dict[str, Column] = {
     "platform": Column("string", "provenance.platform"),
     "device": Column("string", "provenance.device"),
 }
-"""One row a run. Bytes by phase are maxima over all phases but eval, which is no part of training."""
+"""One row a run. Bytes by phase are maxima over all phases except eval, which is not part of training."""
 
 NOT_SCORED = "not scored: "
-"""How the note begins of a run whose scoring ran out of memory."""
+"""Beginning of the note on a run whose scoring ran out of memory."""
 
 SCORE_COLUMNS: dict[str, str] = {
     "run": "string", "suite": "string", "scoring": "string", "protocol": "string", "rows": "Int64",
@@ -129,7 +129,7 @@ BELIEVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "active": "boolean", "importance": "Float64",
     "probability": "Float64", "age_steps": "Int64",
 }  # fmt: skip
-"""What a layer-wise method believed, one row a layer: at step 0 and wherever anything but the age changed."""
+"""What a layer-wise method believed, one row a layer: at step 0 and at each change of anything but the age."""
 
 OBSERVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "gradient_rms": "Float64", "validation_loss": "Float64",
@@ -156,4 +156,4 @@ ADDED: dict[str, tuple[str, ...]] = {
     ),
     "steps": ("total_tokens",),
 }  # fmt: skip
-"""Columns that tables published under results/published/ lack, by table: there they are read as null."""
+"""Columns that the tables under results/published/ lack, by table; they are read as null."""

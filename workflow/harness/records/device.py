@@ -1,4 +1,4 @@
-"""What something ran on: the device of a measurement, as it described itself."""
+"""The device that a measurement ran on, as the device described itself."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "numpy", "sn
 
 
 def provenance(*, roots: Roots, inputs: Mapping[str, Path], device: str = "cpu") -> Provenance:
-    """Describe the making of a record.
+    """Describe how a record was made.
 
     Args:
-        roots: modules that made it, see `harness.records.code`.
+        roots: root modules of the code that made it, see `harness.records.code`.
         inputs: every file that was read, by role.
         device: "cpu" or the accelerator's name.
     """

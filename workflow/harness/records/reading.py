@@ -1,4 +1,4 @@
-"""Reads back what jobs wrote: records, specs and manifests. A file that is damaged or none of ours is named."""
+"""Reads what jobs wrote: records, specs and manifests. Errors name the file that is damaged or not one of ours."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read(path: Path, model: type[Model]) -> Model:
     """The record, spec or manifest in the file `path`.
 
     Raises:
-        UserError: no such file, or it holds no `model`; the line names the file, what is wrong with it, and the mend.
+        UserError: no such file, or it holds no `model`; the message names the file, the fault and the remedy.
     """
     text = _text(path)
     try:
@@ -45,7 +45,7 @@ def read(path: Path, model: type[Model]) -> Model:
 
 
 def read_json(path: Path) -> Any:
-    """What the JSON file `path` holds.
+    """Content of the JSON file `path`.
 
     Raises:
         UserError: no such file, or it is not JSON.
@@ -84,7 +84,7 @@ def _text(path: Path) -> bytes:
 
 def _amiss(error: ValidationError, text: bytes) -> str:
     """What is wrong with a file, in a few words."""
-    # an unknown key is told before a missing one: it may be the other's misspelling
+    # an unknown key is reported before a missing one: it may be a misspelling of the missing key
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     key, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind == "json_invalid":
@@ -100,7 +100,7 @@ def _amiss(error: ValidationError, text: bytes) -> str:
 
 
 def _schema_version(text: bytes) -> Any:
-    """The version that a record says it was written by; None where it says none."""
+    """Schema version stated in a record; None where it states none."""
     value = json.loads(text)
     origin = value.get("provenance") if isinstance(value, dict) else None
     return origin.get("schema_version") if isinstance(origin, dict) else None

@@ -1,4 +1,4 @@
-"""What a run was: the records that jobs write.
+"""The records that jobs write: models, rows, runs, searches and scores.
 
 Every number carries its unit in its key (`_bytes`, `_s`, `_share`, `_tokens`, ...). What is not known is null, with the
 reason under the same key + `_why`; never 0, never a sentinel.
@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 1
 
 EVALUATION = "eval"
-"""The phase of a run that is no part of training: what it takes does not count in a run's peaks."""
+"""The phase of a run that is not part of training: its memory does not count in a run's peaks."""
 
 Status = Literal["ok", "oom", "diverged", "disengaged", "skipped"]
 
@@ -92,7 +92,7 @@ class DataUse(Record):
 
 
 def largest(by_phase: Mapping[str, int | None], *, without: str = "") -> int | None:
-    """The highest peak of all phases but the one named; None where nothing is known."""
+    """The highest peak over all phases except `without`; None where no peak is known."""
     known = [peak for phase, peak in by_phase.items() if peak is not None and phase != without]
     return max(known, default=None)
 
@@ -100,9 +100,9 @@ def largest(by_phase: Mapping[str, int | None], *, without: str = "") -> int | N
 class Memory(Record):
     """Peaks by phase, in bytes. Phases: load, prepare (the probe), first_step, steady, eval, save.
 
-    On a GPU the allocator's figures also have the parts of a step: forward, backward, update, and resample, which is
-    the update of a period's last step where the method promises a period: drawing anew happens inside it and cannot be
-    told apart from outside. A part's peak is that of `watched_steps` steps only, a step's that of all.
+    On a GPU the allocator's figures also have the parts of a step: forward, backward, update and resample. Resample is
+    the update of a period's last step, if the method promises a period: the new draw happens inside that update and
+    cannot be measured apart from it. A part's peak is taken over `watched_steps` steps only, a step's over all steps.
     """
 
     host_peak_bytes: dict[str, int | None] = Field(description="resident set, the kernel's high-water mark")
@@ -150,7 +150,7 @@ class Memory(Record):
 
 
 class Timing(Record):
-    """The harness's clock; the observer, checkpoints and saving are outside it."""
+    """Times by the harness's clock; the observer, checkpoints and saving are not included."""
 
     load_s: float
     prepare_s: float | None
@@ -167,7 +167,7 @@ class Timing(Record):
 
 
 class GpuState(Record):
-    """What the driver said at one moment."""
+    """The driver's readings at one moment."""
 
     sm_clock_mhz: int | None
     memory_clock_mhz: int | None

@@ -1,4 +1,4 @@
-"""Units in which people read bytes."""
+"""Units for showing bytes to people."""
 
 from __future__ import annotations
 
