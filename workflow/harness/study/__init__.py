@@ -1,1 +1,1 @@
-"""What is asked: a study's config, resolved into jobs with their places on disk. Imports no torch."""
+"""A study's config, resolved into jobs with their places on disk. Imports no torch."""

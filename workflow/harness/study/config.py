@@ -54,19 +54,19 @@ def method_of(study: spec.Study, label: str, source: Source | None = None) -> tu
 
 
 def recipe_of(study: spec.Study, task: str, label: str, source: Source | None = None) -> Recipe:
-    """The study's recipe under the task's changes under the method entry's changes."""
+    """The study's recipe, overridden by the task's changes, then by the method entry's changes."""
     source = source or Source(Path("study"), {}, {})
     merged = study.recipe.model_dump(mode="json")
     recipe = study.recipe
     places: list[KeyPath] = [("methods", label, "recipe"), ("tasks", task, "recipe"), ("recipe",)]
     for key, change in ((places[1], study.tasks[task].recipe), (places[0], study.methods[label].recipe)):
-        merged |= change  # flat: lists are replaced whole
+        merged |= change  # shallow merge: lists are replaced whole
         recipe = validate(Recipe, merged, source, key)
     for kept, one, rule, other in (
         (recipe.batch_size % recipe.micro_batch_size == 0, "micro_batch_size", "does not divide", "batch_size"),
         (recipe.warmup_steps < recipe.steps, "warmup_steps", "must be below", "steps"),
     ):
-        if not kept:  # the line is that of the last change: the study's own recipe may be fine
+        if not kept:  # report the line of the last change: the study's own recipe may be valid
             at = next(((*p, k) for p in places for k in (one, other) if (*p, k) in source.lines), ("recipe", one))
             text = f"{one} {getattr(recipe, one)} {rule} {other} {getattr(recipe, other)}"
             raise source.error(at, f"{text} (task {task}, method {label})")
@@ -94,5 +94,5 @@ def _check_paths(study: spec.Study, source: Source) -> None:
 
 
 def dagger(study: spec.Study, label: str) -> Sequence[str]:
-    """Recipe keys that a method's entry changes: marked in every table."""
+    """Recipe keys that a method's entry changes; every table marks the method with a dagger."""
     return sorted(study.methods[label].recipe)

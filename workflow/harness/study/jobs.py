@@ -1,4 +1,4 @@
-"""The kinds of jobs that a study is made of, one row a kind: whatever differs between them is said here alone."""
+"""The kinds of jobs in a study, one object per kind: everything that differs between kinds is defined here alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness.study.spec import (
 J = TypeVar("J", bound=Job)
 
 START_WEIGHT = 120.0
-"""Start of a job that imports torch and transformers, in optimizer steps of the embedded model."""
+"""Weight of starting a job that imports torch and transformers, in optimizer steps of the embedded model."""
 _ROWS_WEIGHT = 20.0
 
 
@@ -34,19 +34,19 @@ class Kind(Generic[J]):
     name: str
     spec: type[J]
     plural: str
-    """What a plan calls its jobs: a field of `harness.study.plan.Plan`."""
+    """Name of the field of `harness.study.plan.Plan` that holds its jobs."""
     spec_file: str
     """The job's resolved spec."""
     output: str
-    """The one file that such a job declares; whatever else it leaves is named in it."""
+    """The one output that a job declares; this file names all other files that the job leaves."""
     weight: Callable[[J], float]
-    """Optimizer steps that a job makes, or as many as take about its time; for progress and time left."""
+    """Work in a job, in optimizer steps (made, or as many as take about its time); for progress and time left."""
     roots: Callable[[J], Roots]
-    """Modules that make its record, see `harness.records.code`."""
+    """Root modules of the code that makes its record, see `harness.records.code`."""
 
     @property
     def top(self) -> str:
-        """The folder under results/ that its specs are in."""
+        """The folder under results/ that holds its specs."""
         return self.spec_file.partition("/")[0]
 
 
@@ -125,7 +125,7 @@ EVALUATE = Kind(
     weight=lambda job: 1.2 * START_WEIGHT,
     roots=lambda job: code.EVALUATION,
 )
-"""The one kind whose job serves many: its spec is shared by the runs it scores, and each run has scores of its own."""
+"""The one kind whose spec is shared: several runs are scored by one spec, and each run has its own scores."""
 
 KINDS: tuple[Kind[Any], ...] = (MODEL, ROWS, SUITE, FORECAST, SEARCH, TRAIN, EVALUATE)
-"""All of them, each after those that it waits for."""
+"""All kinds, each after the kinds that it depends on."""

@@ -1,9 +1,9 @@
-"""What each job takes of a machine, as upper bounds from its spec alone: host memory, time, GPUs. Imports no torch.
+"""Resources of each job, as upper bounds from its spec alone: host memory, time, GPUs. Imports no torch.
 
-A scheduler ends a job that takes more than it asked for, so every figure is rather too large: arithmetic, and rates of
-slow machines (a newer card takes a tenth of the time). A job that is ended all the same goes on where it stopped: runs
-have resume state, searches keep finished trials. On one machine the figures bind nothing: Snakemake counts no memory
-and no time there, and the harness leases the GPU itself.
+A cluster scheduler kills a job that exceeds its request, so every figure errs on the large side: it follows from
+arithmetic and from rates of slow machines (a newer card takes a tenth of the time). A killed job resumes where it
+stopped: runs have resume state, searches keep finished trials. On a single machine the figures have no effect:
+Snakemake does not track memory and time there, and the harness leases the GPU itself.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ that they train on a CPU."""
 START_S = 900.0
 """Imports, loading weights from a slow disk, saving them again."""
 STEP_S = 0.2
-"""Of one optimizer step beside its arithmetic: launches, copies, logs; also of one generated token."""
+"""Overhead of one optimizer step beyond its arithmetic: launches, copies, logs; also of one generated token."""
 UNKNOWN_PARAMETERS = 9_000_000_000
-"""A model of the hub that nobody has fetched yet is taken for one of the 8B class; a larger one needs more."""
+"""Assumed for a hub model that has not been fetched yet: the 8B class. A larger model needs more."""
 UNKNOWN_ROWS = 11_000
-"""Rows of a test file that has no limit: HellaSwag, the largest of the protocol, has 10,042."""
+"""Assumed rows of a test file without a limit: HellaSwag, the largest of the protocol, has 10,042."""
 VOCABULARY = 1_000
-"""Of a model pretrained here, at most: its tokenizer knows letters, digits and some hundred words."""
+"""Upper bound for a model pretrained here: its tokenizer has letters, digits and some hundred words."""
 _BYTES = {"fp32": 4, "bf16": 2}
 _FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13}
-"""By device and dtype of the weights: one slow core; half of an A100's peak without TF32; a fifth of its peak in
+"""By device and weight dtype: one slow core; on a GPU half of an A100's peak without TF32, and a fifth of its peak in
 bf16."""
 _TRAIN_FLOP, _READ_FLOP = 8.0, 2.0
-"""A parameter and token: forward, recomputed forward, backward; and forward alone."""
+"""FLOP per parameter and token: forward, recomputed forward and backward; and forward alone."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Needs:
 
 
 SMALL = Needs(mem_mb=8_000, minutes=30)
-"""Of a job that reads rows or records and makes files, tables or figures of them; or forecasts on fake tensors."""
+"""Needs of a job that makes files, tables or figures from rows or records, or forecasts on fake tensors."""
 
 
 def of_model(job: ModelJob, paths: Paths) -> Needs:
@@ -68,8 +68,8 @@ def of_model(job: ModelJob, paths: Paths) -> Needs:
 def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
     """Training runs one after the other in one process.
 
-    Held on the host at most: the weights as they are loaded and as they are saved, on a CPU their gradients, and both
-    moments of every parameter, which methods that offload keep there.
+    The host holds at most: the weights while they are loaded and saved, their gradients if training runs on the CPU,
+    and both moments of every parameter, which methods that offload keep there.
     """
     recipe = training.recipe
     count = parameters(training.model, paths)
@@ -89,7 +89,7 @@ def of_search(search: SearchJob, paths: Paths) -> Needs:
 
 
 def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size: int) -> Needs:
-    """Every suite: each row read twice, for its answer and for the loss, and answered token by token."""
+    """Scoring of every suite: each row is read twice, for its answer and for the loss, and answered token by token."""
     recipe = training.recipe
     count = parameters(training.model, paths)
     token_s = _READ_FLOP * count / _rate(recipe)
@@ -105,7 +105,7 @@ def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size:
 
 
 def parameters(job: ModelJob, paths: Paths) -> int:
-    """Parameters of a model, rather too many: counted, else by the size of its files, else `UNKNOWN_PARAMETERS`."""
+    """Upper bound of a model's parameters: counted, else from its file sizes, else `UNKNOWN_PARAMETERS`."""
     source = job.source
     if isinstance(source, PretrainedHere):
         layer = 4 * source.width**2 + 3 * source.width * source.feed_forward + 2 * source.width
@@ -113,9 +113,9 @@ def parameters(job: ModelJob, paths: Paths) -> int:
     if isinstance(source, LocalModel):
         try:
             folder = resolve(source.path)
-        except UserError:  # a dry run does without input files
+        except UserError:  # in a dry run the input files may be missing
             return UNKNOWN_PARAMETERS
-        # two bytes each, the fewest that weights have before they are quantised
+        # two bytes per parameter, the fewest before quantisation
         return _file_bytes(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")) // 2 or UNKNOWN_PARAMETERS
     manifest = paths.model(job.name) / "manifest.json"
     counted = read(manifest, ModelRecord).parameters if manifest.is_file() else None

@@ -1,6 +1,6 @@
 """Where things lie: the layout of the results folder, and paths with `${NAME}` in them.
 
-Jobs are stored by what they are, outside any study; a study's own folder holds only what is made from its records.
+Jobs are stored by their specs, outside any study; a study's own folder holds only what is made from its records.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Paths:
         return self.root / kind.spec_file.format(name=name)
 
     def output(self, kind: Kind[Any], name: str) -> Path:
-        """Declared output of a job of any kind but an evaluation, which has one a run: `score`."""
+        """Declared output of a job. Not for evaluations, which have one output per run: see `score`."""
         return self.root / kind.output.format(name=name)
 
     def model(self, name: str) -> Path:
@@ -59,7 +59,7 @@ class Paths:
         return self.output(TRAIN, name).parent
 
     def state(self, name: str) -> Path:
-        """Resume state of a run or search; never a declared output, since Snakemake deletes those before a job."""
+        """Resume state of a run or search; never a declared output, since Snakemake deletes outputs before a job."""
         return self.root / "state" / name
 
     def score(self, run: str, evaluation: str) -> Path:
@@ -67,7 +67,7 @@ class Paths:
         return self.root / EVALUATE.output.format(run=run, name=evaluation)
 
     def study(self, label: str) -> Path:
-        """What is made from a study's records."""
+        """Folder of the files made from a study's records."""
         return self.root / label
 
 
@@ -75,7 +75,7 @@ def resolve(text: str) -> Path:
     """A path with every `${NAME}` replaced by that environment variable.
 
     Raises:
-        UserError: a variable is unset or empty; it is named.
+        UserError: a variable is unset or empty; the message names it.
     """
 
     def value(match: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""A study resolved into jobs, their specs on disk, and the state each is in. Imports no torch."""
+"""Resolves a study into jobs, and writes their specs to disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Plan:
     suites: dict[str, SuiteJob]
     searches: dict[str, SearchJob]
     forecasts: dict[str, ForecastJob]
-    """Of the runs on a GPU; on a CPU there is no device memory to forecast."""
+    """Forecasts for the runs on a GPU; on a CPU there is no device memory to forecast."""
     runs: dict[str, RunJob]
     evals: dict[str, EvalJob]
     eval_of: dict[str, str]
@@ -56,10 +56,10 @@ class Plan:
 def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
     """Load a study, resolve it, and write the specs that are not there yet.
 
-    A dry run writes nothing and does not need the input files: a study can be looked at before its data is fetched.
+    A dry run writes nothing and does not need the input files: a study can be inspected before its data is fetched.
 
     Raises:
-        harness.study.strict_yaml.ConfigError: anything wrong with the file, in one line.
+        harness.study.strict_yaml.ConfigError: the file is invalid; the message is one line.
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
     if not dry_run:
@@ -68,7 +68,7 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
 
 
 def resolve_study(study: Study) -> Plan:
-    """The grid models x tasks x methods x seeds, and what those runs need."""
+    """The grid models x tasks x methods x seeds, and the jobs that those runs depend on."""
     plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {})
     for model_label, source in study.models.items():
         model = ModelJob(label=model_label, source=source)
@@ -120,12 +120,12 @@ def _add_runs(
 
 
 def forecast_job(training: Training) -> ForecastJob | None:
-    """The forecast that a run waits for; None on a CPU."""
+    """The memory forecast that a run depends on; None on a CPU."""
     return ForecastJob(training=training) if training.recipe.device == "cuda" else None
 
 
 def write_specs(plan: Plan, paths: Paths) -> None:
-    """Write each job's resolved spec where it is absent; what is there is never touched."""
+    """Write each job's resolved spec if it is missing; existing specs are never changed."""
     for kind in KINDS:
         for name, job in plan.jobs(kind).items():
             path = paths.spec(kind, name)
@@ -140,12 +140,12 @@ class Output:
     path: Path
     kind: Kind[Any]
     name: str
-    """Of the job; of an evaluation, the run's."""
+    """Name of the job; for an evaluation, name of the run."""
     job: Job
 
     @property
     def weight(self) -> float:
-        """How long the job takes, see `harness.study.jobs.Kind`."""
+        """Work in the job, in optimizer steps, see `harness.study.jobs.Kind`."""
         return self.kind.weight(self.job)
 
 

@@ -1,4 +1,4 @@
-"""How far a study is: each of its jobs says so as it ends, with the time left."""
+"""Progress of a study: each of its jobs prints the progress and the time left when it ends."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ STUDY_STARTED, STUDY_DONE = "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
 
 
 def announce(what: str) -> None:
-    """Say that a job ended; within a study, also how far the study is."""
+    """Print that a job ended; within a study, also the study's progress."""
     config = os.environ.get(STUDY_FILE)
     if config is None:
         say(what)
         return
     try:
         done, total = study_work(Path(config))
-    except UserError:  # the file was edited since, and is being edited: no reason to lose what this job has made
+    except UserError:  # the config file is being edited: this must not make a finished job fail
         say(what)
         return
     spent = time.time() - float(os.environ[STUDY_STARTED])
@@ -34,6 +34,6 @@ def announce(what: str) -> None:
 
 
 def study_work(config: Path) -> tuple[float, float]:
-    """Work done and work in all of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
+    """Work done and total work of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
     listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Paths())
     return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)

@@ -1,7 +1,7 @@
-"""What a run is asked to be: the study's config as strict models, and the resolved spec of every job with its name.
+"""The study's config as strict models, and the resolved spec of every job with its name.
 
-No torch here: a thousand runs are planned in seconds. A job's name ends in the first 8 digits of the sha256 of its
-resolved spec, so a changed entry makes a new job beside the old one and two studies share what they have in common.
+Imports no torch, so a thousand runs are planned in seconds. A job's name ends in the first 8 digits of the sha256 of
+its resolved spec, so a changed entry makes a new job beside the old one, and studies share equal jobs.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class Observation(Strict):
 
 
 class Runtime(Strict):
-    """How runs are carried out; no part of what they are, so it never enters a name."""
+    """How runs are carried out. It does not change their results, so it never enters a job's name."""
 
     threads: int = Field(default=1, gt=0, description="torch threads of one job")
     checkpoint_every_steps: int = Field(default=100, gt=0, description="resume state is written this often")
@@ -169,7 +169,7 @@ class Runtime(Strict):
 
 
 class Comparison(Strict):
-    """Some of the study's methods side by side: a table and figures of their own."""
+    """Some of the study's methods side by side, with their own table and figures."""
 
     title: str
     methods: tuple[Label, ...] = Field(min_length=2, description="the first is what the others are compared with")
@@ -279,7 +279,7 @@ class SuiteJob(Job):
 
 
 class Training(Strict):
-    """Everything that decides a training run but the learning rate and the seed."""
+    """Everything that determines a training run, except the learning rate and the seed."""
 
     model: ModelJob
     rows: RowsJob

@@ -11,17 +11,17 @@ UNSAID = "files that the record does not name"
 
 
 def current(output: Output) -> Code:
-    """The code that would make this record today."""
+    """Today's code for making this record."""
     return code_of(output.kind.roots(output.job))
 
 
 def is_stale(provenance: Origin, output: Output) -> bool:
-    """Whether other code than today's made the record with this provenance."""
+    """Whether the record with this provenance is stale: made by other code than today's."""
     return provenance.source_sha256 != current(output).sha256
 
 
 def changed_files(provenance: Origin, output: Output) -> list[str]:
-    """The files of a stale record that differ from today's, came or went: by module, as in `harness.records.code`."""
+    """The code files changed, added or removed since a record was made: by module, as in `harness.records.code`."""
     then, now = provenance.sources, current(output).sources
     if not then:
         return [UNSAID]

@@ -1,7 +1,7 @@
 """Reads YAML files strictly.
 
-Every complaint is one line that names the file, the line, the key and the mend. YAML 1.1 reads `1e-5` as text and `no`
-as false: such values are refused where a number or a word is wanted, never guessed.
+Every error is one line that names the file, the line, the key and the remedy. YAML 1.1 reads `1e-5` as text and `no` as
+false: such values are refused where a number or a word is expected, never guessed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _YAML = "tag:yaml.org,2002:"
 
 
 class ConfigError(UserError):
-    """One line for the user: file, line, key, what is wrong and how to mend it."""
+    """One line for the user: file, line, key, what is wrong and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Source:
     value: dict[str, Any]
     lines: dict[KeyPath, int]
     words: dict[KeyPath, str] = field(default_factory=dict)
-    """Where YAML reads true or false: what stands there."""
+    """The literal text of every value that YAML reads as true or false."""
 
     def error(self, key: KeyPath, message: str) -> ConfigError:
-        """A complaint about `key`, with the line of the nearest key that is in the file."""
+        """An error about `key`, with the line of the nearest enclosing key that is in the file."""
         known = key
         while known and known not in self.lines:
             known = known[:-1]
@@ -124,17 +124,17 @@ def _build_mapping(node: yaml.MappingNode, key: KeyPath, source: Source, outer: 
 
 
 def validate(model: type[BaseModel], value: Any, source: Source, at: KeyPath = ()) -> Any:
-    """Validate plain data that stands at `at` in `source`, strictly; the first complaint becomes a `ConfigError`."""
+    """Strictly validate plain data that stands at `at` in `source`; the first error becomes a `ConfigError`."""
     try:
         return model.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        # a misspelt key is also a missing key: the misspelling is what must be mended
+        # a misspelt key is also reported as a missing key: the misspelling is the one to show
         first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
         where, candidates = _locate(model, first["loc"])
         key = (*at, *where, *(["kind"] if first["type"].startswith("union_tag") else []))
         message = _mend(first, model, candidates)
         if first["type"] == "value_error":
-            # our own validators begin with the key they mean, counted from where they stand
+            # messages of our own validators begin with the key they are about, relative to their model
             head, colon, rest = message.partition(": ")
             below = [k for k in source.lines if k[: len(key)] == key and ".".join(map(str, k[len(key) :])) == head]
             key, message = (below[0], rest) if colon and below else (key, message)
@@ -144,7 +144,8 @@ def validate(model: type[BaseModel], value: Any, source: Source, at: KeyPath = (
 def _locate(model: type[BaseModel], location: Sequence[str | int]) -> tuple[KeyPath, set[Any]]:
     """The key path of pydantic's `location`, and the types that are valid there.
 
-    A location also holds the `kind` of a tagged union, right after it, and "[key]" after a wrong label: no keys.
+    A location also holds the `kind` of a tagged union, right after the union's key, and "[key]" after a wrong label;
+    neither is a key.
     """
     found: list[str | int] = []
     current: set[Any] = {model}
