@@ -1,1 +1,1 @@
-"""Memory and speed of methods on models of true size with random weights: one cell, forecast or run."""
+"""Memory and speed of methods on full-size models with random weights, cell by cell: forecast or measured."""

@@ -1,4 +1,4 @@
-"""Arithmetic on the seconds of steps. No torch here."""
+"""Arithmetic on step times. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from statistics import fmean, median
 from harness.efficiency.record import TimingBlock
 
 PERIOD = 5
-"""Steps between two draws while steps are timed: short, so that a few seconds see several draws."""
+"""Steps between two draws while steps are timed: few, so that some seconds of timing contain several draws."""
 
 
 def mean_step_s(step_s: Sequence[float], period: int | None) -> float:
-    """Mean seconds of a step in a run that draws every `period` steps.
+    """Mean seconds per step in a run that draws every `period` steps.
 
-    A draw costs in the step that ends a period (or begins one) and in the first step after it, so a longer period has
-    one such pair and more of the steps between.
+    A draw adds time to the step that ends a period (or begins one) and to the first step after it. So a longer period
+    still has one such pair of steps, and more ordinary steps between.
 
     Args:
-        step_s: seconds of whole periods of `PERIOD` steps.
-        period: steps between two draws; None: the method draws nothing, and every step counts alike.
+        step_s: seconds of each step, in whole periods of `PERIOD` steps.
+        period: steps between two draws; None if the method draws nothing, so that all steps have equal weight.
     """
     if period is None:
         return fmean(step_s)
@@ -43,15 +43,15 @@ class Pooled:
     median_s: float
     p95_s: float
     mean_reach: float
-    """Share of the decoder layers."""
+    """Mean share of the decoder layers that backward visits."""
     moved_bytes: float | None
-    """A step."""
+    """Bytes copied between device and host per step."""
     exposed_s: float | None
-    """A step."""
+    """Seconds per step spent waiting for these copies."""
 
 
 def pool(blocks: Sequence[TimingBlock]) -> Pooled:
-    """The repeats of one cell in one; there must be at least one."""
+    """Combine the repeats of one cell, of which there must be at least one."""
     seconds = [second for block in blocks for second in block.step_s]
     moved = [b.moved_bytes_per_step for b in blocks if b.moved_bytes_per_step is not None]
     exposed = [b.exposed_copy_s_per_step for b in blocks if b.exposed_copy_s_per_step is not None]

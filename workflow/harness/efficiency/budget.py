@@ -1,4 +1,4 @@
-"""Time that may be spent, and how long the next block will take, judged by those that are done."""
+"""The time budget of a session, and estimates of the time of the next block from the blocks done so far."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from harness.efficiency.plan import Unit
 
 BUDGET_S = 480.0
-"""Of a measuring session, if nobody says otherwise."""
+"""Default budget of a measuring session, in seconds."""
 REPORT_S = 15.0
-"""Kept back for tables and figures."""
+"""Seconds reserved for tables and figures."""
 FIRST_S = 20.0
-"""The first block of all, once the worker is up: a model of 7B parameters and some steps."""
+"""Estimate for the very first block, in seconds once the worker has started: a 7B model and some steps."""
 MARGIN = 1.3
-"""An estimate is taken this many times: a budget that is exceeded is worse than one that is not used up."""
+"""Safety factor on estimates: exceeding a budget is worse than not using it up."""
 
 
 class Budget:
-    """Seconds from its making on; None is no end of time.
+    """A number of seconds from its creation on.
 
     Args:
-        seconds: in all.
+        seconds: in total; None for no limit.
         now: a monotonic clock.
     """
 
@@ -32,7 +32,7 @@ class Budget:
         self.seconds = seconds
 
     def spent(self) -> float:
-        """Seconds gone."""
+        """Seconds since the budget was created."""
         return self._now() - self._began
 
     def left(self) -> float:
@@ -40,22 +40,22 @@ class Budget:
         return float("inf") if self.seconds is None else self.seconds - REPORT_S - self.spent()
 
     def allows(self, estimate_s: float) -> bool:
-        """Whether a block of this estimate will be over in time."""
+        """Whether a block with this estimate will finish in time."""
         return MARGIN * estimate_s <= self.left()
 
 
 @dataclass
 class Estimates:
-    """Seconds that blocks took, and from them what others will take."""
+    """Measured seconds of blocks, and estimates for other blocks from them."""
 
     taken: list[tuple[Unit, float]] = field(default_factory=list)
 
     def add(self, unit: Unit, seconds: float) -> None:
-        """A block is done."""
+        """Add the time of a finished block."""
         self.taken.append((unit, seconds))
 
     def of(self, unit: Unit) -> float:
-        """Seconds a block may take, rather too long: by the same cell, else its group, its model, or anything."""
+        """Cautious estimate of a block's seconds: from the same cell, else its group, its model, or any block."""
         same_kind = [(u, s) for u, s in self.taken if u.do == unit.do] or self.taken
         for alike in (_same_cell, _same_group, _same_model):
             found = [seconds * _more_work(unit, other) for other, seconds in same_kind if alike(unit, other)]
@@ -78,7 +78,7 @@ def _same_model(a: Unit, b: Unit) -> bool:
 
 
 def _more_work(unit: Unit, than: Unit) -> float:
-    """How much more work a block is: by tokens and by parameters, as far as they say; never less than as much."""
+    """Factor by which `unit` is more work than `than`: by tokens and, if known, by parameters; at least 1."""
     return max(1.0, _size(unit) / _size(than))
 
 

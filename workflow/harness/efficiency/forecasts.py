@@ -1,4 +1,4 @@
-"""Forecasts of many cells: several processes side by side, each result kept on disk until its cell or code changes."""
+"""Forecasts of many cells, by several processes in parallel; each result is valid until its cell or code changes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = ("torch", "transformers", "peft")
 
 
 def make_forecast(job: Job) -> Reply:
-    """One forecast, in this process; a cell that cannot be forecast is an answer."""
+    """Make one forecast in this process; if a cell cannot be forecast, the reply says so."""
     from harness.forecasting.forecast import NoForecastError, forecast
     from harness.step.cell import configuration
     from harness.step.flops import attention_width, step_cost
@@ -68,14 +68,14 @@ def make_forecast(job: Job) -> Reply:
 def fill_forecasts(
     entries: Sequence[Entry], store: Store, budget: Budget, *, cores: int, worker: Callable[[], Worker] | None = None
 ) -> list[str]:
-    """Make what today's code has not forecast yet; returns one line for each that failed by a fault of the program.
+    """Make the forecasts that today's code has not made yet; returns one line for each that failed by a bug.
 
     Args:
         entries: the cells, most wanted first.
         store: where forecasts are kept.
         budget: no forecast begins when it is used up.
-        cores: processes side by side.
-        worker: makes their handles.
+        cores: number of processes.
+        worker: makes a handle for a process.
     """
     waiting = deque(entry for entry in entries if not store.has_fresh_forecast(entry))
     total = len(waiting)

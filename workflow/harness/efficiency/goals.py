@@ -1,7 +1,7 @@
-"""What the study holds a method to: goals that were set before anything was measured. No torch here.
+"""The study's goals for a method, set before anything was measured. Imports no torch.
 
-A goal is a ratio between equal settings, or a plain number. `parity` is as good as what the method is compared with,
-`best` is near the floor that arithmetic gives; whether less or more is better follows from the kind.
+A goal is a ratio under equal settings, or a plain number. `parity` is as good as the method compared with; `best` is
+near the bound that arithmetic gives. Whether less or more is better depends on the kind of goal.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Goal(Strict):
     best: float | None = None
 
     def reached(self, value: float | None) -> Level | Literal["none"] | None:
-        """The highest level that `value` reaches; `none` where it reaches none, None where it is unknown."""
+        """The highest level that `value` reaches: `none` if it reaches no level, None if the value is unknown."""
         if value is None:
             return None
         levels: tuple[tuple[Level, float | None], ...] = (

@@ -1,4 +1,4 @@
-"""What is asked of a worker process, and what it answers: one JSON object a line, each way."""
+"""Messages to and from a worker process: jobs and replies, one JSON object a line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One block of one cell, measured in this process. Bad outcomes are answers; a bad program raises."""
+"""Measures one block of one cell in this process. Bad outcomes become replies; bugs raise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from harness.step.outcomes import CannotRunError, is_out_of_memory, out_of_memor
 from harness.step.worst_case import run_worst_case
 
 RECIPE_STEPS = 1000
-"""Length of the run that the recipe speaks of; no byte hangs on it."""
+"""Length of the run in the recipe; memory does not depend on it."""
 
 
 class Attempt:
-    """What is known of a block while it runs: whatever ends it, the phase can be named and the model let go of."""
+    """State of a block while it runs: however it ends, its phase can be reported and its model released."""
 
     def __init__(self) -> None:
         self.phase: Phase = "load"
@@ -30,10 +30,10 @@ class Attempt:
 
 
 def execute(job: Job, meters: Meters) -> Reply:
-    """Measure, and leave the device as it was.
+    """Measure, and restore the device to its earlier state.
 
     Raises:
-        Exception: whatever is wrong with the program; the process is to be given up then.
+        Exception: a bug in the program; the process must not be used again.
     """
     meters.clean()
     meters.restart()
@@ -68,18 +68,18 @@ def _out_of_memory(job: Job, phase: Phase, error: Exception) -> Reply:
 
 
 class CellPhases:
-    """Tells the meters which phase of a cell is under way, and remembers where its peak was.
+    """Tells the meters the current phase of a cell, and records the phase and draw of its peak.
 
-    `first_step` is a phase beside the others, from the first forward pass to the second.
+    `first_step` is a phase that overlaps the others, from the first forward pass to the second.
 
     Args:
         meters: told when a phase begins and ends.
-        draw: tells which layers are active.
+        draw: returns the active layers.
     """
 
     def __init__(self, meters: Meters, draw: Callable[[], tuple[int, ...] | None] = lambda: None) -> None:
         self.peak_bytes: int | None = None
-        """Largest allocated peak of all phases but `load`, which is no part of a step."""
+        """Largest allocated peak of all phases except `load`, which is not part of a step."""
         self.peak_phase: str | None = None
         self.peak_draw: tuple[int, ...] | None = None
         self._meters, self._draw = meters, draw
@@ -88,7 +88,7 @@ class CellPhases:
         meters.begin(self._phase)
 
     def enter(self, phase: Phase) -> None:
-        """Another phase begins."""
+        """Begin another phase."""
         self._end_phase()
         if phase == "forward":
             self._forwards += 1
@@ -100,7 +100,7 @@ class CellPhases:
         self._meters.begin(phase)
 
     def close(self) -> None:
-        """The last phase is over."""
+        """End the last phase."""
         self._end_phase()
         if self._forwards == 1:
             self._meters.end("first_step")
@@ -157,7 +157,7 @@ def _last_draw(run: CellRun | None) -> tuple[int, ...] | None:
 
 def _timing(job: Job, meters: Meters, attempt: Attempt) -> Reply:
     def enter(phase: Phase) -> None:
-        # nobody reads or restarts the peaks where steps are timed
+        # while steps are timed, peaks are neither read nor reset
         attempt.phase = phase
 
     def take(run: CellRun) -> None:

@@ -1,4 +1,4 @@
-"""In which order the cells of a study are measured: the kinds of lines that its `order` may have. No torch here."""
+"""The order in which a study's cells are measured: the kinds of entries in its `order` list. Imports no torch."""
 
 from __future__ import annotations
 

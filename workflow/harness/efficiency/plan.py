@@ -1,7 +1,7 @@
-"""Which cells are measured, in which order: what the targets need comes first, and a time budget cuts the end off.
+"""Which cells are measured, in which order: cells that the goals need come first; a time budget cuts off the end.
 
-Methods that are compared are one group. Its repeats are interleaved (every method once, then every method again), so
-that a drift of clocks or temperature meets all of them alike.
+Methods that are compared form a group. Its repeats are interleaved (every method once, then every method again), so
+that drifting clocks or temperature affect all of them equally.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Entry:
 
     @property
     def words(self) -> str:
-        """What `--only` is matched with."""
+        """The text that the globs of `--only` are matched with."""
         named = self.named
         return f"{named.model}/{named.label}/{named.settings}/{named.shape}"
 
@@ -43,7 +43,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Unit:
-    """One block of one cell: what is measured, and may be lost, at a time."""
+    """One block of one cell: the smallest unit of measurement, and the most that a crash can lose."""
 
     entry: Entry
     do: Literal["memory", "timing"]
@@ -51,16 +51,16 @@ class Unit:
 
     @property
     def block(self) -> Block:
-        """The block of the record that it fills."""
+        """The block of the record that this unit fills."""
         return self.do
 
 
 def plan(study: EfficiencyStudy, device: DeviceKind, only: Sequence[str] = ()) -> list[Group]:
-    """All groups in the order of their priority; a cell that two lines of the order ask for is in the first one's.
+    """All groups by priority; a cell in two entries of the study's `order` belongs to the first one's group.
 
     Args:
         study: with its models, methods, settings and shapes.
-        device: a CPU measures its anchor alone.
+        device: a CPU measures only its anchor model.
         only: see `select`.
     """
     anchor = study.anchor.of(device)
@@ -78,7 +78,7 @@ def plan(study: EfficiencyStudy, device: DeviceKind, only: Sequence[str] = ()) -
 
 
 def every_group(study: EfficiencyStudy) -> list[Group]:
-    """The cells of a GPU's plan, then those that only a rehearsal has."""
+    """The groups of a GPU's plan, then those that only a rehearsal on a CPU has."""
     groups = plan(study, "cuda")
     known = {entry.named.name for group in groups for entry in group.entries}
     for group in plan(study, "cpu"):
@@ -94,11 +94,11 @@ def cells(groups: Iterable[Group]) -> list[Entry]:
 
 
 def select(groups: Iterable[Group], only: Sequence[str]) -> list[Group]:
-    """The groups with those cells alone that a glob matches; all of them where there is no glob.
+    """The groups, reduced to the cells that match a glob; all groups if no glob is given.
 
     Args:
         groups: to choose from.
-        only: globs for model/method/settings/shape, a method's variant behind a plus.
+        only: globs for model/method/settings/shape; a method's variant follows a plus sign.
 
     Raises:
         UserError: a glob that no cell matches.
@@ -115,7 +115,7 @@ def select(groups: Iterable[Group], only: Sequence[str]) -> list[Group]:
 
 
 def _amiss(glob: str, words: Sequence[str]) -> str:
-    """What of a glob matches no cell."""
+    """Which part of a glob matches no cell."""
     kinds, parts = ("model", "method", "settings", "shape"), glob.split("/")
     if len(parts) == len(kinds):
         columns = zip(*(word.split("/") for word in words), strict=True)
@@ -172,7 +172,7 @@ def _group(
     *,
     timed: bool = True,
 ) -> Group:
-    """Methods, each with the options that differ from its entry's."""
+    """A group of methods, each with the options that differ from its config entry."""
     entries = []
     for method, options in methods:
         cell = cell_of(study, model=model, method=method, settings=where.settings, shape=study.shape(where.shape))

@@ -1,4 +1,4 @@
-"""The parent's hold on a worker process: started when needed, given time, replaced after a crash."""
+"""Manages a worker process from the parent: starts it when needed, enforces time limits, replaces it after a crash."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from harness.efficiency.jobs import Hello, Job, Reply
 from harness.records.device import DeviceKind, DeviceRecord
 
 START_S = 300.0
-"""Time for imports and the device's context, on a slow disk."""
+"""Time limit for a worker's start, in seconds: imports and the device's context, on a slow disk."""
 
 LONGEST_WAIT_S = 3600.0
-"""Of one call of the system's: it knows no infinity."""
+"""Upper limit of one wait, in seconds: the system call does not accept infinity."""
 
 
 class TimeIsUpError(Exception):
-    """The job was not done in the time it was given; its process was ended."""
+    """The job did not finish within its time limit; its process was killed."""
 
 
 class Worker:
     """One worker process at a time.
 
     Args:
-        device: of the jobs; None for forecasts, which touch none.
-        command: instead of the worker's own module.
+        device: of the jobs; None for forecasts, which use no device.
+        command: replaces the command that starts the worker's module.
     """
 
     def __init__(self, device: DeviceKind | None, command: Sequence[str] | None = None) -> None:
@@ -42,7 +42,7 @@ class Worker:
         self._errors: IO[bytes] | None = None
         self._unread = b""
         self.device: DeviceRecord | None = None
-        """What the process said it runs on."""
+        """The device that the process reported."""
 
     def __enter__(self) -> Worker:
         return self
@@ -53,11 +53,11 @@ class Worker:
         self.stop()
 
     def start(self, timeout_s: float = START_S) -> None:
-        """Start the process if there is none.
+        """Start the process if none is running.
 
         Raises:
-            TimeIsUpError: it did not come up in time.
-            RuntimeError: it ended instead; the message has the end of its stderr.
+            TimeIsUpError: it did not start in time.
+            RuntimeError: it ended instead; the message contains the end of its stderr.
         """
         if self._process is not None:
             return
@@ -72,10 +72,10 @@ class Worker:
         self.device = Hello.model_validate_json(line).device
 
     def run(self, job: Job, timeout_s: float) -> Reply:
-        """Have a job done; a crash of the process is an answer too, and the next job gets a new process.
+        """Run a job; if the process crashes, the reply says so, and the next job gets a new process.
 
         Raises:
-            TimeIsUpError: it took longer than it was given.
+            TimeIsUpError: the job exceeded its time limit.
         """
         until = time.monotonic() + timeout_s
         self.start(timeout_s)
@@ -98,7 +98,7 @@ class Worker:
         return reply
 
     def stop(self) -> None:
-        """End the process, if there is one."""
+        """End the process, if one is running."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -108,7 +108,7 @@ class Worker:
             self._errors = None
 
     def _read_line(self, timeout_s: float) -> bytes | None:
-        """The next line of the process; None where it ended."""
+        """The next line from the process; None if the process ended."""
         assert self._process is not None
         assert self._process.stdout is not None
         until = time.monotonic() + timeout_s
@@ -129,7 +129,7 @@ class Worker:
         return line
 
     def _how_it_ended(self) -> str:
-        """How the process ended, in one line; the end of its stderr is shown."""
+        """How the process ended, in one line; prints the end of its stderr."""
         assert self._process is not None
         code = self._process.wait(timeout=60)
         words = self._end_of_stderr(40)

@@ -1,6 +1,6 @@
-"""What a cell was: strict records of what was measured and of what was forecast.
+"""Strict records of a cell: one of its measurements, one of its forecast.
 
-Keys carry their units; bytes are integers. What is not known is null, with its reason under the same key + `_why`, or
+Keys carry their units; bytes are integers. Unknown values are null, with the reason under the same key + `_why`, or
 under the block's `_why` where one reason holds for several keys.
 """
 
@@ -16,7 +16,7 @@ from harness.step.spec import Numerics, Settings, Shape
 
 Block = Literal["memory", "timing"]
 Status = Literal["ok", "oom", "skipped", "error"]
-"""`ok`, `oom` and `skipped` are outcomes; `error` is a bad program, and is tried again by the next run."""
+"""`ok`, `oom` and `skipped` are outcomes; `error` means a bug, and the next session measures the cell again."""
 
 
 NOT_YET = "not measured yet"
@@ -49,9 +49,9 @@ class Named(StrictRecord):
 
 
 class MemoryBlock(Memory):
-    """Peaks of steps under the worst draw: what the meters of every run say, and what a cell adds.
+    """Peaks of steps under the worst draw: the figures of every run, and those that only a cell has.
 
-    Phases: load, probe, resample, forward, backward, update; first_step is one beside the others.
+    Phases: load, probe, resample, forward, backward, update; first_step overlaps the others.
     """
 
     model_config = ConfigDict(strict=True)
@@ -67,7 +67,7 @@ class MemoryBlock(Memory):
 
 
 class TimingBlock(StrictRecord):
-    """One repeat: timed steps under draws by chance, in whole periods."""
+    """One repeat: timed steps under random draws, in whole periods."""
 
     repeat: int
     clock: Literal["cuda events", "perf_counter"]
@@ -124,7 +124,7 @@ class Predicted(StrictRecord):
 
 
 class CellRecord(StrictRecord):
-    """One cell on one device; written anew whenever a block of it is measured."""
+    """One cell on one device; rewritten whenever a block of it is measured."""
 
     cell: Named
     status: Status
@@ -153,7 +153,7 @@ class CellRecord(StrictRecord):
 
 
 class ForecastRecord(StrictRecord):
-    """What `harness.forecasting` says of a cell; device bytes are those of live storages."""
+    """Forecast of a cell by `harness.forecasting`; device bytes are those of live storages."""
 
     cell: Named
     status: Literal["ok", "skipped", "impossible"]

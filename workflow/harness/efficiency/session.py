@@ -1,6 +1,6 @@
-"""A measuring session: block after block, each kept before the next begins, until the plan or the budget ends.
+"""A measuring session: one block after another, each saved before the next begins, until the plan or the budget ends.
 
-No torch in this process: a worker measures, others forecast.
+This process imports no torch: one worker process measures, others forecast.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ NO_TIME = "the budget was used up"
 
 @dataclass
 class Outcome:
-    """What a session did."""
+    """Result of a session."""
 
     measured: int = 0
-    """Blocks measured now."""
+    """Number of blocks measured in this session."""
     kept: int = 0
-    """Blocks that were there already, or cannot be measured."""
+    """Number of blocks that had been measured before, or cannot be measured."""
     missing: list[tuple[Unit, str]] = field(default_factory=list)
-    """Blocks that were not measured, with the reason."""
+    """Blocks that were not measured, with the reasons."""
     errors: list[str] = field(default_factory=list)
-    """One line for each cell that failed by a fault of the program."""
+    """One line for each cell that failed by a bug."""
     device: str | None = None
 
     def coverage(self, asked: Asked, budget: Budget, only: Sequence[str]) -> dict[str, Any]:
-        """What was asked of the session, and what of it was not done: for coverage.json."""
+        """The session's plan, and the blocks of it that were not measured: for coverage.json."""
         return {
             "device": asked.device,
             "device_name": self.device,
@@ -60,7 +60,7 @@ class Outcome:
         }
 
     def lines(self) -> Iterator[str]:
-        """What was not measured, a line a group, and what went wrong."""
+        """The blocks that were not measured, one line per group, and the errors."""
         missing: dict[str, list[str]] = {}
         for unit, _ in self.missing:
             named = unit.entry.named
@@ -72,10 +72,10 @@ class Outcome:
 
 
 def run_session(groups: Sequence[Group], asked: Asked, store: Store, budget: Budget, *, cores: int) -> Outcome:
-    """Measure what the budget allows on the device, which is leased; then forecast what was measured, if time is left.
+    """Lease the device and measure as much as the budget allows; then forecast the measured cells, if time is left.
 
     Raises:
-        NoGpuError: a GPU is asked for, and there is none.
+        NoGpuError: the session is for a GPU, and none is available.
     """
     if budget.left() <= 0:
         return Outcome()
@@ -98,23 +98,23 @@ def measure_all(
     estimates: Estimates | None = None,
     now: Callable[[], float] = time.monotonic,
 ) -> Outcome:
-    """Measure whatever of the plan is not on disk yet and fits into the budget.
+    """Measure those blocks of the plan that are not on disk yet and fit into the budget.
 
     Args:
         groups: the plan.
-        asked: what is measured of each cell.
+        asked: what to measure of each cell.
         store: where records are kept.
-        budget: a block that may not fit is passed over for later ones that do; one that runs over it is ended.
-        worker: carries out the blocks.
-        estimates: of blocks done before.
+        budget: a block that may not fit is skipped in favour of later ones that do; a block that exceeds it is killed.
+        worker: runs the blocks.
+        estimates: from blocks done before.
         now: a monotonic clock.
     """
     outcome, estimates = Outcome(), estimates or Estimates()
     failed: set[str] = set()
     planned = list(units(groups, asked.repeats))
     if budget.allows(0.0) and not all(is_done(unit, store.current(unit.entry, asked)) for unit in planned):
-        with suppress(TimeIsUpError):  # then every block is missing for want of time
-            worker.start(budget.left())  # only it knows the card, and a record of another card does not count
+        with suppress(TimeIsUpError):  # all blocks are then missing for lack of time
+            worker.start(budget.left())  # only the worker knows the card; records of another card do not count
     for unit in planned:
         entry = unit.entry
         record = store.current(entry, asked, worker.device)

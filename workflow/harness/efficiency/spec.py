@@ -1,6 +1,6 @@
-"""What a study of memory and speed is asked to be: its cells, what is measured first, its goals. No torch here.
+"""The config of a study of memory and speed: its cells, the order of measuring, its goals. Imports no torch.
 
-Python knows the kinds of comparisons; which methods, models, settings and shapes are compared stands in the file alone.
+The code defines the kinds of comparisons; the config file alone names the methods, models, settings and shapes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class MethodEntry(Strict):
 
 
 class Anchor(Strict):
-    """The model that is measured in every way, by the device."""
+    """The model that gets every kind of measurement, one for each kind of device."""
 
     cuda: Label
     cpu: Label
 
     def of(self, device: DeviceKind) -> str:
-        """Its label on this device."""
+        """The model's label on this device."""
         return self.cuda if device == "cuda" else self.cpu
 
 
@@ -62,7 +62,7 @@ class OffloadCell(Strict):
 
 
 class Stands(Strict):
-    """What of ours is shown beside one metric of the paper."""
+    """Which of our figures is shown beside one metric of the paper."""
 
     batch: int = Field(gt=0, description="rows of the paper's micro-batch, which its tables leave out")
     settings: tuple[Label, ...] = Field(min_length=1)
@@ -119,18 +119,8 @@ class EfficiencyStudy(Strict):
         return self
 
     def _labels(self) -> Iterator[tuple[str, str, str]]:
-        """(key, what it is a label of, label) of all that stands below the cells."""
-        for name in (
-            "anchor",
-            "compared",
-            "corners",
-            "order",
-            "reference",
-            "more_references",
-            "overhead",
-            "targets",
-            "published",
-        ):
+        """(key, kind of label, label) for every label that the config uses outside its definition."""
+        for name in _WITH_LABELS:
             yield from _labels_in(getattr(self, name), name, _LABEL_OF.get(name))
 
     @property
@@ -139,11 +129,11 @@ class EfficiencyStudy(Strict):
         return {row_shape(tokens): Shape(batch=1, length=tokens) for tokens in every}
 
     def shape(self, label: str) -> Shape:
-        """The shape of this label, which may be that of one row of the lengths in the order."""
+        """The shape with this label, which may also be the label of a single row, for the lengths in `order`."""
         return self.shapes.get(label) or self._rows[label]
 
     def name(self, method: str) -> str:
-        """A method as sentences and heads of columns call it."""
+        """The name of a method in sentences and column heads."""
         return self.methods[method].name or method
 
     def model_of(self, goal: Goal) -> str:
@@ -152,17 +142,21 @@ class EfficiencyStudy(Strict):
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Methods that tokens per second are related to."""
+        """Methods that the throughput of others is divided by."""
         return (self.reference, *self.more_references)
 
 
+_WITH_LABELS = (
+    "anchor", "compared", "corners", "order", "reference", "more_references", "overhead", "targets", "published",
+)  # fmt: skip
+"""Keys of the study below which labels are used."""
 _LABEL_OF = {
     **dict.fromkeys(("cuda", "cpu", "model", "models", "unnamed"), "models"),
     **dict.fromkeys(("method", "methods", "compared", "reference", "more_references", "against"), "methods"),
     "settings": "settings",
     "shape": "shapes",
 }
-"""Which keys of the plan and of the report hold labels, and of what."""
+"""Keys of the plan and of the report that hold labels, and the kind of each label."""
 
 
 def _labels_in(value: object, key: str, kind: str | None) -> Iterator[tuple[str, str, str]]:
@@ -182,7 +176,7 @@ def row_shape(tokens: int) -> str:
 
 
 def variant_name(options: Mapping[str, Any]) -> str:
-    """How tables and records name options that differ from the method's entry."""
+    """The name, in tables and records, of options that differ from the method's config entry."""
     return ",".join(f"{key}={_plain(value)}" for key, value in options.items())
 
 
@@ -240,7 +234,7 @@ def _check_resident(study: EfficiencyStudy, source: Source) -> None:
 
 
 def _check_options(study: EfficiencyStudy, label: str, options: Mapping[str, Any], source: Source, at: KeyPath) -> None:
-    """Refuse options that a method lacks, or values that it refuses or that cannot stand in a file's name."""
+    """Refuse options that a method lacks, and values that it refuses or that cannot be part of a file name."""
     entry = study.methods[label]
     config = find_method(entry.module).Config
     for name, value in options.items():
@@ -253,7 +247,7 @@ def _check_options(study: EfficiencyStudy, label: str, options: Mapping[str, Any
 
 
 def meant(word: str, known: Collection[str]) -> str:
-    """The nearest of the known names, or all of them where none is near."""
+    """The known name most similar to `word`, or all known names if none is similar."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else f"it is one of {', '.join(known)}" if known else "it has none"
 
@@ -262,7 +256,7 @@ def meant(word: str, known: Collection[str]) -> str:
 
 
 def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, shape: Shape) -> Cell:
-    """The cell named by labels, which may be words of a command line; `model` may be a folder with a config.json.
+    """The cell with these labels, which may come from a command line; `model` may be a folder with a config.json.
 
     Raises:
         UserError: a label that the study does not have.

@@ -1,9 +1,9 @@
-"""Records on disk: nothing that was measured or forecast is ever overwritten, and today's question finds its answer.
+"""Records on disk: earlier measurements and forecasts are never overwritten, and the record that fits is looked up.
 
-A record is a file of its own for each question, card and code: `<labels>--<asked>--<card>--<code>.json`, where `asked`
-and `code` are the first 8 digits of the record's own hashes and a forecast's card is `forecast`. Another option, number
-of repeats, card or version of the code adds a file. The code is named by its hash and not by a running number, so that
-folders filled on several machines can be laid together.
+There is one file for each cell with its measuring options, card and code: `<labels>--<asked>--<card>--<code>.json`.
+`asked` and `code` are the first 8 digits of the record's own hashes, and a forecast's card is `forecast`. Another
+option, number of repeats, card or version of the code adds a file. The code is identified by its hash and not by a
+running number, so that folders filled on several machines can be merged.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from harness.step.spec import Cell
 R = TypeVar("R", CellRecord, ForecastRecord)
 
 FORECAST = "forecast"
-"""Stands in a file's name where a measured record has its card."""
+"""Takes the place of the card in the file name of a forecast."""
 
 
 def cell_sha256(cell: Cell, **more: Any) -> str:
-    """Hash of a cell, and of whatever else was asked for."""
+    """Hash of a cell and of the measuring options in `more`."""
     asked = {"cell": cell.model_dump(mode="json"), **more}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What is measured of every cell."""
+    """What to measure of every cell."""
 
     device: DeviceKind
     warmup_steps: int
@@ -48,7 +48,7 @@ class Asked:
     repeats: int
 
     def sha256(self, entry: Entry) -> str:
-        """Hash of the cell and of this."""
+        """Hash of the cell together with these options."""
         return cell_sha256(
             entry.cell,
             device=self.device,
@@ -59,13 +59,13 @@ class Asked:
 
 
 def file_name(record: CellRecord | ForecastRecord) -> str:
-    """What the file of a record is called."""
+    """File name of a record."""
     card = FORECAST if isinstance(record, ForecastRecord) else slug(record.device.name)
     return f"{record.cell.name}--{record.asked_sha256[:8]}--{card}--{record.code_sha256[:8]}.json"
 
 
 def is_stale(record: CellRecord | ForecastRecord, cell: Cell) -> bool:
-    """Whether other code than today's made a record of this cell."""
+    """Whether a record of this cell is stale: made by other code than today's."""
     roots = step_forecast if isinstance(record, ForecastRecord) else measurement
     return record.code_sha256 != code_of(roots(cell.module)).sha256
 
@@ -79,14 +79,14 @@ class Store:
     # ------------------------------------------------------------ measured
 
     def current(self, entry: Entry, asked: Asked, device: DeviceRecord | None = None) -> CellRecord | None:
-        """The cell's newest record that answers the same question by the same code; else None.
+        """The newest record of this cell with the same measuring options and today's code; None if there is none.
 
-        A record with status `error` is one: what had been measured before the program failed stays measured.
+        A record with status `error` counts: the blocks measured before the program failed stay valid.
 
         Args:
             entry: the cell.
-            asked: what is measured.
-            device: a record of another card counts as none; None: any card.
+            asked: what to measure.
+            device: records of other cards do not count; None accepts any card.
         """
         same = (
             record
@@ -98,9 +98,9 @@ class Store:
         return max(same, key=_made, default=None)
 
     def measured(self, entry: Entry, kind: DeviceKind) -> list[CellRecord]:
-        """Every record of this very cell on a kind of device, whatever else was asked; the one to show comes last.
+        """Every record of exactly this cell on a kind of device, with any measuring options; the one to show is last.
 
-        That is the newest by today's code, else the newest.
+        The one to show is the newest by today's code, else the newest of all.
         """
         cell = entry.cell
         mine = [
@@ -114,7 +114,7 @@ class Store:
         return sorted(mine, key=lambda record: (not is_stale(record, cell), _made(record)))
 
     def add(self, unit: Unit, reply: Reply, asked: Asked, device: DeviceRecord) -> CellRecord:
-        """Put what came of a block into the cell's record."""
+        """Add the result of a block to the cell's record."""
         entry = unit.entry
         record = _before_error(self.current(entry, asked, device) or self._fresh(entry, asked, device))
         changes: dict[str, object] = {}
@@ -136,13 +136,13 @@ class Store:
         return record
 
     def predict(self, entry: Entry, asked: Asked) -> None:
-        """Put the forecast into a record that was written before there was one."""
+        """Add the forecast to a record that was written before the forecast was made."""
         record = self.current(entry, asked)
         if record is not None and record.predicted is None:
             self.keep(self.predicted(entry, record))
 
     def predicted(self, entry: Entry, record: CellRecord) -> CellRecord:
-        """The record with the forecast beside what was measured, if there is a forecast by today's code."""
+        """The record with the forecast beside the measured peak, if there is a forecast by today's code."""
         found = self.forecast(entry)
         if found is None or is_stale(found, entry.cell):
             return record.model_copy(update={"predicted": None, "predicted_why": "no forecast was made by this code"})
@@ -185,7 +185,7 @@ class Store:
     # ------------------------------------------------------------ forecast
 
     def forecast(self, entry: Entry) -> ForecastRecord | None:
-        """The newest forecast of this very cell, by today's code if there is one; see `is_stale`."""
+        """The newest forecast of exactly this cell by today's code, else the newest of all; see `is_stale`."""
         mine = [r for r in self._of_cell(entry.named, ForecastRecord) if r.asked_sha256 == cell_sha256(entry.cell)]
         return max(mine, key=lambda record: (not is_stale(record, entry.cell), _made(record)), default=None)
 
@@ -205,7 +205,7 @@ class Store:
         yield from self._read("*", CellRecord)
 
     def _of_cell(self, named: Named, kind: type[R]) -> Iterator[R]:
-        """Records with these labels; whether they are of this cell, their hashes and options say."""
+        """Records with these labels; the caller must compare hashes or options to know whether the cell is the same."""
         for record in self._read(f"{named.name}--*", kind):
             if record.cell == named:
                 yield record
@@ -217,17 +217,17 @@ class Store:
                 yield read(path, kind)
 
     def keep(self, record: CellRecord | ForecastRecord) -> None:
-        """Write a record to its own file; what is there under the same name has less of the same record."""
+        """Write a record to its file; a file of that name holds an earlier, less complete version of the record."""
         atomic.write_text(self.folder / "records" / file_name(record), record.model_dump_json(indent=2) + "\n")
 
 
 def _made(record: CellRecord | ForecastRecord) -> str:
-    """When a record was begun, in a form that sorts; those that do not say it come first."""
+    """Start time of a record as sortable text; records without one come first."""
     return record.provenance.started_utc if isinstance(record, CellRecord) else record.started_utc or ""
 
 
 def _before_error(record: CellRecord) -> CellRecord:
-    """The record with its blocks alone, if an error ended it: the block that failed is tried again."""
+    """The record without its error, if it has one, but with its blocks: the failed block is measured again."""
     if record.status != "error":
         return record
     missing = {f"{block}_why": None if getattr(record, block) else NOT_YET for block in get_args(Block)}
@@ -240,7 +240,7 @@ def slug(text: str) -> str:
 
 
 def is_done(unit: Unit, record: CellRecord | None) -> bool:
-    """Whether this block needs no measuring: it is there, or the cell cannot be measured. An error is tried again."""
+    """Whether a block needs no measuring: it exists, or the cell cannot be measured. After an error it is retried."""
     if record is None:
         return False
     if record.status in ("oom", "skipped"):

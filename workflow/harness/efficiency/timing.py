@@ -1,4 +1,4 @@
-"""Timed steps of one cell: whole periods under draws by chance, after steps that nobody times."""
+"""Times steps of one cell: whole periods under random draws, after steps that are not timed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from harness.step.cell import CellRun, Phase
 from harness.step.draws import Policy
 
 DEFAULT_PERIOD = 50
-"""Of methods whose entry leaves it open."""
+"""Steps between two draws for methods whose config entry does not set them."""
 
 
 def time_steps(
@@ -31,14 +31,14 @@ def time_steps(
 ) -> TimingBlock:
     """Time one repeat.
 
-    Before the clock starts, every set of layers that will be timed trains once: the first allocation of a layer's
-    states belongs to the first minutes of a training run, and is not in the figures. Then come the warm-up steps.
+    Before the clock starts, every set of layers that will be timed trains once, so that the first allocation of a
+    layer's states, which happens only early in a training run, is not timed. The warm-up steps follow.
 
     Args:
         job: what to time; its steps are whole periods.
         meters: of this process.
-        enter: told the phase that begins, for the case that memory runs out.
-        take: takes the run, so that the caller can let go of it whatever happens.
+        enter: called with each phase as it begins, so that the phase is known if memory runs out.
+        take: called with the run, so that the caller can release it whatever happens.
     """
     started, at = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
     steps = _Steps(job, enter)
@@ -94,12 +94,12 @@ def time_steps(
 
 
 def _own_option(job: Job, name: str) -> Any:
-    """An option as the method's entry has it, or its default; None where the method has no such option."""
+    """An option's value in the method's config entry, or its default; None if the method has no such option."""
     return getattr(job.cell.method_class().Config.model_validate(job.cell.options, strict=False), name, None)
 
 
 class _Steps:
-    """The steps of one repeat, in periods: those that cover every draw, the warm-up, and the timed ones."""
+    """The steps of one repeat, in periods: first those that cover every draw, then warm-up, then the timed ones."""
 
     def __init__(self, job: Job, enter: Callable[[Phase], None]) -> None:
         self.draws = job.timed_steps // PERIOD
@@ -107,7 +107,7 @@ class _Steps:
         covering = list(range(self.draws))
         self._job = job
         self._schedule = [*covering, *(place % self.draws for place in range(warmup)), *covering, 0]
-        """Which draw is in force in each period."""
+        """Number of the draw used in each period."""
         self._done = 0
         self.run = CellRun(
             job.cell,
@@ -122,7 +122,7 @@ class _Steps:
             self._schedule = self._schedule[self.draws - 1 :]
 
     def cover(self, layers: Sequence[nn.Module]) -> list[int]:
-        """Let every draw train once; returns how many layers backward visited under each."""
+        """Train once under every draw; returns how many layers backward visited under each."""
         reached = []
         for _ in range(self.draws if self.drawn else 1):
             with watched_reach(layers) as visited:
@@ -137,7 +137,7 @@ class _Steps:
         return reached
 
     def period(self, clock: StepClock | None = None) -> tuple[int, ...]:
-        """One period of steps, each a lap of the clock where they are timed; returns the layers that trained."""
+        """Run one period; each step is a lap of the clock, if one is given. Returns the layers that trained."""
         active: tuple[int, ...] = ()
         for place in range(PERIOD):
             self._step()
@@ -152,7 +152,7 @@ class _Steps:
         self._done += 1
 
     def _then(self) -> Policy | None:
-        """The policy of the next period, in a period's last step."""
+        """In a period's last step the policy of the next period, else None."""
         period, place = divmod(self._done, PERIOD)
         return self._policy(self._schedule[period + 1]) if place == PERIOD - 1 else None
 
@@ -163,7 +163,7 @@ class _Steps:
 
 @contextmanager
 def watched_reach(layers: Sequence[nn.Module]) -> Iterator[set[int]]:
-    """Yields the numbers of the layers whose output a gradient reaches inside the block."""
+    """Yields a set that collects the numbers of the layers whose output receives a gradient inside the block."""
     visited: set[int] = set()
 
     def watch(number: int) -> Any:
@@ -183,7 +183,7 @@ def watched_reach(layers: Sequence[nn.Module]) -> Iterator[set[int]]:
 
 
 def _copies(history: Any, since: int) -> dict[str, Any]:
-    """What the method remembers of copies between device and host in the timed steps."""
+    """Fields on copies between device and host in the timed steps, from the method's history."""
     if history is None:
         nothing = {"moved_bytes_per_step": None, "exposed_copy_s_per_step": None}
         return {**nothing, "copy_why": "the method keeps no history of copies"}

@@ -1,9 +1,9 @@
-"""Uniform draws of layers, for timing: every set is as likely as any other, and a few draws stand for many.
+"""Uniform draws of layers for timing: all sets are equally likely, and a few draws represent many.
 
-How far backward reaches hangs on the lowest active layer, and a step's time on how far backward reaches. A handful of
-independent draws would leave several per cent of noise in a throughput, so all draws of a cell are stratified: sets are
-numbered in lexicographic order, which is the order of their lowest layer, and each draw is uniform in its own stretch
-of the numbers. Every method on a model meets the same draws in the same order.
+A step's time depends on how far backward reaches, which depends on the lowest active layer. A handful of independent
+draws would leave several per cent of noise in a throughput, so all draws of a cell are stratified: sets are numbered in
+lexicographic order, which is the order of their lowest layer, and each draw is uniform in its own stratum of the
+numbers. Every method on a model gets the same draws in the same order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:
-    """The set of `count` of `layers` layers that has this number in lexicographic order, counted from 0."""
+    """The set of `count` out of `layers` layers with this number in lexicographic order, counted from 0."""
     chosen: list[int] = []
     first = 0
     while len(chosen) < count:
@@ -33,7 +33,7 @@ def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:
 def stratified_sets(
     layers: int, count: int, *, draws: int, repeat: int, repeats: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """The active sets of one repeat: every `repeats`-th of `draws * repeats` stretches, in random order."""
+    """The active sets of one repeat: every `repeats`-th of `draws * repeats` strata, in random order."""
     sets, stretches = math.comb(layers, count), draws * repeats
     generator = random.Random(seed)
     numbers = [int((stretch + generator.random()) / stretches * sets) for stretch in range(stretches)]
@@ -43,7 +43,7 @@ def stratified_sets(
 
 
 def uniform_policy(place: int, *, draws: int, repeat: int, repeats: int, seed: int) -> Policy:
-    """A policy that answers with the set of period `place` of one repeat."""
+    """A policy that returns the set of period `place` of one repeat."""
 
     def policy(layers: int, count: int) -> tuple[int, ...]:
         return stratified_sets(layers, count, draws=draws, repeat=repeat, repeats=repeats, seed=seed)[place % draws]

@@ -1,4 +1,4 @@
-"""Model FLOP utilisation: the arithmetic that a step needs, by what the card could do in its time."""
+"""Model FLOP utilisation: the FLOP that a step needs, divided by the FLOP that the card could do in its time."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ PEAK_FLOP_PER_S = {
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
 }
-"""Dense bf16 products, by NVIDIA's data sheets, under the names that the driver gives."""
+"""Peak rates of dense bf16 matrix products from NVIDIA's data sheets, by the driver's name of the card."""
 NEEDED = Settings(activation_checkpointing=False, chunked_loss=False)
-"""Recomputation is work that the model does not ask for."""
+"""Settings without recomputation, which is not part of the FLOP that the model needs."""
 
 
 def utilisation(run: CellRun, cell: Cell, *, tokens_per_s: float, card: str) -> dict[str, Any]:
     """The fields `mfu_*` of a timing block.
 
     Args:
-        run: attached.
-        cell: what it runs.
-        tokens_per_s: of its mean step.
-        card: the driver's name of it; `cpu` where there is none.
+        run: a run with its method attached.
+        cell: the cell of the run.
+        tokens_per_s: throughput of its mean step.
+        card: the driver's name of the card; `cpu` if there is none.
     """
     peak = PEAK_FLOP_PER_S.get(card)
     if peak is None:

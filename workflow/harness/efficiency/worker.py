@@ -1,7 +1,7 @@
-"""The process that measures: `python -m harness.efficiency.worker cuda`. It takes jobs on stdin, answers on stdout.
+"""The measuring process: `python -m harness.efficiency.worker cuda`. It reads jobs on stdin, and replies on stdout.
 
-It is a process of its own so that nothing of it outlives a crash, and it ends with the process that began it. What
-libraries print goes to stderr.
+It is a separate process so that a crash leaves nothing behind, and it ends with its parent process. Output of libraries
+goes to stderr.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(start: Callable[[DeviceKind | None], tuple[Hello, Execute]] | None = None) -> int:
-    """Serve until stdin ends; 1 after a job that raised.
+    """Run jobs until stdin ends; returns 1 after a job that raised.
 
     Args:
-        start: makes the greeting and what carries out jobs, for a device or (None) for forecasts.
+        start: makes the greeting and the function that runs jobs, for a device or (None) for forecasts.
     """
     answers = _own_stdout()
     _end_with_parent()
@@ -36,7 +36,7 @@ def main(start: Callable[[DeviceKind | None], tuple[Hello, Execute]] | None = No
     for line in _lines():
         try:
             reply = execute(Job.model_validate_json(line))
-        except Exception as error:  # noqa: BLE001  told to whoever asked, who makes a record of it; this process ends
+        except Exception as error:  # noqa: BLE001  reported to the parent, which records it; this process ends
             traceback.print_exc()
             _say(answers, Reply(status="error", why=_one_line(error), clean=False).model_dump_json())
             return 1
@@ -51,7 +51,7 @@ def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
         return Hello(device=None), make_forecast
     from harness.measuring.meters import Meters
 
-    meters = Meters(device)  # before torch touches the device
+    meters = Meters(device)  # before torch initialises the device
     from harness.efficiency.measure import execute
 
     meters.clean()
@@ -59,14 +59,14 @@ def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
 
 
 def _own_stdout() -> IO[str]:
-    """The pipe for answers alone; from here on, file descriptor 1 is stderr."""
+    """A private handle on stdout for replies; from here on, file descriptor 1 is stderr."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, however that ends; elsewhere the end of stdin must do."""
+    """Ask Linux to kill this process when its parent ends for any reason; elsewhere the end of stdin must suffice."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
