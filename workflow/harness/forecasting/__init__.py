@@ -1,1 +1,1 @@
-"""Peak memory of a fine-tuning step without a GPU: the real code on tensors that have no values."""
+"""Forecasts the peak memory of a fine-tuning step without a GPU: runs the real code on tensors without values."""

@@ -13,13 +13,13 @@ from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell
 
 CONTEXT_BYTES = round(0.6 * GIB)
-"""What a process holds on a card beside its tensors: the context of an H100 is 0.4 to 0.6 GiB."""
+"""Device memory of a process beyond its tensors: the CUDA context of an H100 takes 0.4 to 0.6 GiB."""
 UNSEEN = 1.04
-"""Fragments and buffers inside kernels: an allocator's own peak is 1 to 4 % above the live storages."""
+"""Factor for fragmentation and buffers inside kernels: an allocator's peak is 1 to 4 % above the live storages."""
 
 
 def needed_bytes(forecast: Forecast) -> int:
-    """Memory that a card must have for a step that was forecast."""
+    """Memory in bytes that a card must have for the forecast step."""
     return round(forecast.peak_bytes * UNSEEN) + CONTEXT_BYTES
 
 
@@ -46,7 +46,7 @@ class Choice:
 
 
 def choices(cells: Iterable[tuple[str, str, Cell]], *, vram_bytes: int) -> Iterator[Choice]:
-    """Every (method, settings, cell) with its forecast on a card of this size, as they come; each takes seconds."""
+    """Forecast every (method, settings, cell) on a card of this size, one by one; each takes seconds."""
     for method, settings, cell in cells:
         try:
             found = forecast(cell, capacity_bytes=vram_bytes)
@@ -57,7 +57,7 @@ def choices(cells: Iterable[tuple[str, str, Cell]], *, vram_bytes: int) -> Itera
 
 
 def best(found: list[Choice], *, vram_bytes: int) -> Choice | None:
-    """The fastest that fits, by the bound on speed; of equals the one with the lowest peak."""
+    """The choice that fits and has the highest bound on speed; among equals the one with the lowest peak."""
     fitting = [choice for choice in found if choice.fits(vram_bytes)]
     return max(fitting, key=_merit, default=None)
 

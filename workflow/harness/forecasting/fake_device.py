@@ -1,7 +1,7 @@
-"""A device that is not there: the host that a forecast puts in force, and tensors without values.
+"""A simulated device: the host that a forecast installs, and tensors without values.
 
-`CountingHost` takes the place of all that our own code asks a device (see `grass.host`). What transformers and torch
-themselves ask of values is in `tensors_without_values`. A forecast puts nothing else in the place of real code.
+`CountingHost` answers everything that our own code asks a device (see `grass.host`). `tensors_without_values` handles
+the places where transformers and torch themselves read values. A forecast replaces no other code.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from harness.forecasting.tracker import Tracker
 
 
 class ForecastStreams(NoStreams):
-    """A device apart from its host whose allocator is the tracker; copies back are never over before they must be."""
+    """A device with its own memory, counted by the tracker; copies to the host end as late as possible."""
 
     def __init__(self, device: torch.device, tracker: Tracker) -> None:
         super().__init__(device)
@@ -39,12 +39,12 @@ class ForecastStreams(NoStreams):
         return buffer
 
     def done(self, event: None) -> bool:
-        """Never seen to be over: the slowest copy holds its buffer longest."""
+        """Always False: a copy that is still running keeps its buffer, which is the worst case for memory."""
         return False
 
 
 class ForecastArena(HostArena):
-    """Host memory that holds nothing, kept apart from the device's in the count."""
+    """Host memory without content, counted apart from device memory."""
 
     def __init__(self, tracker: Tracker, *, settle: Callable[[], None]) -> None:
         super().__init__(pin=False, settle=settle)
@@ -62,59 +62,59 @@ class ForecastArena(HostArena):
 
 
 class CountingHost(Host):
-    """Lets a CPU stand for a GPU: its memory is apart from the host's, is counted, and updates take a GPU's pieces.
+    """Simulates a GPU on a CPU: device memory is counted apart from host memory, and updates use a GPU's piece size.
 
     Args:
-        tracker: counts.
-        capacity_bytes: memory of the card, by which `offload: auto` decides; None moves.
+        tracker: counts the memory.
+        capacity_bytes: memory of the card, by which `offload: auto` decides; with None it always offloads.
     """
 
     def __init__(self, tracker: Tracker, *, capacity_bytes: int | None = None) -> None:
         self.tracker, self._capacity_bytes = tracker, capacity_bytes
 
     def streams(self, device: torch.device) -> ForecastStreams:
-        """A GPU's, whose copies are done at once and hold their buffers as long as may be."""
+        """A GPU's streams, whose copies are executed at once but keep their buffers as long as possible."""
         return ForecastStreams(device, self.tracker)
 
     def piece_elements(self, device: torch.device) -> int:
-        """A GPU's."""
+        """The piece size of a GPU."""
         return PIECE_ELEMENTS["other"]
 
     def allocated_bytes(self, device: torch.device) -> int:
-        """Bytes alive."""
+        """Bytes alive on the device."""
         self.tracker.was_asked = True
         return self.tracker.now
 
     def peak_bytes(self, device: torch.device) -> int:
-        """Most bytes alive so far."""
+        """Highest number of bytes alive on the device so far."""
         return self.tracker.peak
 
     def obtainable_bytes(self, device: torch.device) -> int:
-        """The card's memory; without a card no more than the peak, so that `auto` moves."""
+        """The card's memory; without a card no more than the peak, so that `auto` offloads."""
         return self.tracker.peak if self._capacity_bytes is None else self._capacity_bytes
 
 
 class ForecastHost(CountingHost):
-    """Answers for tensors without values as well: every number is 1.0."""
+    """Also answers for tensors without values: every number read is 1.0."""
 
     def number(self, value: Tensor) -> float:
-        """The same for all."""
+        """1.0 for every tensor."""
         return 1.0
 
     def numbers(self, values: Tensor) -> list[float]:
-        """The same for all."""
+        """1.0 for every entry."""
         return [1.0] * len(values)
 
     def has_values(self, values: Tensor) -> bool:
-        """As if: a history then keeps them until they are read, as it keeps real ones."""
+        """Always True, so that a history keeps the values until they are read, as it keeps real ones."""
         return True
 
     def with_values(self) -> AbstractContextManager[None]:
-        """Real tensors, which are not counted."""
+        """Tensors made inside the block are real, and are not counted."""
         return _disable_current_modes()  # type: ignore[no-any-return]
 
     def arena(self, *, pin: bool, settle: Callable[[], None]) -> ForecastArena:
-        """Blocks that hold nothing."""
+        """An arena whose blocks hold no content."""
         return ForecastArena(self.tracker, settle=settle)
 
 
@@ -123,18 +123,18 @@ class ForecastHost(CountingHost):
 
 @contextmanager
 def tensors_without_values() -> Iterator[None]:
-    """Tensors made inside are fake, and what transformers and torch ask of values is answered for them."""
+    """Tensors made inside the block are fake; where transformers and torch would read values, they need not."""
     with warnings.catch_warnings(), _no_mask_read(), _parameters_replaced(), FakeTensorMode():
-        # every number read is 1.0, so all layers seem to matter alike
+        # every number read is 1.0, so all layers appear equally important
         warnings.filterwarnings("ignore", message="GRASS is near uniform")
         yield
 
 
 @contextmanager
 def _no_mask_read() -> Iterator[None]:
-    """Masks of attention are made as if no token were padding, which is so, and which a mask would be read to find.
+    """Make attention masks without reading the padding mask: no token is padding, but finding that out needs values.
 
-    By transformers' own door for masks of one's own; its makers of masks are a global table.
+    Uses transformers' public registry for mask functions, which is global.
     """
     usual = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
     AttentionMaskInterface.register("sdpa", _without_padding(usual))
@@ -145,7 +145,7 @@ def _no_mask_read() -> Iterator[None]:
 
 
 def _without_padding(make_mask: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
-    """`make_mask` that is not told which tokens are padding."""
+    """`make_mask` without the padding mask."""
 
     def make(*sizes: Any, attention_mask: Tensor | None = None, **more: Any) -> Tensor | None:
         return make_mask(*sizes, attention_mask=None, **more)
@@ -155,10 +155,10 @@ def _without_padding(make_mask: Callable[..., Tensor | None]) -> Callable[..., T
 
 @contextmanager
 def _parameters_replaced() -> Iterator[None]:
-    """`nn.Module.to` and its like put new parameters in the place of old ones.
+    """Make `nn.Module.to` and similar calls replace old parameters by new ones.
 
-    torch would swap fake parameters with their successors, whatever `torch.__future__` says, and refuses to where
-    anything refers to one. It offers no other way in, so this one method of torch is exchanged for the time being.
+    torch would instead swap fake parameters with the new ones, whatever `torch.__future__` says, and fails if anything
+    else refers to a parameter. It has no public option for this, so this one torch method is patched inside the block.
     """
     usual = nn.Module._apply
     nn.Module._apply = _replace_parameters  # type: ignore[method-assign,assignment]

@@ -30,19 +30,19 @@ NO_VALUES = (
     fake_tensor.UnsupportedOperatorException,
     fake_tensor.UnsupportedFakeTensorException,
 )
-"""What torch raises where code asks a fake tensor for what it does not have."""
+"""Exceptions that torch raises when code asks a fake tensor for a value."""
 _SIGNS = ("tensor subclasses", "convert all Tensors to FakeTensors", "not linked with support")
-"""Words of the errors that torch raises for the same reason without a class of their own."""
+"""Phrases from errors that torch raises for the same reason without a separate exception class."""
 MAKES: dict[Phase, Kind] = {
     "load": "other",
     "probe": "activations",
     "resample": "other",
     "forward": "activations",
-    # backward begins with the gradient of what forward ended with
+    # backward begins with the gradient of the loss
     "backward": "loss",
     "update": "other",
 }
-"""What a phase makes as it begins, if nothing says otherwise; the phases in the order in which they are shown."""
+"""Default kind of the storages allocated in a phase; the phases are in the order in which they are shown."""
 
 
 class NoForecastError(ValueError):
@@ -51,25 +51,25 @@ class NoForecastError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What a cell will need; bytes are those of live storages on the device, if not said otherwise."""
+    """Forecast memory of a cell; bytes are those of live storages on the device unless stated otherwise."""
 
     peak_bytes: int
-    """Largest of all phases but `load`."""
+    """Highest peak of all phases except `load`."""
     peak_phase: Phase
     by_phase: dict[Phase, int]
     """Peak in each phase, over all draws."""
     by_kind: dict[Kind, int]
-    """What was alive at the peak."""
+    """Bytes alive at the peak, by kind."""
     worst_draw: tuple[int, ...] | None
-    """Active layers at the peak; None for methods that draw none."""
+    """Active layers at the peak; None for methods that draw no layers."""
     by_draw: dict[str, int]
-    """Peak of the steps under each draw that was tried, by its layers."""
+    """Peak of the steps under each draw that was tried, by the draw's layers."""
     largest_elements: int
     """Entries of the largest single storage born after `load`."""
     device_state_bytes: int
     """Optimizer states on the device between two steps."""
     host_bytes: int
-    """Optimizer states on the host between two steps, once every layer has trained: computed from their number."""
+    """Optimizer states on the host between two steps, once every layer has trained: computed from parameter counts."""
     facts: ModelFacts
     promise: Expectation
     assumed: tuple[str, ...]
@@ -81,17 +81,17 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
 
     Args:
         cell: what to forecast.
-        capacity_bytes: memory of the card, by which `offload: auto` decides; None moves.
-        tensors: `real` computes on the CPU what `fake` only counts: for tests of the count.
+        capacity_bytes: memory of the card, by which `offload: auto` decides; with None it always offloads.
+        tensors: `fake` only counts; `real` also computes, on the CPU, for tests of the count.
 
     Raises:
         CannotRunError: the method refuses the cell.
-        NoForecastError: model, loss or method refuse each other, the code asks for a value that only a real tensor
-            has, or it draws layers where it cannot be told to.
+        NoForecastError: model, loss and method do not fit together, the code reads a value that only a real tensor
+            has, or it draws layers in a way that cannot be forced.
     """
     started = time.perf_counter()
     for package in cell.method_class().REQUIRES:
-        # a module that makes tensors as it is imported must not make fake ones
+        # import now: a module that makes tensors on import must not make fake ones
         if importlib.util.find_spec(package) is not None:
             importlib.import_module(package)
     tracker = Tracker()
@@ -118,7 +118,7 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
 
 
 class _Watched:
-    """A cell's run with the tracker told what is made and when."""
+    """A cell's run that tells the tracker the current phase and the kinds of storages."""
 
     def __init__(self, cell: Cell, tracker: Tracker) -> None:
         self._tracker = tracker
@@ -135,7 +135,7 @@ class _Watched:
         """Probe, then the steps of the worst case."""
         run = self._run
         assert run is not None
-        gc.freeze()  # the model is no garbage, and would be looked through at every border
+        gc.freeze()  # keeps the collections at phase boundaries from scanning the model, which is no garbage
         self._tracker.restart()
         run.prepare()
         run_worst_case(run, held_bytes=self._device_state_bytes, watches_memory=lambda: self._tracker.was_asked)
@@ -160,7 +160,7 @@ class _Watched:
         tracker.making = MAKES[phase]
 
     def _device_state_bytes(self) -> int:
-        """Bytes of states that count as device memory."""
+        """Bytes of optimizer states that count as device memory."""
         assert self._run is not None
         return state_bytes(self._run.method.optimizer, counts=self._tracker.holds)
 
@@ -177,7 +177,7 @@ class _Watched:
         return states - self._device_state_bytes()
 
     def _watch_loss(self, model: Any) -> None:
-        """What is made between the head and the loss, and on the way back, is the loss's."""
+        """Attribute storages made between head and loss, in forward and backward, to the loss."""
         tracker = self._tracker
 
         def body(*_: Any) -> None:
@@ -196,7 +196,7 @@ class _Watched:
     # ------------------------------------------------------------ result
 
     def forecast(self, *, wall_s: float, auto: bool) -> Forecast:
-        """What the spans say."""
+        """The forecast, from the recorded spans."""
         run, tracker = self._run, self._tracker
         assert run is not None
         spans = [span for span in tracker.spans if span.phase != "load"]
@@ -250,7 +250,7 @@ def _assumptions(*, drawn: bool, visited: bool, auto: bool) -> tuple[str, ...]:
 
 @contextmanager
 def _steady_garbage() -> Iterator[None]:
-    """Collect garbage at the borders of phases only, where it is the same on fake and on real tensors."""
+    """Collect garbage only at phase boundaries, so that it happens at the same points on fake and on real tensors."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()

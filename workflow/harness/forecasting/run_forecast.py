@@ -22,10 +22,10 @@ from harness.study.spec import Training
 
 
 def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> RunForecast:
-    """Forecast the largest step of a run: full micro-batches whose rows are all as long as the longest.
+    """Forecast the largest step of a run: full micro-batches whose rows are all as long as the longest row.
 
     Args:
-        training: what will be run.
+        training: specification of the run.
         name: of the record.
         model: the model's folder; only its configuration and tokenizer are read.
         rows: folder of the training rows.
@@ -62,7 +62,7 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
 
 
 def refusal(record: RunForecast, total_bytes: int) -> str | None:
-    """Why a run cannot fit a GPU of `total_bytes`; None where it does, or where nothing was forecast."""
+    """Why a run cannot fit on a GPU of `total_bytes`; None if it fits, or if there is no forecast."""
     if record.needed_bytes is None or record.needed_bytes <= total_bytes:
         return None
     assert record.peak_bytes is not None
@@ -73,7 +73,7 @@ def refusal(record: RunForecast, total_bytes: int) -> str | None:
 
 
 def refusal_of(file: Path | None) -> str | None:
-    """The same for the GPU that this process was lent; `file` is the record, None for a run that has none."""
+    """The same for the GPU that this process has leased; `file` is the record, None for a run without a forecast."""
     if file is None:
         return None
     record = read(file, RunForecast)

@@ -19,7 +19,7 @@ def parse_bytes(text: str) -> int:
     """`24GiB`, `24 GB`, `16384MiB` in bytes.
 
     Raises:
-        UserError: no such amount.
+        UserError: the text is not an amount of memory.
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GiB|MiB|GB|MB)\s*", text)
     if match is None or not float(match[1]):
@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 
 
 def as_json(cell: Cell, found: Forecast | None, *, reason: str | None = None) -> dict[str, Any]:
-    """The forecast with the cell that it is of; without one, every figure is null and `no_forecast` says why."""
+    """The forecast with its cell; without a forecast every figure is null, and `no_forecast` gives the reason."""
     figures = {name: None if found is None else getattr(found, name) for name in _FIGURES}
     counts = {
         "parameters": None if found is None else found.facts.total_parameters,

@@ -1,4 +1,4 @@
-"""A training script for a cell: what a reader would write who wants just this method under these settings."""
+"""A training script for a cell, as a user would write it for just this method under these settings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from harness.step.spec import Cell
 def snippet(cell: Cell, *, model: str) -> str:
     """A script that trains `model` (a folder or a name on the hub) as the cell says.
 
-    It expects two names: `batches`, each with `input_ids`, `attention_mask` and `labels` on the GPU, and for GRASS
-    `calibration`, some dozens of the same that are not taken from training.
+    The script expects two names to be defined: `batches`, each with `input_ids`, `attention_mask` and `labels` on the
+    GPU, and for GRASS `calibration`, some dozens of such batches that are not taken from the training data.
     """
     attach, loop = _METHODS.get(cell.module, _by_contract)(cell)
     loss = "chunked_token_loss" if cell.settings.chunked_loss else "token_loss"
@@ -44,7 +44,7 @@ def _settings(cell: Cell) -> list[str]:
 
 def _grass(cell: Cell) -> tuple[list[str], list[str]]:
     known = _known(cell)
-    # None is the entry's "by the library's default"
+    # None in the entry means the library's default
     named = ("active_layers", "sample_every", "sampler", "offload")
     options = {name: known[name] for name in named if known[name] is not None}
     options |= {name: False for name in ("train_embedding", "train_head", "train_final_norm") if not known[name]}

@@ -1,8 +1,8 @@
-"""Bytes of every tensor storage that is alive, by phase and by kind: what a GPU's allocator would count.
+"""Bytes of every live tensor storage, by phase and by kind: what a GPU's allocator would count.
 
-Storages are seen as operators return them, on real and on fake tensors alike, and are gone when Python's weak reference
-to them dies. Sizes are rounded up to 512 bytes, as CUDA's caching allocator does. What no operator returns is not seen:
-buffers inside a kernel, an allocator's fragments, memory that was made from a Python buffer.
+A storage is counted from when an operator returns it, on real and on fake tensors alike, until Python's weak reference
+to it dies. Sizes are rounded up to 512 bytes, as in CUDA's caching allocator. Memory that no operator returns is not
+counted: buffers inside a kernel, fragmentation of the allocator, memory made from a Python buffer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDING = 512
 
 @dataclass(slots=True)
 class _Storage:
-    """One storage's life, in events (births and deaths are counted)."""
+    """One storage's lifetime, in event numbers (every allocation and every release is one event)."""
 
     nbytes: int
     kind: Kind
@@ -34,23 +34,23 @@ class _Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
-    """One phase from its beginning to the next phase's."""
+    """One phase, from its beginning to the beginning of the next."""
 
     phase: str
     label: str
-    """What the caller named the stretch of phases that this one is in."""
+    """The caller's label for the group of phases that this one belongs to."""
     peak_bytes: int
     at: int
-    """Event at which the peak was reached."""
+    """Number of the event at which the peak was reached."""
     largest_elements: int
-    """Entries of the largest storage born in it."""
+    """Entries of the largest storage allocated in this phase."""
 
 
 class Tracker(TorchDispatchMode):
-    """Counts storages of the device tier that are born inside the `with` block.
+    """Counts device storages that are allocated inside the `with` block.
 
-    `kind` is given at birth by what is under way (`making`), and corrected by `mark` once it is known what a storage
-    was made for: a gradient is a temporary of backward until it is found in a parameter's `grad`.
+    A new storage gets the current default kind (`making`). `mark` corrects the kind once the purpose is known: a
+    gradient counts as a temporary of backward until it is found in a parameter's `grad`.
     """
 
     def __init__(self) -> None:
@@ -60,11 +60,11 @@ class Tracker(TorchDispatchMode):
         self.peak = 0
         """Largest `now` since `restart`."""
         self.was_asked = False
-        """Whether the code under watch asked how much is alive."""
+        """Whether the tracked code asked how much memory is allocated."""
         self.making: Kind = "other"
-        """Kind of what is born from here on."""
+        """Kind of the storages allocated from here on."""
         self.spans: list[Span] = []
-        """Phases that are over."""
+        """Finished phases."""
         self._alive: dict[int, _Storage] = {}
         self._log: list[_Storage] = []
         self._events = 0
@@ -74,7 +74,7 @@ class Tracker(TorchDispatchMode):
         self._span_peak = self._span_at = self._span_largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator, then look at what it returned."""
+        """Run the operator, then count new storages among its results."""
         result = func(*args, **(kwargs or {}))
         given = None
         for tensor in _tensors(result):
@@ -83,7 +83,7 @@ class Tracker(TorchDispatchMode):
             if key in self._alive or key in self._on_host_now:
                 continue
             if given is None:
-                # a view of memory that nobody counts (a mapped file, say) is no new memory either
+                # a view of memory that is not counted (a mapped file, say) is not new memory either
                 given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
             if key not in given:
                 self._see(storage, tensor.element_size())
@@ -92,14 +92,14 @@ class Tracker(TorchDispatchMode):
     # ------------------------------------------------------------ phases
 
     def enter(self, phase: str, label: str = "") -> None:
-        """End the phase under way and begin another; garbage is collected, so that cycles do not decide a peak."""
+        """End the current phase and begin another; collects garbage, so that reference cycles do not affect a peak."""
         gc.collect()
         self._close()
         self._phase, self._label = phase, label
         self._span_peak, self._span_at, self._span_largest = self.now, self._events, 0
 
     def restart(self) -> None:
-        """Measure `peak` from what is alive now, as a meter does once a model is loaded."""
+        """Reset `peak` to the bytes alive now, as a meter does after a model is loaded."""
         self.peak = self.now
 
     def _close(self) -> None:
@@ -122,7 +122,7 @@ class Tracker(TorchDispatchMode):
     # ------------------------------------------------------------ kinds
 
     def mark(self, kind: Kind, tensors: Iterable[Tensor]) -> None:
-        """These tensors' storages are of this kind, and were since they were born."""
+        """Set the kind of these tensors' storages, also for the past."""
         for tensor in tensors:
             storage = self._alive.get(tensor.untyped_storage()._cdata)
             if storage is not None:
@@ -142,7 +142,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
-        """What is born inside is host memory."""
+        """Storages allocated inside the block are host memory."""
         self._on_host = True
         try:
             yield
@@ -178,7 +178,7 @@ class Tracker(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Every tensor in what an operator takes or gives: tensors, and lists, tuples and dictionaries of them."""
+    """Every tensor in an operator's arguments or results: tensors, and lists, tuples and dictionaries of them."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, list | tuple):
