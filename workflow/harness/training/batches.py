@@ -1,4 +1,4 @@
-"""Which rows a step sees: a function of seed and step alone, so that every method sees the same rows in one order."""
+"""The rows of each step: they depend on seed and step alone, so every method sees the same rows in the same order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RowOrder:
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def rows(self, first: int, size: int) -> list[int]:
-        """Row numbers at places `first` to `first + size` of the endless sequence."""
+        """Row numbers at positions `first` to `first + size` (exclusive) of the endless sequence."""
         return [self._at(place) for place in range(first, first + size)]
 
     def _at(self, place: int) -> int:
@@ -56,7 +56,7 @@ class Batches:
         return [self._collate(chosen[i : i + self._micro]) for i in range(0, self._batch, self._micro)]
 
     def calibration_batch(self, number: int) -> dict[str, Tensor]:
-        """Calibration batch `number`, one micro-batch of training rows in an order of its own."""
+        """Calibration batch `number`: one micro-batch of training rows, in a separate order."""
         return self._collate(self._calibration.rows(number * self._micro, self._micro))
 
     def _collate(self, numbers: Sequence[int]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class Batches:
 
 
 class CalibrationBatches:
-    """`baselines.method.Calibration` over a run's batches; training still sees every row it would have seen."""
+    """`baselines.method.Calibration` over a run's batches; it does not change which rows training sees."""
 
     def __init__(self, batches: Batches) -> None:
         self._batches = batches
@@ -79,7 +79,7 @@ class CalibrationBatches:
 
 
 def fixed_batches(rows: Sequence[Encoded], *, size: int, pad_id: int, device: str) -> list[dict[str, Tensor]]:
-    """All `rows` in order of length, `size` at a time: for losses that are read, not trained on."""
+    """All `rows` sorted by length, `size` per batch: for losses that are only evaluated, not trained on."""
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     return [on_device(collate(ordered[i : i + size], pad_id), device) for i in range(0, len(ordered), size)]
 

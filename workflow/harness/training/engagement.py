@@ -1,8 +1,8 @@
-"""What did the method do? Facts that it cannot word differently; `harness.training.verdict` judges them.
+"""What did the method do? Facts observed independently of the method, for `harness.training.verdict` to judge.
 
 At the start and end of every period the harness fingerprints the weights of each decoder layer and of each group
-outside the stack; just before the first update of a period it looks which gradients exist, just after it counts the
-tensors alive.
+outside the stack. Just before the first update of a period it checks which gradients exist; just after it, it counts
+the live tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPS = ("embedding", "final_norm", "head")
 
 @dataclass
 class Period:
-    """What was seen from the first step of a period to its last."""
+    """Observations from the first step of a period to its last."""
 
     first_step: int
     last_step: int = -1
@@ -43,7 +43,7 @@ class Period:
 
 
 class Watch:
-    """Looks at the model from outside. Create it before `attach`, call `attached` after."""
+    """Observes the model from outside. Create it before `attach`, call `attached` after."""
 
     def __init__(self, model: nn.Module, layers: LayerMap) -> None:
         self._layers = layers
@@ -56,13 +56,13 @@ class Watch:
         self.periods: list[Period] = []
 
     def attached(self, model: nn.Module) -> None:
-        """From here on `model` (perhaps wrapped) is what trains; adapters inside a layer belong to that layer."""
+        """Observe `model` (perhaps wrapped), the module that trains; adapters inside a layer belong to that layer."""
         self._model = model
         own = {id(p) for parameters in self._base for p in parameters}
         self._adapters = [[p for p in layer.parameters() if id(p) not in own] for layer in self._layers.layers]
 
     def start_period(self, step: int, trace: LayerTrace | None) -> None:
-        """Before the first forward pass of `step`, after the method's own `begin_step`."""
+        """Call before the first forward pass of `step`, after the method's own `begin_step`."""
         period = Period(first_step=step)
         if trace is not None:
             period.believed_active = list(trace.active)
@@ -72,7 +72,7 @@ class Watch:
         self._marks = self._fingerprints()
 
     def before_update(self) -> None:
-        """After the last backward of the period's first step: which gradients are there."""
+        """Call after the last backward of the period's first step: records which gradients exist."""
         period = self.periods[-1]
         for layer, (base, adapters) in enumerate(zip(self._base, self._adapters, strict=True)):
             graded = [p for p in [*base, *adapters] if p.grad is not None]
@@ -88,11 +88,11 @@ class Watch:
             period.graded_tensors = sorted(self._names[id(p)] for p in self._own() if p.grad is not None)
 
     def after_update(self) -> None:
-        """After the period's first update: what is alive beside the model."""
+        """Call after the period's first update: records the bytes alive besides the model."""
         self.periods[-1].state_bytes = live_bytes_outside(self._model)
 
     def end_period(self, step: int) -> None:
-        """After the last update of the period, `step`: what moved."""
+        """Call after the last update of the period, that of `step`: records what moved."""
         period, now = self.periods[-1], self._fingerprints()
         period.last_step = step
         layers = range(len(self._base))
@@ -117,7 +117,7 @@ class Watch:
         return [p for parameters in (*self._base, *self._groups.values()) for p in parameters]
 
     def _tensor_marks(self, marks: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """Marks of single tensors; a group's mark is those of its tensors, two numbers each, in order."""
+        """Fingerprints of single tensors, split from those of groups: two numbers per tensor, in order."""
         keys = [*(f"base {layer}" for layer in range(len(self._base))), *self._groups]
         numbers = [n for key in keys for n in marks[key]]
         return {self._names[id(p)]: tuple(numbers[2 * i : 2 * i + 2]) for i, p in enumerate(self._own())}

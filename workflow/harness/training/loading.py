@@ -29,17 +29,17 @@ class Inputs:
     model: Path
     rows: Path
     model_text: str = ""
-    """The model's folder as its manifest words it, with no path of this machine in it."""
+    """The model's folder as written in its manifest, without a path of this machine."""
 
     def files(self) -> dict[str, Path]:
-        """What a run reads, by role."""
+        """The files that a run reads, by role."""
         found = {"train rows": self.rows / "train.json", "validation rows": self.rows / "validation.json"}
         return found | {f"model {path.name}": path for path in sorted(self.model.glob("*.safetensors"))}
 
 
 @dataclass(frozen=True)
 class Loaded(Attached):
-    """A model with a method attached, and what watches over it."""
+    """A model with a method attached, with its batches and observers."""
 
     own_parameters: list[nn.Parameter]
     """The model's parameters before any method touched it."""
@@ -72,7 +72,7 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     validation = fixed_batches(held, size=VALIDATION_ROWS_AT_ONCE, **on_device)
     observed = fixed_batches(held[: observation.rows if observation else 0], size=recipe.micro_batch_size, **on_device)
     layers, own = find_layers(model), list(model.parameters())
-    # from here on every new tensor that stays alive is the method's
+    # from here on every new tensor that stays alive counts as the method's
     watch = Watch(model, layers)
     attached = attach(method, model)
     watch.attached(attached.module)

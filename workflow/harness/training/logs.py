@@ -1,4 +1,4 @@
-"""What a run writes down step by step: part of its resume state, and the files beside its record."""
+"""The log of a run, step by step: part of its resume state, and the files beside its record."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from harness.records.run import Timing
 from harness.training.engagement import Period
 
 WARMUP_SHARE = 0.1
-"""Share of the steps left out of the throughput, at least `MIN_WARMUP`."""
+"""Share of the steps, the first ones, left out of the throughput; at least `MIN_WARMUP` steps."""
 MIN_WARMUP = 3
 TAIL_SHARE = 0.1
-"""Share of the steps, the last ones, whose mean is called the training loss."""
+"""Share of the steps, the last ones, whose mean loss is reported as the training loss."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Log:
         )
 
     def belief(self, step: int, trace: LayerTrace | None) -> None:
-        """What the method believes as `step` begins; kept only where something but the age changed."""
+        """Log what the method believes as `step` begins, if anything but the age has changed."""
         if trace is None:
             return
         if step == 0 and trace.importance is not None and trace.probability is not None:
@@ -72,7 +72,7 @@ class Log:
             self.believed.append(row)
 
     def _note_if_not_adaptive(self, probability: Sequence[float], active: int) -> None:
-        """A sampler near uniform is LISA under another name; a collapsed one trains a fixed set."""
+        """Note a sampler that is near uniform, and so acts like LISA, or collapsed, and so trains a fixed set."""
         layers, effective = len(probability), effective_layers(probability)
         if effective > 0.95 * layers:
             self.notes.append(f"not adaptive: {effective:.2f} of {layers} layers effective after probing")
@@ -80,7 +80,7 @@ class Log:
             self.notes.append(f"collapsed: {effective:.2f} layers effective after probing, with {active} active")
 
     def write(self, folder: Path, periods: Sequence[Period]) -> None:
-        """steps, believed, observed and periods, one JSON object a line."""
+        """Write steps, believed, observed and periods, one JSON object a line."""
         atomic.write_jsonl(folder / "steps.jsonl", self.steps)
         atomic.write_jsonl(folder / "believed.jsonl", self.believed)
         atomic.write_jsonl(folder / "observed.jsonl", self.observed)
@@ -94,16 +94,16 @@ class Log:
 
     @property
     def clipped_share(self) -> float | None:
-        """Share of the steps whose gradient was clipped; None where the method does not say."""
+        """Share of the steps whose gradient was clipped; None if the method does not report it."""
         known = [s["clipped"] for s in self.steps if s["clipped"] is not None]
         return float(np.mean(known)) if known else None
 
     def judge_times(self, *, foreign_why: str | None, alloc_retries: int | None) -> None:
-        """Call it before `write`: times taken beside a foreign process become null, slowed ones are marked.
+        """Void the step times if another process was on the GPU, and note slowed ones. Call it before `write`.
 
         Args:
-            foreign_why: what else was on the GPU, if anything was.
-            alloc_retries: times that the allocator emptied its cache, which waits for the device.
+            foreign_why: which other process was on the GPU; None if there was none.
+            alloc_retries: how often the allocator emptied its cache, which waits for the device.
         """
         if alloc_retries:
             self.notes.append(
@@ -122,13 +122,13 @@ class Log:
         clock: Literal["perf_counter", "cuda events"],
         foreign_why: str | None = None,
     ) -> Timing:
-        """The clock's figures; throughput is null with a reason where too few steps were made.
+        """The clock's figures; throughput is null, with a reason, if too few steps were made.
 
         Args:
-            load_s: time to load model and rows.
-            period_steps: only whole periods of that many steps are timed, so that drawing anew weighs as it should.
-            clock: what timed the steps.
-            foreign_why: what else was on the GPU: every time of the steps is null.
+            load_s: seconds to load model and rows.
+            period_steps: only whole periods of this many steps are timed, so that draws have their proper weight.
+            clock: the clock that timed the steps.
+            foreign_why: which other process was on the GPU; if there was one, every step time is null.
         """
         steps = len(self.steps)
         warmup = max(MIN_WARMUP, round(WARMUP_SHARE * steps)) if steps else 0
@@ -141,7 +141,7 @@ class Log:
         seconds = np.array([s["step_s"] for s in timed] if why is None else [])
 
         def per_second(key: str) -> float | None:
-            # a run resumed from an older state did not count padding in its first steps
+            # a run resumed from an old resume state has no padding counts for its first steps
             if why is not None or not all(key in s for s in timed):
                 return None
             return float(sum(s[key] for s in timed) / seconds.sum())

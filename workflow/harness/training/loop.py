@@ -1,7 +1,7 @@
 """One training run, from a resolved spec to a record. Reads top to bottom.
 
-The harness owns the clock, the schedule, the data order and the seeds; the method owns which parameters move. Nothing
-here asks which method it is.
+The harness owns the clock, the schedule, the data order and the seeds; the method decides which parameters train.
+Nothing here depends on which method it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from harness.training.verdict import verdict
 from harness.training.watched_step import WatchedStep
 
 FALLBACK_PERIODS = 4
-"""Periods in which methods without a period of their own are watched."""
+"""Number of periods into which the run of a method without its own period is divided, to observe it."""
 
 
 def train(
@@ -52,7 +52,7 @@ def train(
     observation: Observation | None = None,
     refusal: str | None = None,
 ) -> TrainRecord:
-    """Train once and say how it went; a bad outcome is a record, a bad program raises.
+    """Train once and return the record; bad outcomes are recorded, bugs raise.
 
     Args:
         training: model, rows, method and recipe.
@@ -65,7 +65,7 @@ def train(
         state_folder: where resume state lives; None cannot resume.
         checkpoint_every: steps between two writes of the resume state.
         observation: the observer probe; None switches it off.
-        refusal: why the run must not start, known beforehand; the record is `skipped` and says so.
+        refusal: reason, known beforehand, why the run must not start; the record is then `skipped` with this reason.
     """
     torch.manual_seed(seed)
     run = _Run(training, name=name, inputs=inputs, observation=observation, refusal=refusal)
@@ -143,7 +143,7 @@ class _Run:
     def attempt(
         self, lr: float | None, seed: int, folder: Path | None, state_folder: Path | None, checkpoint_every: int
     ) -> tuple[Status, str | None]:
-        """Everything; bad outcomes become a status with its reason."""
+        """Do the whole run; bad outcomes become a status with its reason."""
         try:
             if self.refusal is not None:
                 raise CannotRunError(self.refusal)
@@ -174,7 +174,7 @@ class _Run:
     # ------------------------------------------------------------ before the first step
 
     def _resume(self, run: Loaded, state_folder: Path | None) -> int:
-        """Take up the state of a killed run; returns the steps it had done."""
+        """Restore the resume state of a killed run; returns the number of steps done."""
         found = resume.load(state_folder, run.module) if state_folder is not None else None
         if found is None:
             return 0
@@ -186,10 +186,10 @@ class _Run:
         return done
 
     def _prepare(self, run: Loaded) -> None:
-        """Let the method measure what it needs, on batches of its own."""
+        """Let the method make its measurements, on calibration batches."""
         with self._in_phase("prepare"):
             started = time.perf_counter()
-            # dropout in the probe must not shift the random numbers of training
+            # dropout in the probe must not change the random numbers of training
             with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._on_gpu else []):
                 assert run.method.calibration is not None
                 run.method.prepare(run.method.calibration)
@@ -200,7 +200,7 @@ class _Run:
     # ------------------------------------------------------------ steps
 
     def _train(self, run: Loaded, first_step: int, state_folder: Path | None, checkpoint_every: int) -> None:
-        """All optimizer steps, the observer and the engagement watch between them."""
+        """Run all optimizer steps, with the observer and the engagement watch between them."""
         total = self.recipe.steps if run.method.TRAINS else 0
         period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
         with Progress(total, self.name, done=first_step) as progress:
@@ -220,7 +220,7 @@ class _Run:
         self.checks = verdict(run.promise, run.facts, self.periods, coarse_weights=coarse)
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
-        """One optimizer step on the clock; returns the mean loss per label token."""
+        """Run one timed optimizer step; returns the mean loss per label token."""
         factor = lr_factor(step, self.recipe)
         context = WatchedStep(run, step, period, meters=self.meters, clock=self.clock, log=self.log)
         self.clock.start()
@@ -255,7 +255,7 @@ class _Run:
         self.validation_loss = loss
 
     def _export(self, run: Loaded, folder: Path | None) -> None:
-        """Write a plain model folder; an untouched model is named where it is."""
+        """Write a plain model folder; if the model was not trained, the record names its original folder."""
         if folder is None:
             return
         if not run.method.TRAINS:
@@ -270,7 +270,7 @@ class _Run:
 
     @property
     def periods(self) -> list[Period]:
-        """Periods that came to their end."""
+        """The finished periods."""
         return [p for p in self.loaded.watch.periods if p.last_step >= 0] if self.loaded else []
 
     @property
@@ -279,7 +279,7 @@ class _Run:
 
     @contextmanager
     def _in_phase(self, name: str) -> Iterator[None]:
-        """Meters and error messages of the block go under `name`."""
+        """Attribute the block's memory peaks and errors to the phase `name`."""
         self._phase = name
         with self.meters.phase(name):
             yield

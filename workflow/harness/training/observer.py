@@ -1,7 +1,8 @@
 """The observer probe: true gradient norms of every decoder layer, for every method, on fixed rows.
 
-What a method believes of its layers is in its trace; this is what is so. It runs outside the clock, leaves no gradient
-behind, and draws no random number, so a run with it and one without it train the same weights bit for bit.
+A method's trace has what the method believes of its layers; the observer measures the true values. It runs outside the
+clock, leaves no gradient behind and draws no random number, so runs with and without it train the same weights bit for
+bit.
 """
 
 from __future__ import annotations

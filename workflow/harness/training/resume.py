@@ -1,6 +1,6 @@
-"""Resume state of a training run: weights, method, generators and logs after some step, in one whole file.
+"""Resume state of a training run: weights, method, generators and logs after some step, written atomically to one file.
 
-It lies under results/state/, outside every declared output, since Snakemake deletes those before a job starts.
+It is kept under results/state/, outside every declared output, since Snakemake deletes outputs before a job starts.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Para
     Args:
         folder: results/state/<run>.
         step: optimizer steps done.
-        module: what trains; its parameters are saved but for those in `frozen`, which the run never changes.
-        frozen: weights that come back from the model's own folder.
+        module: the module that trains; its parameters are saved, except those in `frozen`.
+        frozen: weights that the run never changes; they are restored from the model's own folder.
         rest: method state, logs; plain containers, numbers, text and tensors only.
     """
     still = {id(p) for p in frozen}
@@ -37,7 +37,7 @@ def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Para
 
 
 def load(folder: Path, module: nn.Module) -> tuple[int, dict[str, Any]] | None:
-    """Put weights and generators back; returns the steps done and `rest`, or None where there is nothing to resume."""
+    """Restore weights and generators; returns the steps done and `rest`, or None if there is no resume state."""
     path = folder / FILE
     if not path.exists():
         return None

@@ -10,8 +10,8 @@ from baselines.method import Recipe
 def lr_factor(step: int, recipe: Recipe) -> float:
     """Factor for optimizer step `step` (from 0): linear warm-up, then linear, cosine or no decay.
 
-    It is never 0 within the run: the first warm-up step has 1 / warmup_steps, the last step of a decay is above 0, so
-    that every step moves what it promised to move.
+    The factor is never 0: it is 1 / warmup_steps in the first warm-up step, and above 0 in the last step of a decay, so
+    that every step changes the weights that the method promised to train.
     """
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps

@@ -26,13 +26,13 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str 
 
     The rule: lowest validation loss, averaged over the search seeds; a rate at which any seed diverged or ran out of
     memory does not count. An extension continues the grid by the ratio of its two outermost points. All trials run in
-    one process, which pays for the imports once.
+    one process, so that the imports are done only once.
 
     Args:
         job: the resolved spec.
         inputs: folders of model and rows.
-        trials_folder: finished trials are written there one by one, and taken up again after a kill.
-        refusal: why no trial must start, known beforehand.
+        trials_folder: finished trials are written there one by one, and reused after a kill.
+        refusal: reason, known beforehand, why no trial must start.
     """
     started = time.perf_counter()
     attempt = partial(train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal)

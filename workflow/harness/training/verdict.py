@@ -1,6 +1,6 @@
-"""Did the method do what it promised? The promise, an `Expectation`, beside what `harness.training.engagement` saw.
+"""Did the method do what it promised? Compares its `Expectation` with the facts of `harness.training.engagement`.
 
-Three public ports of layer-wise methods, which trained nothing or never let go of state, would have failed here.
+Three public ports of layer-wise methods, which trained nothing or never released state, would have failed here.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from harness.records.run import Check
 from harness.training.engagement import GROUPS, Period
 
 STATE_SLACK_BYTES = 32 * 1024
-"""Room for what is no moment: generators, importance windows, caches of the libraries."""
+"""Allowance for state other than moments: generators, importance windows, caches of libraries."""
 STATE_SLACK_SHARE = 0.02
 CHANCE_LIMIT = 1e-6
-"""A draw that repeats itself this improbably often is called a draw that never happened."""
+"""If repeating the same draw so often is less likely than this, the method is judged not to draw at all."""
 
 
 def verdict(
     promise: Expectation, facts: ModelFacts, periods: Sequence[Period], *, coarse_weights: bool = False
 ) -> list[Check]:
-    """Every promise beside what was seen; the run is engaged if all are ok.
+    """Check every promise against the observations; the run is engaged if all checks are ok.
 
     Args:
         promise: the method's.
         facts: the model's, taken by the harness before the method touched it.
         periods: finished periods only; none at all fails, unless nothing was promised to move.
-        coarse_weights: bf16 weights; a final norm, a few entries near 1, may then get gradients and never move.
+        coarse_weights: weights are bf16; a final norm, with few entries near 1, may then get gradients and never move.
     """
     if promise.layers == "chosen":
         checks = [_tensors_moved(periods, coarse_weights)]
@@ -178,7 +178,7 @@ class _StateLaw:
         self.visited_tensors: set[str] = set()
 
     def after(self, period: Period) -> int:
-        """Bytes promised at the end of the period's first update; call it for one period after the other."""
+        """Bytes promised at the end of the period's first update; call it for the periods in order."""
         promise = self.promise
         self.visited |= set(period.moved_layers)
         self.visited_tensors |= set(period.believed_tensors or ())
@@ -196,7 +196,7 @@ class _StateLaw:
         return self.outside + sum(self.layers[layer] for layer in layers)
 
     def words(self) -> str:
-        """The law in words."""
+        """The promise in words, for the record."""
         promise = self.promise
         if promise.state_of == "none":
             return "none"
@@ -236,7 +236,7 @@ def _rotation(promise: Expectation, facts: ModelFacts, periods: Sequence[Period]
 def chance_of_set(probability: Sequence[float], drawn: Sequence[int]) -> float:
     """Probability that successive draws without replacement give exactly this set, in any order.
 
-    Exact up to 6 layers; above, the most probable order times the number of orders, an upper bound.
+    Exact up to 6 layers; above, an upper bound: the probability of the likeliest order times the number of orders.
     """
 
     def in_order(order: Sequence[int]) -> float:

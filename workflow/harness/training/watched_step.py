@@ -1,4 +1,4 @@
-"""The harness's share of an optimizer step in training: batches, loss, what is written down, looks at the model."""
+"""The harness's part of an optimizer step in training: batches, loss, logs, and observations of the model."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from harness.training.logs import Log
 
 
 class WatchedStep(StepContext):
-    """The harness's share of step `step`; looks at the model are outside of clock and meters.
+    """The harness's part of step `step`; clock and meters leave observations of the model out.
 
     Args:
-        run: what trains.
+        run: the model in training.
         step: counted from 0.
-        period: steps of the method's period, or of the one it is watched by.
+        period: steps in the method's period, or in the fallback period that the harness watches it by.
         meters: of the run.
         clock: of the run, started.
         log: of the run.
@@ -38,14 +38,14 @@ class WatchedStep(StepContext):
         """The step's micro-batches, on the run's device."""
 
     def part(self, part: Part) -> AbstractContextManager[None]:
-        """The allocator's peaks are told apart; a method with a period draws anew inside a period's last update."""
+        """Records the part's allocator peaks; a period's last update is `resample` if the method promises a period."""
         if part == "begin":
             return nullcontext()
         draws = part == "update" and self._ends_period and self._run.promise.period_steps is not None
         return self._told_apart("resample" if draws else part)
 
     def begun(self) -> None:
-        """Write down what the method believes, and fingerprint the weights where a period starts."""
+        """Log what the method believes, and fingerprint the weights at the start of a period."""
         trace = self._run.method.trace()
         self._log.belief(self._step, trace)
         if self.starts_period:
@@ -53,13 +53,13 @@ class WatchedStep(StepContext):
                 self._run.watch.start_period(self._step, trace)
 
     def micro_batches(self) -> list[dict[str, Tensor]]:
-        """Rows by seed and step."""
+        """The step's micro-batches, whose rows depend on seed and step alone."""
         self.batches = self._run.batches.step(self._step)
         self._targets = sum(label_tokens(batch) for batch in self.batches)
         return self.batches
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """Share of the mean loss per label token of the whole step."""
+        """The micro-batch's share of the step's mean loss per label token."""
         return token_loss(module, batch) / self._targets
 
     def after_backward(self, loss: Tensor) -> None:
@@ -68,7 +68,7 @@ class WatchedStep(StepContext):
         self._total += loss
 
     def before_update(self) -> None:
-        """Look which gradients there are."""
+        """At the start of a period, record which gradients exist."""
         if self.starts_period:
             with self._clock.paused():
                 self._run.watch.before_update()
@@ -79,5 +79,5 @@ class WatchedStep(StepContext):
         return float(self._total)
 
     def let_go(self) -> None:
-        """Of the step's tensors, so that none of them is counted as the method's."""
+        """Release the step's tensors, so that none of them is counted as the method's."""
         self.batches, self._total = [], None
