@@ -1,4 +1,4 @@
-"""What an audit saw, in plain data; `harness.audit.observing` gathers it, `harness.audit.judging` reads it."""
+"""An audit's observations as plain data; `harness.audit.observing` collects it, `harness.audit.judging` reads it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Tensor:
-    """One parameter of the model, or an adapter's, over the whole audit. Counts are intervals."""
+    """One parameter of the model or of an adapter, over the whole audit. Counts are numbers of intervals."""
 
     part: str
     """`layer 3`, `embedding`, `final_norm` or `head`."""
@@ -42,7 +42,7 @@ class StateBytes:
 
 @dataclass
 class Facts:
-    """Everything that an audit saw."""
+    """All observations of an audit."""
 
     model: str
     optimizer: str

@@ -1,4 +1,4 @@
-"""Verdicts over what an audit saw: each names the fault, where it is, and the mend."""
+"""Verdicts on the observations of an audit: each names the fault, its place, and the remedy."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ FLAT = 1e-9
 
 @dataclass(frozen=True)
 class Finding:
-    """One verdict. `BROKEN` is a fault in any method; `LOOK` is one unless the method means it."""
+    """One verdict. `BROKEN` is a fault in any method; `LOOK` is a fault unless the method intends it."""
 
     verdict: Literal["ok", "LOOK", "BROKEN"]
     text: str
 
 
 def judge(facts: Facts) -> list[Finding]:
-    """All verdicts, in the order in which a reader should look at them."""
+    """All verdicts, in the order in which a reader should check them."""
     if not facts.steps:
         return [Finding("BROKEN", "the optimizer took no step: nothing was trained")]
     return [check(facts) for check in (_moves, _held, _gradients, _frozen, _stale, _state, _schedule, _rotation)]
 
 
 def report(facts: Facts) -> str:
-    """Table of parts, growth of state, verdicts."""
+    """The report: table of parts, growth of optimizer state, verdicts."""
     rows = []
     for part in facts.parts():
         tensors = facts.of(part)
@@ -164,7 +164,7 @@ def _rotation(facts: Facts) -> Finding:
 
 
 def _where(facts: Facts, tensors: Iterable[Tensor]) -> str:
-    """Parts that these tensors are in, and how many tensors, where they are not all of them."""
+    """The parts that these tensors are in, with their number if they are not all tensors of these parts."""
     chosen = list(tensors)
     parts = [part for part in facts.parts() if any(t.part == part for t in chosen)]
     everything = sum(len(facts.of(part)) for part in parts)
@@ -173,7 +173,7 @@ def _where(facts: Facts, tensors: Iterable[Tensor]) -> str:
 
 
 def _parts(parts: list[str]) -> str:
-    """`layers 0-3, 5, head`: runs of layers are joined."""
+    """`layers 0-3, 5, head`: consecutive layers are joined."""
     numbers = [int(part.split()[1]) for part in parts if part.startswith("layer ")]
     others = [part for part in parts if not part.startswith("layer ")]
     runs: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""Looks at a stranger's training from outside, through the hooks that every torch optimizer has."""
+"""Observes any training from outside, through the hooks that every torch optimizer has."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from harness.measuring.census import fingerprint, storage_bytes
 class Audit:
     """Watches `optimizer` train `model`, and prints a table with verdicts when the block ends.
 
-    An interval is a stretch of steps in which the same parameters required gradients, `interval_steps` long at most.
-    At its ends the bits of every parameter are compared (one pass over the weights each); in between only flags and
-    rates are read. Training itself is not touched: no weight, gradient or random number changes.
+    An interval is a sequence of at most `interval_steps` steps in which the same parameters require gradients. The bits
+    of every parameter are compared between its start and its end (one pass over the weights each); in between only
+    flags and learning rates are read. Training itself is not affected: no weight, gradient or random number changes.
 
     Args:
         model: with decoder layers that `grass.find_layers` finds; adapters inside a layer belong to that layer.
-        optimizer: whatever steps; a wrapper that holds the true one as `.optimizer` (accelerate) is opened.
+        optimizer: the optimizer whose `step` is called; a wrapper (accelerate) is replaced by its `.optimizer`.
         interval_steps: longest interval.
         quiet: keep the report for `report()`, print nothing.
 
     Raises:
-        ValueError: no decoder layers are found, or `optimizer` is no torch optimizer.
+        ValueError: no decoder layers are found, or `optimizer` is not a torch optimizer.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Audit:
     ) -> None:
         if interval_steps < 1:
             raise ValueError(f"interval_steps must be at least 1, not {interval_steps}")
-        # accelerate's wrapper is an Optimizer too, but steps the one inside
+        # accelerate's wrapper is an Optimizer too, but calls the inner one's `step`
         inner = getattr(optimizer, "optimizer", optimizer)
         if not isinstance(inner, torch.optim.Optimizer):
             raise ValueError(f"optimizer is a {type(optimizer).__name__}, not a torch.optim.Optimizer")
@@ -117,7 +117,7 @@ class Audit:
         for name in on:
             facts.tensors[name].on += 1
             facts.tensors[name].graded += name in alive
-        # a gradient of zeros moves nothing under Adam from zero moments, and that is no fault of the optimizer's
+        # with zero moments, Adam does not move a parameter whose gradient is zero: that is not the optimizer's fault
         self._graded = frozenset(n for n in alive & on if self._parameters[n].grad.count_nonzero() > 0)  # type: ignore[union-attr]
 
     def _end_interval(self) -> None:
@@ -138,11 +138,11 @@ class Audit:
         return {name: fingerprint([p]) for name, p in self._parameters.items()}
 
     def _state_bytes(self) -> StateBytes:
-        """Tensors in the optimizer's state, and parameters of its groups that are copies of the model's."""
+        """Bytes of tensors in the optimizer's state, and of its group parameters that are copies of the model's."""
         own = {id(p) for p in self._parameters.values()}
         total: dict[int, int] = {}
         sleeping = 0
-        # BAdam's optimizer, for one, leaves all state with another that it holds
+        # BAdam's optimizer, for one, keeps all its state in an inner optimizer
         for optimizer in (self.optimizer, *filter(_is_optimizer, vars(self.optimizer).values())):
             groups = (p for group in optimizer.param_groups for p in group["params"])
             total |= storage_bytes(p for p in groups if id(p) not in own)
