@@ -1,1 +1,1 @@
-"""What runs are fed with: rows, tokens, models, each with its hash and with counts of what was cut or dropped."""
+"""Inputs of runs: rows, tokens, models, each with its hash and with counts of truncated or dropped rows."""

@@ -1,10 +1,10 @@
 """Seeded generator of the embedded study: word problems, multiple choice, and text to pretrain on.
 
-Two task families in LLM-Adapters format. `arithmetic`: word problems of two or three steps with a worked answer whose
-last number is the answer. `choice`: in which of four ranges does the result of a one-step problem lie; the options are
-the same in every question, because finding a number in a list is a skill that a model this small does not acquire in a
-minute. Pretraining knows the halves of both (facts, one-step problems) but neither of the wholes, so that fine-tuning
-adapts something half known, as real fine-tuning does. Texts are short, since the whole study runs on two cores.
+Two task families in LLM-Adapters format. `arithmetic`: word problems of two or three steps with a worked solution whose
+last number is the answer. `choice`: in which of four ranges does the result of a one-step problem lie? The options are
+the same in every question, because a model this small does not learn in a minute to find a number in a list.
+Pretraining covers parts of both tasks (facts, one-step problems) but neither whole task, so that fine-tuning adapts
+partial knowledge, as real fine-tuning does. Texts are short, since the whole study runs on two cores.
 
 Whether a question may be used for training, validation or testing is decided by a hash of its text: sets drawn with
 different seeds never share a question across splits.
@@ -31,7 +31,7 @@ LARGEST = 40
 _STEP = 9
 """Largest number a problem starts from, adds or takes away."""
 _FACT_START = 27
-"""Largest left operand of a fact: what three steps can reach before the last of them."""
+"""Largest left operand of a fact: the largest number that a three-step problem can reach before its last step."""
 
 _NAMES = ("Ann", "Bob", "Eva", "Ian", "Joe", "Kim", "Lea", "Max")
 _THINGS = ("apples", "books", "cards", "coins", "eggs", "keys", "pens", "shells")
@@ -48,17 +48,17 @@ CHOICE_FORMAT = "Answer format: answer1/answer2/answer3/answer4"
 CHOICE_OUTPUT = "the correct answer is"
 
 _RANGES = (range(4), range(4, 8), range(8, 12), range(12, 19))
-"""What the options say: one-step results fall into the four in about equal parts."""
+"""Ranges that the options name: one-step results fall into each of the four about equally often."""
 
 _STEPS: dict[Variant, int] = {"two-step": 2, "three-step": 3}
 _TRIES = 10_000
-"""Draws for one new question before a set counts as too large."""
+"""Tries to draw one new question before the requested set counts as too large."""
 
 _TRAIN_VARIANTS: dict[Family, tuple[Variant, ...]] = {"arithmetic": ("two-step", "three-step"), "choice": ("choice",)}
 
 
 def words() -> list[str]:
-    """Every word, number and mark that generated text is made of, each once; the fixed phrases left out."""
+    """Every word, number and punctuation mark of generated text, each once, without the fixed phrases."""
     labels = [f"answer{k}" for k in range(1, 5)]
     listed = (_NAMES, _THINGS, _GAINS, _LOSSES, _PLACES, _COLOURS, _STORY_WORDS, labels)
     numbers = [str(n) for n in range(LARGEST + 1)]
@@ -82,7 +82,7 @@ def training_rows(family: Family, *, split: Split, count: int, seed: int) -> lis
 def suite_rows(variant: Variant, *, split: Split, count: int, seed: int) -> list[Row]:
     """`count` rows of one variant with distinct questions, all of which belong to `split`.
 
-    Raises UserError where the generator has too few distinct questions.
+    Raises UserError if the generator has too few distinct questions.
     """
     rng = np.random.default_rng([seed, zlib.crc32(f"{variant}/{split}".encode())])
     found: dict[str, Row] = {}
@@ -152,10 +152,10 @@ def story(rng: np.random.Generator) -> str:
 
 
 def guessed_row(rng: np.random.Generator) -> Row:
-    """A multiple-choice question with a random answer: its form and its words, without the skill.
+    """A multiple-choice question with a random answer: it teaches the format and the words, but not the skill.
 
-    Real pretraining knows the words of a format as well. Without this, the words of the answers would have untrained
-    rows in embedding and head, and a method that trains neither could not write them.
+    Real pretraining also covers the words of a format. Without such rows, the words of the answers would have untrained
+    rows in embedding and head, and a method that trains neither could not produce them.
     """
     question, answer = choice_row(rng, gold=int(rng.integers(1, 5))), f"answer{rng.integers(1, 5)}"
     return Row(instruction=question["instruction"], input="", output=f"{CHOICE_OUTPUT} {answer}", answer=answer)
@@ -177,7 +177,7 @@ def pieces(
 
 
 def _change(rng: np.random.Generator, total: int) -> tuple[str, int, int]:
-    """A sign, an amount from 1 on and the result; nothing goes below 0."""
+    """A sign, an amount of at least 1, and the result, which is never below 0."""
     if total > 0 and rng.random() < 0.5:
         amount = int(rng.integers(1, min(_STEP, total) + 1))
         return "-", amount, total - amount

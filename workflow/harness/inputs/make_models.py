@@ -1,4 +1,4 @@
-"""Models made ready: found in a folder or fetched from the hub, checked, and described by a manifest."""
+"""Prepares models: finds them in a folder or fetches them from the hub, checks them, and writes a manifest."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def make_model(job: ModelJob, folder: Path) -> ModelRecord:
     """Find or fetch a model and write manifest.json into `folder`; for one pretrained here see `inputs.pretrain`.
 
-    A fetched model lies in `folder`/model, a local one stays where it is and is only hashed. The manifest is written
-    last: where it stands, the model is whole.
+    A fetched model is stored in `folder`/model; a local one stays where it is and is only hashed. The manifest is
+    written last: if it exists, the model is complete.
 
-    Raises UserError, in one line, for a folder that holds no model, for a download that cannot be had, and for a model
-    that is to be pretrained.
+    Raises UserError, in one line, for a folder that holds no model, for a download that fails, and for a model that is
+    to be pretrained.
     """
     started = time.perf_counter()
     source = job.source
@@ -64,9 +64,9 @@ def describe_model(
     Args:
         name: of the record.
         weights: the folder.
-        where: the same as the manifest names it.
+        where: that folder's path as written in the manifest.
         into: folder of the manifest.
-        started: when making it ready began (s, `time.perf_counter`).
+        started: when the preparation began (s, `time.perf_counter`).
         provenance: of the record.
         losses: of pretraining, (step, nats per token).
 
@@ -102,7 +102,7 @@ def _checked_files(folder: Path, *, asked: str) -> list[Path]:
         raise UserError(f"{asked}: no weights in it ({' or '.join(_WEIGHTS)}); download or convert them")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        # Offline, the hub client takes a folder with a broken download for whole; a copied folder may lack a shard too.
+        # Offline, the hub client takes a partial download for complete; a copied folder may lack a shard too.
         try:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -129,7 +129,7 @@ def _count_parameters(folder: Path, *, asked: str) -> int:
 
 
 def _fetch(source: HubModel, folder: Path) -> None:
-    # Straight into its place: the hub client resumes a broken download by what it finds there.
+    # Download into the final place: the hub client resumes a partial download from the files there.
     name = f"{source.repo} at {source.revision}"
     try:
         snapshot_download(

@@ -19,11 +19,11 @@ from harness.study.spec import FileRows, FileSuite, RowsJob, SuiteJob
 
 
 def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
-    """Write train.json, validation.json and, last, manifest.json into `folder`: where it stands, the rest is whole.
+    """Write train.json, validation.json and manifest.json into `folder`; the manifest is last and marks completion.
 
     Files: rows without an output are dropped and counted, the rest is shuffled by the source's seed; the first
-    `validation_rows` are for validation, the next `train_rows` (or all) for training. A question that a file holds
-    twice may land on both sides. Generated: see `harness.inputs.generated`.
+    `validation_rows` are for validation, the next `train_rows` (or all) for training. A question that occurs twice in
+    a file may end up in both. Generated: see `harness.inputs.generated`.
 
     Raises UserError if the files hold too few rows.
     """

@@ -1,4 +1,4 @@
-"""Models and tokenizers of a folder, loaded."""
+"""Loads models and tokenizers from a folder."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from harness.errors import UserError, first_line
 from harness.records.run import ModelRecord
 from harness.study.paths import resolve
 
-disable_progress_bar()  # the harness shows its own progress; a bar a loaded file would drown it
+disable_progress_bar()  # transformers' bar for each loaded file would hide the harness's own progress
 
 
 def model_folder(record: ModelRecord) -> Path:
-    """Where the model of a manifest lies on this machine; raises UserError where a `${NAME}` in it is not set."""
+    """Folder of a manifest's model on this machine; raises UserError if a `${NAME}` in its path is not set."""
     return resolve(record.folder)
 
 
 def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: Any) -> nn.Module:
     """A causal language model in training mode on the CPU (or where `kwargs` put it), every parameter requiring grad.
 
-    Attention is scaled-dot-product unless `kwargs` say otherwise; quantised loading comes in through `kwargs` too. Pass
-    `use_cache=False` to the forward pass in training: the setting is not touched here, since it would be saved with
-    the trained model.
+    Attention is scaled-dot-product unless `kwargs` say otherwise; `kwargs` can also ask for quantised loading. Pass
+    `use_cache=False` to the forward pass in training: the setting is not changed here, since it would be saved with the
+    trained model.
     """
     settings = {"attn_implementation": "sdpa", "dtype": torch_dtype(weight_dtype), **kwargs}
     model: nn.Module = AutoModelForCausalLM.from_pretrained(path, **settings)
@@ -38,10 +38,10 @@ def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: A
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a model folder, with a pad token.
 
-    One without a pad token takes its unknown token (id 0 in Llama 1 and 2, which is the published protocol's choice),
-    else its end token. Which one it is never matters to the loss: padding is masked out by position.
+    A tokenizer without a pad token uses its unknown token (id 0 in Llama 1 and 2, which is the published protocol's
+    choice), else its end token. The choice does not affect the loss: padding is masked out by position.
 
-    Raises UserError where there is none of the three, or no tokenizer.
+    Raises UserError if it has none of the three, or if there is no tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -38,7 +38,7 @@ _MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What pretraining left behind besides the model folder."""
+    """What pretraining produces besides the model folder."""
 
     parameters: int
     losses: list[tuple[int, float]]
@@ -87,8 +87,8 @@ def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:
 def batches(corpus: Corpus, tokenizer: Any, *, rows: int, length: int, seed: int) -> Iterator[Tensor]:
     """Endless batches of token ids, int64 of shape (rows, length).
 
-    Every row starts with a fresh piece of text (as rows do in fine-tuning) and is filled with further pieces, each with
-    its start and end token; what sticks out at the right is cut, so there is no padding.
+    Every row starts with a new piece of text (as rows do in fine-tuning) and is filled with further pieces, each with
+    its start and end token; the last piece is cut at the row's end, so there is no padding.
     """
     rng = np.random.default_rng(seed)
     texts = (_text(piece, rng) for piece in pieces(rng, **corpus.model_dump()))
@@ -105,7 +105,7 @@ def _text(piece: Any, rng: np.random.Generator) -> str:
 
 
 def _tokens(texts: Iterator[str], tokenizer: Any) -> Iterator[list[int]]:
-    while True:  # in blocks, since one call a text costs ten times as much
+    while True:  # in blocks, since tokenising each text by itself takes ten times as long
         for ids in tokenizer(list(islice(texts, 1000)))["input_ids"]:
             yield [*ids, tokenizer.eos_token_id]
 

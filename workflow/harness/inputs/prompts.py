@@ -2,7 +2,7 @@
 
 Facts: `reference/llm-adapters-protocol.md`, section 1. Training and evaluation template are NOT the same string:
 after "request." training has two spaces and evaluation one, and the line before "### Response:" holds sixteen spaces in
-training and is empty in evaluation. Both are kept as published; what a tokenizer makes of the difference is its affair.
+training and is empty in evaluation. Both are kept as published; whether the tokens differ depends on the tokenizer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INDENT = " " * 16
 
 
 class Row(TypedDict):
-    """One row in LLM-Adapters format. `input` is always the empty string; `answer` alone is gold."""
+    """One row in LLM-Adapters format. `input` is always the empty string; only `answer` is the gold answer."""
 
     instruction: str
     input: str
@@ -29,7 +29,7 @@ class Row(TypedDict):
 
 
 def training_prompt(instruction: str) -> str:
-    """Everything that stands before the output in training, up to and including the sixteen spaces before it."""
+    """All text before the output in training, including the sixteen spaces directly before it."""
     return (
         f"{TASK_SENTENCE}  \n\n"
         f"{_INDENT}{INSTRUCTION_MARK}\n"
