@@ -1,1 +1,1 @@
-"""The contract suite: what every method must hold to, observed from outside on a tiny model."""
+"""The contract suite: checks that every method must pass, observed from outside on a tiny model."""

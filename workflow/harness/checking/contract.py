@@ -1,6 +1,6 @@
-"""Checks of one method, each from outside: the harness trains with it as it would in a study, then looks.
+"""Checks of one method, each from outside: the harness trains with it as in a study, then inspects the result.
 
-A check returns None where the contract holds, else one sentence. `python -m harness check` runs them all.
+A check returns None if the contract holds, else one sentence. `python -m harness check` runs all checks.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Case:
     options: dict[str, Any]
     inputs: Inputs
     folder: Path
-    """Scratch of this case."""
+    """Scratch folder of this case."""
 
     def standard(self) -> TrainRecord:
-        """The run that several checks look at: 12 steps, seed 0, observed; trained once a folder."""
+        """The run that several checks share: 12 steps, seed 0, with the observer; trained once per folder."""
         written = self.folder / "standard.json"
         if not written.exists():
             write_text(written, self.train(STANDARD).model_dump_json())
@@ -71,7 +71,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check said; `detail` is None where the contract holds."""
+    """Result of one check; `detail` is None if the contract holds."""
 
     check: str
     detail: str | None
@@ -96,7 +96,7 @@ def promises_hold(case: Case) -> str | None:
 
 
 def loss_falls(case: Case) -> str | None:
-    """Thirty steps on 64 rows take at least a fiftieth off the loss; a method that takes no step leaves it."""
+    """Thirty steps on 64 rows lower the loss by at least 2 %; a method that takes no step leaves it unchanged."""
     record = case.train("falls", steps=30)
     steps = read_jsonl(case.folder / "falls" / "steps.jsonl")
     if not case.method_class().TRAINS:
@@ -106,7 +106,7 @@ def loss_falls(case: Case) -> str | None:
 
 
 def one_seed_repeats(case: Case) -> str | None:
-    """Two runs of one seed end in the same weights, bit for bit."""
+    """Two runs with the same seed end in the same weights, bit for bit."""
     case.standard(), case.train("repeated")
     return _difference(case, STANDARD, "repeated")
 
@@ -119,7 +119,7 @@ def two_seeds_differ(case: Case) -> str | None:
 
 
 def resume_equals_straight(case: Case) -> str | None:
-    """A run killed after step 6 and taken up from its last state ends as if nothing had happened, bit for bit."""
+    """A run killed after step 6 and resumed from its last state ends like an uninterrupted run, bit for bit."""
     method_class = case.method_class()
     if not method_class.TRAINS:
         return None
@@ -194,7 +194,7 @@ def schedule_reaches_every_group(case: Case) -> str | None:
 
 
 def accumulation_changes_nothing(case: Case) -> str | None:
-    """Two micro-batches of 4 rows train like one of 8, while both choose the same layers; or the method refuses."""
+    """Two micro-batches of 4 rows train like one of 8 as long as both choose the same layers; or the method refuses."""
     refusal = case.train("halves", micro_batch_size=4)
     if refusal.status == "skipped":
         said = "accumulation" in (refusal.status_why or "")
@@ -229,14 +229,14 @@ CHECKS: tuple[Callable[[Case], str | None], ...] = (
 
 
 FAMILY_CHECKS = (promises_hold, resume_equals_straight, export_is_what_was_trained)
-"""What is looked at on every family of models: the rest does not hang on the architecture."""
+"""Checks that run on every model family: the others do not depend on the architecture."""
 
 
 def run_check(check: Callable[[Case], str | None], case: Case) -> Finding:
-    """Run one check; an exception inside it is its finding, so that one defect does not hide others."""
+    """Run one check; an exception in it becomes its finding, so that one defect does not hide others."""
     try:
         detail = check(case)
-    except Exception as error:  # noqa: BLE001  whatever a broken method raises is what the check found
+    except Exception as error:  # noqa: BLE001  any exception of a broken method is the check's finding
         detail = f"{type(error).__name__}: {error}"
     return Finding(check.__name__, detail)
 
@@ -245,7 +245,7 @@ def _weights(case: Case, name: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     folder = case.folder / name / "model"
-    # a method that takes no step exports nothing: its checkpoint is the model it was given
+    # a method that takes no step exports nothing: its checkpoint is the original model
     folder = folder if folder.exists() else case.inputs.model
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 

@@ -82,7 +82,7 @@ def _tiny_model(family: str, tokenizer: Any) -> Any:
 
 
 def tiny_training(module: str, options: dict[str, Any], **recipe: Any) -> Training:
-    """A resolved spec of `baselines.<module>` on the tiny model; `recipe` is laid over `RECIPE`."""
+    """A resolved spec of `baselines.<module>` on the tiny model; `recipe` overrides `RECIPE`."""
     complete = find_method(module).Config.model_validate(options).model_dump(mode="json")
     return Training(
         model=ModelJob(label="tiny", source=LocalModel(kind="local", path="tiny")),

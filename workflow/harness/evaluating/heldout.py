@@ -1,13 +1,13 @@
 """Held-out loss: how well a model expects the reference `output` of test rows it was not trained on.
 
-The loss is taken under the *training* template and on the answer's tokens alone (its end token included, where the row
-was not cut), whatever the run's own loss mask was, so that runs can be compared. It goes on telling methods apart where
-accuracy is already full.
+The loss uses the *training* template and only the answer's tokens (with its end token, if the row was not cut),
+whatever the run's own loss mask was, so that runs can be compared. It still separates methods whose accuracy is
+saturated.
 
-What `output` is decides what the number means. In generated suites and in the commonsense files it is the gold answer
-in words. In the arithmetic files of LLM-Adapters it is a language model's rationale, which may contradict `answer`
-(the last number of it is the gold one in 771 of 1,319 gsm8k rows): there the loss says how well that rationale is
-imitated, not how right the model is. In mawps and mathqa `output` is empty and there is no loss.
+The meaning of the number depends on `output`. In generated suites and in the commonsense files it is the gold answer in
+words. In the arithmetic files of LLM-Adapters it is a language model's rationale, which may contradict `answer` (its
+last number is the gold answer in 771 of 1,319 gsm8k rows): there the loss measures how well the model imitates that
+rationale, not how often it is right. In mawps and mathqa `output` is empty and there is no loss.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class HeldoutLoss:
 
     documents: tuple[DocumentLoss, ...]
     truncated_rows: int
-    """Cut at `max_length`: their loss covers the tokens before the cut."""
+    """Rows cut at `max_length`: their loss covers the tokens before the cut."""
 
     @property
     def tokens(self) -> int:
@@ -44,7 +44,7 @@ class HeldoutLoss:
 
     @property
     def mean(self) -> float | None:
-        """Mean nats per answer token, every token counting alike; None where no row has a loss or one is not finite."""
+        """Mean nats per answer token, all tokens weighted equally; None if no row has a loss or one is not finite."""
         total = math.fsum(document.loss * document.tokens for document in self.documents if document.loss is not None)
         return total / self.tokens if self.tokens and self.why is None else None
 
@@ -59,8 +59,8 @@ class HeldoutLoss:
 def heldout_loss(model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length: int, batch_size: int) -> HeldoutLoss:
     """Loss of every row's reference output.
 
-    Rows are sorted by length before they are batched, so that little is padded; padding is masked, hence the batch
-    size changes results only by rounding.
+    Rows are sorted by length before they are batched, to reduce padding; padding is masked, so the batch size changes
+    results only by rounding.
 
     Args:
         model: a causal language model in evaluation mode.

@@ -1,4 +1,4 @@
-"""Accuracy of one suite through lm-eval, with our own task files and nothing left to a default of the checkpoint."""
+"""Accuracy of one suite through lm-eval, with our own task files and without any default of the checkpoint."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ DEVIATIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one test row."""
+    """Result of one test row."""
 
     correct: bool
     prediction: str | None
-    """Extracted from the continuation; None where the scoring rule found nothing."""
+    """Answer extracted from the continuation; None if the scoring rule found none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class SuiteOutcome:
 
     outcomes: tuple[Outcome, ...]
     truncated_rows: int
-    """Prompts too long for the model's context less `max_new_tokens`: their beginning was cut off."""
+    """Rows whose prompt exceeds the model's context minus `max_new_tokens`: its beginning was cut off."""
 
 
 def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
-    """An lm-eval model around an already loaded one, so that all suites of a run share a single load.
+    """An lm-eval model around a loaded model, so that the model is loaded only once for all suites of a run.
 
-    Replaces the model's generation configuration: any field left unset in a call would be filled from it, and
-    checkpoints ship sampling, repetition penalties and end tokens of their own.
+    Replaces the model's generation configuration: fields left unset in a call are filled from it, and checkpoints bring
+    their own sampling, repetition penalties and end tokens.
 
     Raises:
         UserError: the tokenizer has no end token.
@@ -61,13 +61,13 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
 
-    # Its warnings (a model object instead of a name, cut prompts) are expected here, or counted by us.
+    # lm-eval's warnings (a model object instead of a name, cut prompts) are expected here, or counted by us.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # Its progress bar listens to nothing but this argument, which `evaluate` does not pass.
+    # Only this argument switches off its progress bar, and `evaluate` does not pass it.
     lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -124,15 +124,15 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
             f"max_new_tokens {max_new_tokens}: must be less than the model's context, {lm.max_length} tokens"
         )
     name = f"llm_adapters_{scoring}"
-    # A cache of its own, thrown away: no earlier file can be mistaken for this one, and the home folder stays clean.
+    # A temporary cache: no earlier file can be mistaken for this one, and the home folder stays clean.
     with tempfile.TemporaryDirectory(prefix="harness-eval-") as cache:
         overrides = {"dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": cache}}
-        # Only a group lets a caller change settings of a task that has a file.
+        # The settings of a task from a file can be changed only through a group.
         loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(
             [{"group": "suite", "task": [{"task": name, **overrides}]}]
         )
         task = loaded["tasks"][name]
-        # The reader guesses types: a column of nothing but dates would come back as other text.
+        # The reader guesses types: a column with only dates would come back as different text.
         if list(task.test_docs()) != list(rows):
             raise UserError(
                 f"{file}: lm-eval reads other rows than the harness; write it as a json list of complete rows"

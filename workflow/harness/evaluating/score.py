@@ -1,4 +1,4 @@
-"""Everything that is asked of a finished run: accuracy and held-out loss of each suite, as one record and one table."""
+"""Scores a finished run: accuracy and held-out loss of each suite, as one record and one table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHANCE: dict[Scoring, float | None] = {
     "ending": 1 / 4,
     "option": 1 / 2,
 }
-"""Share that a blind guess among the rule's strings gets right; `answer` has two to five options, see `chance`."""
+"""Accuracy of a blind guess among the rule's strings; `answer` has two to five options, see `chance`."""
 
 
 def evaluate(
@@ -127,15 +127,15 @@ def _outcomes(
 
 
 def normalised(text: str) -> str:
-    """Lower case, punctuation taken as white space, white space collapsed; letters, digits and decimal points stay.
+    """Lower case, punctuation replaced by spaces, white space collapsed; letters, digits and decimal points stay.
 
-    As space and not as nothing, so that "Ann's" and the tokenised "Ann 's" of the MAWPS files are the same.
+    Punctuation becomes a space, so that "Ann's" and the tokenised "Ann 's" of the MAWPS files are equal.
     """
     return " ".join(re.sub(r"\.(?!\d)|[^\w\s.]|_", " ", text.lower()).split())
 
 
 def chance(scoring: Scoring, rows: Sequence[Row]) -> float | None:
-    """Share of rows that a blind guess gets right, or None where there is nothing to guess among.
+    """Expected accuracy of a blind guess, or None if there are no options to guess among.
 
     For `answer` the options are counted in each instruction's tail ("Answer format: answer1/answer2/answer3"); a row
     without that tail makes it None.
@@ -167,7 +167,7 @@ def _suite_score(
         scoring=source.scoring,
         protocol=PROTOCOL,
         rows=len(rows),
-        # A file with exactly `limit` rows cannot be told from a longer one by now, and counts as limited.
+        # A file with exactly `limit` rows cannot be distinguished from a longer one here, and counts as limited.
         limited=source.kind == "files" and source.limit is not None and len(rows) >= source.limit,
         correct=sum(outcome.correct for outcome in answered.outcomes),
         unparsed=sum(outcome.prediction is None for outcome in answered.outcomes),
@@ -194,7 +194,7 @@ def _document_rows(
 
 
 def _write(out: Path, documents: list[dict[str, Any]], record: EvalRecord) -> EvalRecord:
-    """The table first: a record on disk means that both are there."""
+    """Write the table first, then the record: if the record exists, both do."""
     table = pd.DataFrame(documents, columns=list(DOCUMENT_COLUMNS)).astype(DOCUMENT_COLUMNS)
     with whole_file(out.with_suffix(".parquet")) as temporary:
         table.to_parquet(temporary, index=False)
