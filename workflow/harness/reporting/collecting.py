@@ -1,4 +1,4 @@
-"""From records on disk to flat rows: the only place that knows both shapes."""
+"""Turns records on disk into flat rows: the only module that knows both formats."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _step_row(run: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A run made before padding was counted has no total."""
+    """A row of the steps table; runs made before padding was counted have no total."""
     return {"run": run, "total_tokens": None, **row}
 
 
@@ -68,7 +68,7 @@ def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:
 def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     layers = next((len(row[key]) for key in ("importance", "probability", "age_steps") if row[key] is not None), None)
     if layers is None:
-        # a method that believes in no layer: only what it drew is known
+        # a method without beliefs about layers: only its draws are known
         unknown = dict.fromkeys(("importance", "probability", "age_steps"))
         known = {"run": run, "step": row["step"], "active": True}
         return [{**known, "layer": layer, **unknown} for layer in row["active"]]

@@ -1,4 +1,4 @@
-"""Some methods side by side: scores, paired differences to the first of them, cost, learning rate."""
+"""Compares some methods: scores, paired differences to the first of them, cost, learning rate."""
 
 from __future__ import annotations
 

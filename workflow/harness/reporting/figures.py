@@ -19,8 +19,8 @@ from harness.study.spec import Study
 def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
     """Every figure, one at a time, in the order of the page.
 
-    Where a study names comparisons, figures in which every method has a line are drawn once for each of them: with
-    dozens of lines nobody could tell them apart.
+    If a study defines comparisons, figures with a line per method are drawn once for each comparison: dozens of lines
+    in one figure would be unreadable.
     """
     for model in study.models:
         if not study.comparisons:

@@ -18,12 +18,12 @@ _COLLECT = "delete it and let Snakemake make it anew"
 
 
 class FrameError(Exception):
-    """Rows that are none of a table: which table, which column, what is wrong."""
+    """Rows that do not fit a table; the message names the table, the column and the fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Frames:
-    """Everything a report is made from; the columns are those of `harness.records.columns.FRAMES`."""
+    """The tables that a report is made from; their columns are those of `harness.records.columns.FRAMES`."""
 
     runs: DataFrame
     scores: DataFrame
@@ -34,7 +34,7 @@ class Frames:
     observed: DataFrame
 
     def ok_runs(self) -> DataFrame:
-        """Runs that count in averages: a run that was disengaged, diverged, skipped or out of memory never does."""
+        """Runs that count in averages: all but those that were disengaged, diverged, skipped or out of memory."""
         return self.runs[self.runs["status"] == "ok"]
 
     def ok_scores(self) -> DataFrame:
@@ -81,10 +81,10 @@ def read_frames(folder: Path) -> Frames:
 
 
 def read_table(path: Path) -> DataFrame:
-    """A parquet file as it is.
+    """A parquet file, unchanged.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: it does not exist, or cannot be read.
     """
     try:
         return pd.read_parquet(path, engine="pyarrow")

@@ -1,4 +1,4 @@
-"""Importance over time: what layer-wise methods believe, beside what the observer probe saw."""
+"""Importance over time: what layer-wise methods believe, beside what the observer probe measured."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from harness.reporting.style import Drawing, empty, grid, legend_below, looks
 from harness.study.spec import Study
 
 LIMIT = 4.0
-"""The colour scale ends at this ratio to the mean and at its inverse."""
+"""The colour scale ends at this ratio to the mean, and at its inverse."""
 
 
 def layerwise_methods(frames: Frames, study: Study, model: str) -> list[str]:
@@ -37,7 +37,7 @@ def relative(matrix: DataFrame) -> DataFrame:
 
 
 def importance_map(frames: Frames, study: Study, model: str, method: str) -> Drawing:
-    """One row a task; believed, observed in the same run, and observed under full fine-tuning."""
+    """One row a task; columns: believed, observed in the same run, and observed under full fine-tuning."""
     tasks = list(study.tasks)
     figure, axes = grid(len(tasks), 3, height=2.3 * len(tasks) + 0.9, sharey=True)
     references = [label for label, entry in study.methods.items() if entry.module == REFERENCE]
@@ -115,7 +115,7 @@ def _believed_panel(panel: Any, believed: DataFrame, last: int, maps: list[Map])
 
 
 def active_spans(believed: DataFrame, last: int) -> list[tuple[int, int, int]]:
-    """(layer, first step, step after the last) of every stretch in which a layer trained."""
+    """(layer, first step, step after the last) of every interval in which a layer trained."""
     active = believed.pivot(index="step", columns="layer", values="active").astype("boolean").fillna(False).sort_index()
     edges = [*map(int, active.index), last]
     spans: list[tuple[int, int, int]] = []
@@ -148,7 +148,7 @@ def _shade(figure: Any, axes: Any, maps: list[Map]) -> None:
     values = values[np.isfinite(values) & (values > 0)]
     if values.size == 0:
         return
-    # limits keep one collapsed belief from washing out every other map
+    # the limits keep one collapsed belief from using up the colour scale of all other maps
     low, high = max(float(values.min()), 1 / LIMIT), min(float(values.max()), LIMIT)
     low, high = min(low, 0.95), max(high, 1.05)
     ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
@@ -164,7 +164,7 @@ def _shade(figure: Any, axes: Any, maps: list[Map]) -> None:
             cmap="cividis",
             rasterized=True,
         )
-        # a method without beliefs may never have drawn the top layer; the observer saw them all
+        # a method without beliefs may never have drawn the top layer; the observer measured all layers
         m.panel.set_ylim(layers[0] - 0.5, layers[-1] + 0.5)
         m.panel.grid(visible=False)
         m.panel.yaxis.get_major_locator().set_params(integer=True)

@@ -1,4 +1,4 @@
-"""What the rows and columns of every table are, in the order of the config, and how a method is named in them."""
+"""Rows and columns of every table, in the order of the config, and the names of methods in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUBJECT = "grass"
 REFERENCE = "full"
 """Module of full fine-tuning, the base of the throughput ratios and of the importance figures."""
 UNTRAINED = "base"
-"""Module of the untrained model: a row of the tables, but no rival."""
+"""Module of the untrained model: a row of the tables, but not a rival."""
 
 
 def trained(study: Study) -> list[str]:
@@ -61,7 +61,7 @@ def method_name(study: Study, frames: Frames, method: str, notes: Footnotes) -> 
 
 
 def other_outcomes(runs: DataFrame, notes: Footnotes) -> str:
-    """What became of the runs that do not count: "1 disengaged^a^, 2 oom^b^"; empty if all are ok."""
+    """Outcomes of the runs that do not count: "1 disengaged^a^, 2 oom^b^"; empty if all are ok."""
     counted: Counter[str] = Counter()
     reasons: dict[str, set[str]] = {}
     for row in runs[runs["status"] != "ok"].to_dict("records"):

@@ -70,7 +70,7 @@ _KINDS = ("results--", "learning-rates--", "loss--", "importance--", "agreement-
 
 
 def status_summary(frames: Frames) -> str:
-    """How many runs are ok and how many ended otherwise, in half a sentence."""
+    """How many runs are ok and how many ended otherwise, as part of a sentence."""
     counted = Counter(map(str, frames.runs["status"]))
     ok = counted.pop("ok", 0)
     rest = ", ".join(f"{n} {status}" for status, n in sorted(counted.items()))
@@ -103,7 +103,7 @@ def flagged_runs(frames: Frames) -> list[str]:
 
 
 def _collapse(frames: Frames, run: str) -> list[str]:
-    """A sampler that draws nearly always the same layers trains a fixed set; the probe alone does not show it."""
+    """Notes on a sampler that nearly always draws the same layers during training; the probe alone does not show it."""
     believed = frames.believed[frames.believed["run"] == run]
     probability = layer_matrix(believed, "probability").dropna() if len(believed) else believed
     if probability.empty:

@@ -1,4 +1,4 @@
-"""Published numbers: a strict file of what others reported, and the table that puts ours beside them."""
+"""Published numbers: a strict file of results that others reported, and the table that compares ours with them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _UNITS = {"percent": ", %", "points": ", points", "GB": ", GB", "ratio": ""}
 
 
 class Number(Strict):
-    """One published figure. What the source does not name is null."""
+    """One published figure. Properties that the source does not state are null."""
 
     table: str = Field(description="table, figure or section of the paper")
     model: Label | None
@@ -122,7 +122,7 @@ def published_table(frames: Frames, published: Published) -> Table:
 
 
 def measured(n: Number, frames: Frames) -> tuple[float | None, int, str]:
-    """(value in the published unit, number of ok runs, why there is none) for one published number."""
+    """(value in the published unit, number of ok runs, reason if there is no value) for one published number."""
     if n.model is None or n.task is None:
         return None, 0, "the source leaves open which model or data this is, so nothing is comparable."
     if n.metric in {"extra_memory", "overhead_share"}:

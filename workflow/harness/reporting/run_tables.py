@@ -1,4 +1,4 @@
-"""Tables about the runs themselves: learning-rate choice, memory and throughput, and what became of every run."""
+"""Tables about the runs themselves: learning-rate choice, memory and throughput, and the outcome of every run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from harness.study.spec import Study
 
 
 def learning_rate_table(frames: Frames, study: Study) -> Table:
-    """Which learning rate every method got, and what it was chosen from."""
+    """The learning rate of every method, and the grid that it was chosen from."""
     notes = Footnotes()
     raw: list[dict[str, Any]] = []
     display: list[dict[str, str]] = []
@@ -41,7 +41,7 @@ def learning_rate_table(frames: Frames, study: Study) -> Table:
 
 
 def search_rule(study: Study) -> str:
-    """How every method got its learning rate, in half a sentence."""
+    """How every method's learning rate was chosen, as part of a sentence."""
     search = study.search
     if search is None:
         return "every method was given its rate by the config"

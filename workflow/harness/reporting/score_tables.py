@@ -25,13 +25,13 @@ from harness.study.spec import Study
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A score of a run on a suite and how it is shown."""
+    """A score of a run on a suite, and how it is displayed."""
 
     column: Literal["accuracy", "heldout_loss"]
     document_column: Literal["correct", "loss"]
     title: str
     unit: str
-    """Of the displayed numbers."""
+    """Unit of the displayed numbers."""
     raw_unit: str
     """Suffix of the csv columns."""
     scale: float
@@ -103,7 +103,7 @@ def cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[s
 
 
 def cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes: Footnotes) -> str:
-    """The same for display, with what became of the runs that do not count."""
+    """The same for display, with the outcomes of the runs that do not count."""
     outcomes = other_outcomes(runs, notes)
     n = int(numbers["ok_runs"])
     if n == 0:

@@ -39,7 +39,7 @@ class Summary:
 
 
 def median_or_none(values: Iterable[float]) -> float | None:
-    """The median; None where there is nothing to take it of."""
+    """The median; None if there are no values."""
     known = [float(value) for value in values]
     return median(known) if known else None
 

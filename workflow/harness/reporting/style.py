@@ -1,4 +1,4 @@
-"""How figures look, and how they become files: the same data give the same bytes."""
+"""Style of the figures, and how they are saved: the same data give the same bytes."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Look:
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """A finished figure with what is said under it."""
+    """A finished figure with its caption."""
 
     name: str
     caption: str
@@ -99,7 +99,7 @@ def grid(rows: int, columns: int, *, height: float, **options: Any) -> tuple[Any
 
 
 def legend_below(figure: Any, handles: list[Any], labels: list[str]) -> None:
-    """One legend for the whole figure, under it, where it can cover no data."""
+    """One legend for the whole figure, below it, so that it covers no data."""
     if handles:
         rows = -(-len(handles) // 6)
         columns = -(-len(handles) // rows)

@@ -111,7 +111,7 @@ def table_of_rows(
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number for display, or the dash of an unknown one."""
+    """A number for display, or a dash if it is unknown."""
     return UNKNOWN if value is None else f"{value:,.{digits}f}".replace("-", "−")
 
 
@@ -121,12 +121,12 @@ def signed(value: float | None, digits: int) -> str:
 
 
 def gib_or_unknown(nbytes: float | None) -> str:
-    """Bytes as GiB, or the dash; four digits for a model so small that two would show nothing."""
+    """Bytes as GiB, or a dash; four decimals for models so small that two would show only zeros."""
     return UNKNOWN if nbytes is None else gib(nbytes, 2 if nbytes >= GIB / 10 else 4)
 
 
 def percent(share: float | None, digits: int = 1) -> str:
-    """A share as a percentage, or the dash."""
+    """A share as a percentage, or a dash."""
     return UNKNOWN if share is None else f"{number(100 * share, digits)} %"
 
 

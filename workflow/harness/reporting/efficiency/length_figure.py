@@ -17,12 +17,12 @@ from harness.reporting.style import Drawing, grid, legend_below, looks_of
 
 
 def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
-    """One panel a setting: a line a method; the paper's points where the settings are the paper's."""
+    """One panel a setting: a line a method, and the paper's points if the settings are the paper's."""
     every = [r for r in rows if r.named.model == model and r.entry.cell.shape.batch == 1 and not r.named.variant]
     settings = list(dict.fromkeys(row.named.settings for row in every))
     figure, axes = grid(1, len(settings), height=3.9, sharey=True)
     lengths = {method: _lengths(every, method) for method in rows.methods}
-    # a method that is known at one length has no line, and is in the figure of all methods
+    # a method with a figure at only one length makes no line; the figure of all methods shows it
     chosen = [method for method, known in lengths.items() if known > 1] or list(lengths)
     looks = {method: look for method, look in looks_of(rows.methods).items() if method in chosen}
     measured = any(row.peak("measured") for row in every)
@@ -86,7 +86,7 @@ def memory_by_length(rows: Rows, model: str, published: Published) -> Drawing:
 
 
 def _parted(by_method: dict[str, list[Row]], card_gib: float) -> tuple[list[str], list[str]]:
-    """Methods that fit on a consumer card at some length, and those that would press all others together."""
+    """Methods that fit on a consumer card at some length, and those whose scale would compress all other lines."""
     least = {method: min(found, default=0.0) for method, rows in by_method.items() if (found := _peaks(rows))}
     fitting = [method for method, value in least.items() if value <= card_gib]
     return (fitting, [method for method in least if method not in fitting]) if fitting else (list(least), [])

@@ -1,4 +1,4 @@
-"""Peak memory by what it is made of."""
+"""Peak memory by kind of storage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.reporting.table import gib_or_unknown
 
 DAGGER = "†"
 FORECAST_ONLY = f"forecast, {NOT_MEASURED}"
-# light to dark, so that grey print keeps the order; the hatches tell neighbours apart without any colour
+# light to dark, so that a grey print keeps the order; the hatches separate neighbours without colour
 KINDS: dict[str, tuple[str, str]] = {
     "weights": ("#D9D9D9", ""),
     "gradients": ("#E69F00", "////"),
@@ -113,12 +113,12 @@ def corner_title(corner: Corner) -> str:
 
 
 def dagger(row: Row) -> str:
-    """The mark of what other code than today's forecast or measured."""
+    """The mark of a stale figure: forecast or measured by other code than today's."""
     return DAGGER if row.forecast_stale or row.stale else ""
 
 
 def dagger_words(rows: Iterable[Row]) -> str:
-    """What the mark says, for a caption in which it may stand."""
+    """Explanation of the dagger for a caption, if any of the rows has it."""
     return f"{DAGGER}: forecast or measured by other code than today's. " if any(map(dagger, rows)) else ""
 
 

@@ -92,7 +92,7 @@ def column_key(label: str) -> str:
 
 
 def host_columns(memory: Memory | None) -> dict[str, int | None]:
-    """Raw columns of what the host held; each null has its reason beside it in the record."""
+    """Raw columns of host memory; the record holds the reason of each null."""
     pinned = ("cgroup_peak_bytes", "method_pinned_peak_bytes", "torch_pinned_peak_bytes")
     return {
         "host_peak_bytes": None if memory is None else largest(memory.host_peak_bytes),
@@ -118,7 +118,7 @@ def shown_labels(row: Row) -> dict[str, str]:
 
 
 def outcome(row: Row) -> dict[str, Any]:
-    """Raw columns that say what came of it on a GPU."""
+    """Raw columns with the cell's outcome on a GPU."""
     record = row.measured
     if record is None:
         return {"status": None, "status_why": NOT_MEASURED, "device": None, "stale": None}
@@ -131,7 +131,7 @@ def outcome(row: Row) -> dict[str, Any]:
 
 
 def caveats(row: Row, notes: Footnotes, *, missing: bool) -> str:
-    """Footnotes of a measured figure: why it is missing, or what a reader must know of it."""
+    """Footnotes of a measured figure: why it is missing, or what limits its meaning."""
     record = row.measured
     elsewhere = notes.mark(f"measured on {', '.join(row.also_on)} too, not shown here.") if row.also_on else ""
     if record is None:
@@ -143,7 +143,7 @@ def caveats(row: Row, notes: Footnotes, *, missing: bool) -> str:
 
 
 def caveats_of_forecast(row: Row, notes: Footnotes) -> str:
-    """Why there is no forecast, or what one must know of it."""
+    """Footnotes of a forecast: why it is missing, or what limits its meaning."""
     mark = notes.mark(OTHER_CODE) if row.forecast_stale else ""
     if row.forecast is None or row.forecast.status == "ok":
         return mark

@@ -1,4 +1,4 @@
-"""The paper's Table 4 and the claims of its Figures 4 and 5, beside what is forecast and measured here."""
+"""The paper's Table 4 and the claims of its Figures 4 and 5, beside our forecasts and measurements."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness.study.strict_yaml import read_yaml
 
 
 def check_published(config: Path, labels: PaperLabels, published: Published) -> None:
-    """Refuse a label of the paper's, in the study's file, that its published numbers do not have.
+    """Refuse a label in the study's file that is said to be the paper's but is not in the published numbers.
 
     Raises:
         ConfigError: the first one, in one line.
@@ -35,7 +35,7 @@ def check_published(config: Path, labels: PaperLabels, published: Published) -> 
 
 
 def our_model(labels: PaperLabels, theirs: str | None) -> str | None:
-    """Our label of one of the paper's models; None where the study has none for it."""
+    """Our label of one of the paper's models; None if the study has none for it."""
     return labels.unnamed if theirs is None else labels.models.get(theirs)
 
 
@@ -59,7 +59,7 @@ def published_table(rows: Rows, labels: PaperLabels, published: Published) -> Ta
 
 
 def _beside(n: Number, labels: PaperLabels, rows: Rows) -> Iterator[_Ours]:
-    """Whatever of ours stands beside one published number."""
+    """Every figure of ours that stands beside one published number."""
     model, stands = our_model(labels, n.model), next((s for m, s in labels.metrics.items() if m == n.metric), None)
     if model is None or stands is None:
         return
@@ -70,7 +70,7 @@ def _beside(n: Number, labels: PaperLabels, rows: Rows) -> Iterator[_Ours]:
 
 
 class _Ours:
-    """What is known here of one published number; values in the published unit."""
+    """Our figures for one published number, in the published unit."""
 
     def __init__(self, n: Number, cell: tuple[str, str, str, str], rows: Rows) -> None:
         self.n = n
@@ -100,11 +100,11 @@ class _Ours:
 
     @property
     def residual(self) -> float | None:
-        """The published value less the forecast; None for a bound."""
+        """The published value minus the forecast; None for a bound."""
         return None if self.forecast is None or self.n.bound != "exact" else self.n.value - self.forecast
 
     def inside(self, value: float | None) -> bool | None:
-        """Whether a value is what was published, within the tolerance."""
+        """Whether a value agrees with the published one, within the tolerance."""
         if value is None:
             return None
         return value > self.n.value if self.n.bound == "above" else abs(value - self.n.value) <= self.n.tolerance

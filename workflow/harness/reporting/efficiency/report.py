@@ -1,4 +1,4 @@
-"""Everything that is made from records and forecasts: tables, figures, and what is still missing."""
+"""The report of an efficiency study, from records and forecasts: tables, figures, and a list of what is missing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_report(study: EfficiencyStudy, store: Store, published: Published) -> 
 
 
 def draw(rows: Rows, published: Published) -> Iterator[Drawing]:
-    """Every figure that there is something to show in, one at a time."""
+    """Every figure for which there is data, one at a time."""
     known = [row for row in rows if row.peak("forecast") is not None or row.peak("measured") is not None]
     for model in dict.fromkeys(row.named.model for row in known):
         if rows.in_corners(model):
@@ -56,7 +56,7 @@ def draw(rows: Rows, published: Published) -> Iterator[Drawing]:
 
 
 def _remove_others(folder: Path, keep: Sequence[str] | set[str]) -> None:
-    """Figures of an earlier report that there is nothing to show in any more."""
+    """Remove figures of an earlier report for which there is no data any more."""
     for path in folder.glob("*.*"):
         if path.name not in keep and path.suffix in (".svg", ".png"):
             path.unlink()

@@ -1,7 +1,7 @@
-"""What is known of each cell, forecast and measured, and the only way to divide one figure by another.
+"""The forecast and measured figures of each cell, and the only function that divides one figure by another.
 
-A ratio says something only between cells that differ in their method alone. So figures carry what they are of, and
-`ratio` refuses two that are unlike: other settings, another model or shape, another card, a forecast and a measurement.
+A ratio is meaningful only between cells that differ in nothing but their method. So figures carry their conditions, and
+`ratio` refuses two figures with different settings, model, shape or card, or a forecast and a measurement.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class UnlikeError(ValueError):
 
 @dataclass(frozen=True)
 class Conditions:
-    """What two figures must have in common for their ratio to be about the methods."""
+    """The conditions that two figures must share, so that their ratio compares the methods."""
 
     model: str
     settings: str
@@ -38,22 +38,22 @@ class Conditions:
     device: str
     """Name of the card; empty for a forecast."""
     repeat: int | None = None
-    """Of a figure of one repeat: repeats are interleaved, so each is compared within itself."""
+    """Number of the repeat that a figure is from: repeats are interleaved, so figures are compared within a repeat."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A number and the conditions that it holds under."""
+    """A number and its conditions."""
 
     value: float
     under: Conditions
 
 
 def ratio(part: Figure | None, whole: Figure | None) -> float | None:
-    """`part` divided by `whole`; None where one is unknown.
+    """`part` divided by `whole`; None if either is unknown.
 
     Raises:
-        UnlikeError: they differ in anything but the method.
+        UnlikeError: their conditions differ in anything but the method.
     """
     if part is None or whole is None:
         return None
@@ -64,15 +64,15 @@ def ratio(part: Figure | None, whole: Figure | None) -> float | None:
 
 @dataclass(frozen=True)
 class Row:
-    """One cell with all that is known of it."""
+    """One cell with its forecast and measurements."""
 
     entry: Entry
     timed: bool
     forecast: ForecastRecord | None
     measured: CellRecord | None
-    """On a GPU."""
+    """Record of a measurement on a GPU."""
     rehearsed: CellRecord | None
-    """On a CPU: proves that the program works, and says nothing about a GPU."""
+    """Record of a rehearsal on a CPU: it proves that the program works, and says nothing about a GPU."""
     also_on: tuple[str, ...] = ()
     """Other cards that the cell was measured on; a group of cells is shown on one card."""
 
@@ -93,7 +93,7 @@ class Row:
 
     @property
     def group(self) -> tuple[str, str, str]:
-        """What is compared with one another: model, settings, shape."""
+        """Labels that the compared cells share: model, settings, shape."""
         return _group(self.named)
 
     def peak(self, source: Source) -> Figure | None:
@@ -106,7 +106,7 @@ class Row:
         return None if value is None else Figure(value, self._conditions("peak memory", source))
 
     def bound(self) -> Figure | None:
-        """Arithmetic's bound on tokens per second, every method equally efficient: no time was measured."""
+        """Bound on tokens per second from arithmetic, if all methods are equally efficient; not measured."""
         value = None if self.forecast is None else self.forecast.bound_tokens_per_s
         return None if value is None else Figure(value, self._conditions("bound on tokens per second", "forecast"))
 
@@ -128,10 +128,10 @@ class Row:
         return median(figure.value for figure in self.speeds()) if self.blocks else None
 
     def speed_ratios(self, whole: Row | None) -> list[float]:
-        """Own speed by the other's, repeat by repeat; empty where no repeat has both.
+        """Speed of this row divided by that of `whole`, repeat by repeat; empty if no repeat has both.
 
         Raises:
-            UnlikeError: rows of unlike conditions.
+            UnlikeError: the rows' conditions differ.
         """
         if whole is None:
             return []
@@ -176,7 +176,7 @@ class Rows:
         return list(dict.fromkeys(row.named.method for row in self.all))
 
     def known(self, model: str, settings: str, shape: str) -> list[Row]:
-        """One row a method, those alone that were forecast or measured."""
+        """One row a method, only those that were forecast or measured."""
         found = [self.get(model, settings, shape, method) for method in self.methods]
         return [row for row in found if row is not None and (row.forecast or row.measured)]
 
@@ -189,12 +189,12 @@ class Rows:
         return self.beside(row, row.named.method, variant_name(self.study.resident)) if self.study.resident else None
 
     def in_corners(self, model: str) -> list[tuple[Corner, list[Row]]]:
-        """The corners in which anything of a model is known, with what is."""
+        """The corners in which a model has forecasts or measurements, with the rows that have them."""
         found = [(corner, self.known(model, corner.settings, corner.shape)) for corner in self.study.corners]
         return [(corner, rows) for corner, rows in found if rows]
 
     def in_groups(self) -> list[Row]:
-        """Rows by model and settings in the order of the plan, then by batch and length, methods in its order again."""
+        """Rows sorted by model and settings in the plan's order, then batch and length, then methods in plan order."""
         models, settings = ([getattr(row.named, key) for row in self.all] for key in ("model", "settings"))
 
         def place(row: Row) -> tuple[int, int, int, int]:
@@ -207,9 +207,9 @@ class Rows:
 def read_rows(study: EfficiencyStudy, store: Store) -> Rows:
     """Join the plan with the records and forecasts on disk.
 
-    Records are taken as they are: those that another version of the code made, too. A table is about what was
-    measured, and names who made it; whether to measure again is the session's business. Cells that are compared are
-    shown on one card: the one that most of them were measured on, and of those the one used last.
+    Stale records are included: a table shows what was measured, and marks which code made it; a session decides whether
+    to measure again. Cells that are compared are shown on one card: the one that most of them were measured on, and
+    among equals the one used last.
     """
     groups = every_group(study)
     measured = {e.named.name: store.measured(e, "cuda") for group in groups for e in group.entries}

@@ -1,4 +1,4 @@
-"""Throughput by method, measured on a GPU alone, and speed against peak memory, measured or else a bound."""
+"""Throughput by method, only as measured on a GPU, and speed against peak memory, measured or else a bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from harness.reporting.style import Drawing, grid, legend_below, looks_of
 
 
 def is_timed(rows: Rows, model: str) -> bool:
-    """Whether anything of this model was timed on a GPU, in a corner."""
+    """Whether any cell of this model, in any corner, was timed on a GPU."""
     return any(row.blocks for _, part in rows.in_corners(model) for row in part)
 
 
@@ -66,9 +66,9 @@ def _bar(panel: Any, place: int, row: Row, colour: str) -> None:
 
 
 def speed_and_memory(rows: Rows, model: str) -> Drawing:
-    """One panel a corner: a point a method; the line joins methods that none beats in both.
+    """One panel a corner: a point a method; the line joins the methods on the Pareto front.
 
-    Where nothing was timed on a GPU, memory is forecast and speed is arithmetic's bound to that of the reference.
+    If nothing was timed on a GPU, memory is forecast, and speed is the arithmetic bound relative to the reference's.
     """
     timed = is_timed(rows, model)
     corners = speeds_by_corner(rows, model)
@@ -116,7 +116,7 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
 
 
 def speeds_by_corner(rows: Rows, model: str) -> list[tuple[Corner, list[tuple[float, float, str]]]]:
-    """The corners in which memory and speed of a method are known, with (GiB, speed, method) of each."""
+    """The corners in which memory and speed of some method are known, with (GiB, speed, method) of each method."""
     timed = is_timed(rows, model)
     every = [(corner, _points(rows, part, timed=timed)) for corner, part in rows.in_corners(model)]
     return [(corner, points) for corner, points in every if points]
@@ -135,7 +135,7 @@ def _points(rows: Rows, part: list[Row], *, timed: bool) -> list[tuple[float, fl
 
 
 def unbeaten(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points (memory, speed) that no other beats in one without losing in the other, by memory."""
+    """The Pareto front of points (memory, speed), less memory and more speed being better; sorted by memory."""
     front: list[tuple[float, float]] = []
     for memory, speed in sorted(points, key=lambda p: (p[0], -p[1])):
         if not front or speed > front[-1][1]:

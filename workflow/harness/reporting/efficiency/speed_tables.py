@@ -1,4 +1,4 @@
-"""Tables of what was timed. A ratio is always to another method under the same settings, repeat by repeat."""
+"""Tables of timed cells. A ratio is always to another method under the same settings, repeat by repeat."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def throughput_table(rows: Rows) -> Table:
 
 
 def offload_table(rows: Rows) -> Table:
-    """What moving the moments costs against keeping those of active layers on the device."""
+    """The cost of offloading the moments, compared with keeping those of active layers on the device."""
     notes = Footnotes()
     raw, display, stale = [], [], False
     for resident in rows:
@@ -142,7 +142,7 @@ def offload_table(rows: Rows) -> Table:
 
 
 def rehearsal_table(rows: Rows) -> Table:
-    """What ran on a CPU: it proves that the program works, and is no figure of any GPU."""
+    """Cells that ran on a CPU: they prove that the program works, and say nothing about a GPU."""
     notes = Footnotes()
     raw, display = [], []
     for row in rows.in_groups():
@@ -185,7 +185,7 @@ def _value(row: Row, source: Source) -> float | None:
 
 
 def _middle_and_ends(values: Sequence[float]) -> Iterator[tuple[str, float | None]]:
-    """Ends of raw columns' names with the median, the smallest and the largest value."""
+    """Column-name suffixes with the median, the smallest and the largest value."""
     yield "", median_or_none(values)
     yield "_min", min(values, default=None)
     yield "_max", max(values, default=None)

@@ -1,4 +1,4 @@
-"""What the methods are held to: the study's goals, set before anything was measured, and what came of them."""
+"""The study's goals, set before anything was measured, and how far the methods reached them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from harness.reporting.table import UNKNOWN, Footnotes, Table, number, table_of_
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One goal, and what is known of it."""
+    """One goal, and our figures for it."""
 
     goal: Goal
     name: str
     measured: float | None
     forecast: float | None = None
     in_gib: bool = False
-    """Else it is a ratio."""
+    """Whether the target is in GiB; else it is a ratio."""
 
     def shown(self, value: float | None) -> str:
         """A value in this target's unit."""
@@ -33,7 +33,7 @@ class Target:
 
 
 def targets(rows: Rows) -> list[Target]:
-    """Every goal of the study with what is known of it."""
+    """Every goal of the study with our figures for it."""
     return [_target(goal, rows) for goal in rows.study.targets]
 
 
