@@ -1,7 +1,7 @@
 # One study a run: `snakemake --cores 2 [--configfile config/<study>.yaml] [--config GRASS_DATA=<path>]`.
-# The study's own strict loader reads the file; Snakemake's merged `config` is used for nothing but path variables.
+# The study's own strict loader reads the file; Snakemake's merged `config` is used only for path variables.
 # `snakemake --lint` still asks for environments of rules (versions are pinned in constraints.txt) and for `params` that
-# hold PYTHON, CONFIG and RUNTIME: they are no part of what a run is, and another value of a param would run it again.
+# hold PYTHON, CONFIG and RUNTIME: these do not define a run, and a changed param would make Snakemake run it again.
 import os
 import re
 import sys
@@ -28,7 +28,7 @@ if len(given) > 1:
 CONFIG = Path(os.path.relpath(given[0])) if given else Path("config/embedded.yaml")
 PATHS = Paths()
 PYTHON = sys.executable
-# Snakemake tells a Snakefile nothing of this while it is parsed
+# Snakemake does not tell a Snakefile whether this is a dry run while it parses the file
 DRY_RUN = any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
     PLAN = open_study(CONFIG, PATHS, dry_run=DRY_RUN)
@@ -36,7 +36,7 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
-# for the progress lines of the jobs
+# used by the progress lines of the jobs
 os.environ[STUDY_FILE] = str(CONFIG)
 os.environ[progress.STUDY_STARTED] = str(time.time())
 os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
@@ -54,5 +54,5 @@ rule all:
         STUDY / "report.html",
         STUDY / "tables",
         STUDY / "figures",
-        # named again: Snakemake does not miss a lost record while what was made of it is there
+        # listed again: Snakemake does not notice a lost record while the files made from it exist
         rules.collect.input,

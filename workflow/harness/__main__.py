@@ -1,4 +1,4 @@
-"""The one door to the harness: `python -m harness <stage> ...`.
+"""The only entry point of the harness: `python -m harness <stage> ...`.
 
 Each stage is a module of `harness.stages` with `add_arguments` and `run`; only the one asked for is imported.
 """
@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one stage.
 
     Returns:
-        The stage's own exit code; 2 after a mistake of the user's, told in one line on stderr; 1 after a fault of this
-        project, told with its traceback.
+        The stage's own exit code; 2 after a mistake of the user's, shown as one line on stderr; 1 after a bug in this
+        project, shown with its traceback.
     """
     words = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     of_all = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     of_all.add_argument("--log", type=Path, metavar="FILE", help="a copy of all that is said on stderr, begun anew")
     log = of_all.parse_known_args(chosen.rest)[0].log
-    # before torch is imported: a thread pool the size of the machine slows two jobs side by side by a factor of 40
+    # set before torch is imported: with one thread per core, two parallel jobs slow each other down by a factor of 40
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -76,7 +76,7 @@ def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
         stage.add_arguments(own)
         return int(stage.run(own.parse_args(words)))
     except BrokenPipeError:
-        # `plan | head`: the reader has seen enough; Python's own flush at exit must not complain either
+        # as in `plan | head`: the reader closed the pipe; Python's own flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except UserError as error:
@@ -88,7 +88,7 @@ def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
             return _own_fault(name)
         _complain(name, f"the package {package} is not installed: pip install 'grass-bench[bench]'")
         return 2
-    except Exception:  # noqa: BLE001  this is the last frame: whatever arrives here is told in full
+    except Exception:  # noqa: BLE001  this is the outermost frame: print every error in full
         return _own_fault(name)
 
 

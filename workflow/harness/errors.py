@@ -8,19 +8,19 @@ _OURS = ("grass", "baselines", "harness")
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that says what is wrong and how to mend it.
+    """A mistake of the user's: one line that says what is wrong and how to fix it.
 
-    Any other exception is a fault of this project, and keeps its traceback.
+    Any other exception is a bug in this project, and is shown with its traceback.
     """
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """The package that is not installed here; None where something else is missing, which is a fault of ours."""
+    """The package that is not installed; None if a module of ours or of an installed package is missing: a bug."""
     root = (error.name or "").partition(".")[0]
     known = not root or root in _OURS or importlib.util.find_spec(root) is not None
     return None if known else root
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or what it is called where it says nothing: a sentence of ours holds one line of it."""
+    """First line of an error's message, to be quoted in our own messages; the error's class name if it has none."""
     return (str(error) or type(error).__name__).splitlines()[0]

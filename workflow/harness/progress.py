@@ -1,7 +1,7 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
 
-A study runs several jobs side by side, whose bars would overwrite one another: there each job prints a line when it
-ends (`harness.study.progress`).
+A study runs several jobs in parallel, whose bars would overwrite one another. There each job prints a line when it ends
+instead (`harness.study.progress`).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from types import TracebackType
 
 STUDY_FILE = "GRASS_STUDY"
-"""Environment of a study's jobs: its config file."""
+"""Environment variable of a study's jobs: path of the config file."""
 
 LINE_EVERY_S = 20.0
-"""Least time between two plain lines of one job: a short job says nothing until it ends."""
+"""Minimum seconds between two plain lines of one job: a short job prints nothing until it ends."""
 
 
 class Progress:
-    """Count of `total` units of work under a label: a tqdm bar, or a line at every tenth of the work."""
+    """Counts `total` units of work under a label: a tqdm bar, or a line at every tenth of the work."""
 
     def __init__(self, total: int, label: str, *, unit: str = "step", done: int = 0) -> None:
         self.total, self.label, self.unit = total, label, unit
@@ -63,7 +63,7 @@ def say(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: `48 s`, `3 min 20 s`, `2 h 5 min`."""
+    """Seconds in readable form: `48 s`, `3 min 20 s`, `2 h 5 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

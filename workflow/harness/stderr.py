@@ -1,4 +1,4 @@
-"""A copy of what a job says on stderr, for its log; whoever started the job sees every line as before."""
+"""Copies a job's stderr to its log; the terminal still shows every line."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from harness.errors import UserError
 
 @contextmanager
 def copied_stderr(path: Path) -> Iterator[None]:
-    """Copy what Python code writes to `sys.stderr` inside the block into the file `path`, begun anew.
+    """Copy what Python code writes to `sys.stderr` inside the block into the file `path`, which is overwritten.
 
-    The stream itself stays as it is, so that progress is seen at once and a crash of the interpreter loses nothing;
-    what C code writes past it is not copied.
+    The stream itself is unchanged, so progress is visible at once and a crash of the interpreter loses nothing. Output
+    that C code writes directly to the file descriptor is not copied.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def copied_stderr(path: Path) -> Iterator[None]:
 
 
 class _Both:
-    """The stream `own` in everything, with a copy of each text; libraries keep it beyond the block."""
+    """Acts like the stream `own`, and copies each text; libraries may keep a reference to it beyond the block."""
 
     def __init__(self, own: IO[str], log: IO[str]) -> None:
         self._own, self._log = own, log

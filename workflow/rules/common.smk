@@ -1,4 +1,4 @@
-# What several rules ask of the plan. Rules themselves are in the files beside this one.
+# Helpers that several rules use to query the plan. The rules themselves are in the files beside this one.
 from functools import cache
 
 from harness.study import needs
@@ -6,7 +6,7 @@ from harness.study.paths import resolve
 
 
 def local_files(texts):
-    """Files of the user's own; a changed file makes its job run again."""
+    """Input files supplied by the user; a changed file makes its job run again."""
     return [] if DRY_RUN else [resolve(text) for text in texts]
 
 

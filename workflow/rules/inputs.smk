@@ -1,4 +1,4 @@
-# What runs are fed with: models, training rows, test suites.
+# Inputs of runs: models, training rows, test suites.
 
 
 rule pretrain:

@@ -1,4 +1,4 @@
-# From records to tables, figures and one page. Each can be made again alone.
+# Tables, figures and one page from the records. Each can be remade separately.
 FRAMES = ["runs", "scores", "documents", "trials", "steps", "believed", "observed"]
 
 
@@ -59,8 +59,8 @@ rule figures:
 rule page:
     input:
         [STUDY / f"{name}.parquet" for name in FRAMES],
-        # made from the same rows: drawing lost figures again does not make the page old; named by their captions,
-        # which stay where they are when the folder of figures is lost
+        # `ancient`: made from the same rows, so redrawing lost figures does not make the page outdated. The figures are
+        # represented by their captions file, which remains when the folder of figures is lost.
         ancient(STUDY / "figures.json"),
         ancient(STUDY / "tables"),
     output:

@@ -1,4 +1,4 @@
-# Searches, training runs and their scores. One job leaves one declared output: what lies beside it is named in it.
+# Searches, training runs and their scores. A job declares one output; this file names all other files of the job.
 
 
 rule forecast:
