@@ -11,7 +11,7 @@ from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
 from harness.efficiency.record import CellRecord, ForecastRecord, MemoryBlock, TimingBlock
 from harness.efficiency.spec import EfficiencyStudy, load_efficiency
-from harness.efficiency.store import Asked, Store, cell_sha256
+from harness.efficiency.store import MeasureOptions, Store, cell_sha256
 from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
@@ -136,7 +136,7 @@ def said(unit: Unit) -> str:
     return f"{unit.entry.named.label} {unit.do}{unit.repeat if unit.do == 'timing' else ''}"
 
 
-ASKED = Asked(device="cuda", warmup_steps=5, timed_steps=10, repeats=3)
+ASKED = MeasureOptions(device="cuda", warmup_steps=5, timed_steps=10, repeats=3)
 
 
 def device_record(kind: DeviceKind = "cuda", name: str = CARD) -> DeviceRecord:

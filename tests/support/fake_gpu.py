@@ -28,7 +28,7 @@ class FakeNvml(ModuleType):
     Args:
         used: bytes in use on the device, one a look; the last repeats.
         processes: (pid, bytes) of compute processes, one list a look, or an error to raise; the last repeats.
-        reserved_apart: whether the driver knows the second version of the memory query.
+        reports_reserved_separately: whether the driver knows the second version of the memory query.
         cards: (uuid, name, UUIDs of its MIG parts or None where it is not in MIG mode).
     """
 
@@ -41,7 +41,7 @@ class FakeNvml(ModuleType):
         *,
         used: list[int] | None = None,
         processes: list[Any] | None = None,
-        reserved_apart: bool = True,
+        reports_reserved_separately: bool = True,
         cards: tuple[tuple[str, str, tuple[str, ...] | None], ...] = (("GPU-a", "Card A", None),),
     ) -> None:
         super().__init__("pynvml")
@@ -49,7 +49,7 @@ class FakeNvml(ModuleType):
         self.asked: list[Any] = []
         self.closed_cards: set[int] = set()
         self.throttling = [0]
-        if reserved_apart:
+        if reports_reserved_separately:
             self.nvmlMemory_v2 = 2
 
     def nvmlInit(self) -> None:  # noqa: N802

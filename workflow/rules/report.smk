@@ -5,7 +5,7 @@ FRAMES = ["runs", "scores", "documents", "trials", "steps", "believed", "observe
 rule collect:
     input:
         [PATHS.output(TRAIN, run) for run in PLAN.runs],
-        [PATHS.score(run, evaluation) for run, evaluation in PLAN.eval_of.items()],
+        [PATHS.score(run, evaluation) for run, evaluation in PLAN.evaluation_of.items()],
         [PATHS.output(SEARCH, search) for search in PLAN.searches],
     output:
         [STUDY / f"{name}.parquet" for name in FRAMES],

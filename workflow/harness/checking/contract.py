@@ -78,7 +78,7 @@ class Finding:
 
 
 class KilledError(Exception):
-    """Stands for a killed process."""
+    """ShownBeside for a killed process."""
 
 
 def options_survive_the_config(case: Case) -> str | None:

@@ -152,7 +152,7 @@ def _memory(job: Job, meters: Meters, attempt: Attempt) -> Reply:
 
 
 def _last_draw(run: CellRun | None) -> tuple[int, ...] | None:
-    return run.draws.taken[-1] if run is not None and run.draws.taken else None
+    return run.draws.made[-1] if run is not None and run.draws.made else None
 
 
 def _timing(job: Job, meters: Meters, attempt: Attempt) -> Reply:

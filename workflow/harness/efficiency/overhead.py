@@ -13,7 +13,7 @@ from harness.efficiency.budget import Budget
 from harness.efficiency.overhead_host import HostPart, measure_host
 from harness.efficiency.overhead_offload import OffloadBench, OffloadPart, variant_runs
 from harness.efficiency.spec import EfficiencyStudy
-from harness.efficiency.store import Asked, slug
+from harness.efficiency.store import MeasureOptions, slug
 from harness.measuring.meters import Meters
 from harness.records import atomic
 from harness.records.code import measurement
@@ -36,7 +36,7 @@ class OverheadRecord(StrictRecord):
 
 
 def measure_overhead(
-    study: EfficiencyStudy, meters: Meters, asked: Asked, budget: Budget, *, config: Path, folder: Path
+    study: EfficiencyStudy, meters: Meters, asked: MeasureOptions, budget: Budget, *, config: Path, folder: Path
 ) -> OverheadRecord:
     """Measure both parts, print what they say, and write a record of its own under `folder`/overhead/.
 

@@ -137,7 +137,7 @@ def _run(
     sampler: Sampler = "importance",
     clip: float | None = None,
     policy: Policy = bottom_and_top,
-    steps_a_draw: int = PERIOD,
+    steps_per_draw: int = PERIOD,
 ) -> CellRun:
     """GRASS on the decoder layers of the host's model, every one of which is measured in one batch of the probe."""
     options = {"active_layers": active, "sampler": sampler, "probe_steps": 1, "offload": "resident"}
@@ -150,7 +150,9 @@ def _run(
         shape=shape,
         numerics=Numerics(weight_dtype="fp32", state_dtype="fp32", max_grad_norm=clip),
     )
-    return CellRun(cell, steps=NEVER, device="cpu", enter=lambda phase: None, policy=policy, steps_a_draw=steps_a_draw)
+    return CellRun(
+        cell, steps=NEVER, device="cpu", enter=lambda phase: None, policy=policy, steps_per_draw=steps_per_draw
+    )
 
 
 # ------------------------------------------------------------ the step
@@ -190,7 +192,7 @@ def step_costs(rounds: int, freed_memory: Literal["as found", "kept"]) -> list[S
 
 
 def _step_seconds(rounds: int, active: int, clip: float | None) -> dict[str, list[float]]:
-    run = _run(active=active, shape=Shape(batch=1, length=8), clip=clip, steps_a_draw=NEVER)
+    run = _run(active=active, shape=Shape(batch=1, length=8), clip=clip, steps_per_draw=NEVER)
     run.prepare()
     parameters = list(run.model.parameters())
     for parameter in parameters:

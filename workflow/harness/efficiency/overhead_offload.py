@@ -23,7 +23,7 @@ from harness.efficiency.record import Block, MemoryBlock, Named, TimingBlock
 from harness.efficiency.serial import SerialHost
 from harness.efficiency.session import NO_TIME, block_words, job_of
 from harness.efficiency.spec import EfficiencyStudy, OffloadCell, cell_of, variant_name
-from harness.efficiency.store import Asked
+from harness.efficiency.store import MeasureOptions
 from harness.measuring.meters import Meters
 from harness.records.device import DeviceKind, DeviceRecord, StrictRecord
 from harness.records.run import TransferRates
@@ -116,7 +116,7 @@ class OffloadBench:
         budget: no block is begun that may not fit.
     """
 
-    def __init__(self, chosen: OffloadCell, meters: Meters, asked: Asked, budget: Budget) -> None:
+    def __init__(self, chosen: OffloadCell, meters: Meters, asked: MeasureOptions, budget: Budget) -> None:
         self._chosen, self._meters, self._asked, self._budget = chosen, meters, asked, budget
         self._estimates = Estimates()
         self._unclean: str | None = None

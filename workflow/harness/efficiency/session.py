@@ -17,7 +17,7 @@ from harness.efficiency.jobs import Job
 from harness.efficiency.plan import Group, Unit, cells, units
 from harness.efficiency.process import TimeIsUpError, Worker
 from harness.efficiency.record import CellRecord
-from harness.efficiency.store import Asked, Store, is_done
+from harness.efficiency.store import MeasureOptions, Store, is_done
 from harness.measuring.gpu import lease_for
 from harness.progress import say
 from harness.records.units import gib
@@ -39,7 +39,7 @@ class Outcome:
     """One line for each cell that failed by a bug."""
     device: str | None = None
 
-    def coverage(self, asked: Asked, budget: Budget, only: Sequence[str]) -> dict[str, Any]:
+    def coverage(self, asked: MeasureOptions, budget: Budget, only: Sequence[str]) -> dict[str, Any]:
         """The session's plan, and the blocks of it that were not measured: for coverage.json."""
         return {
             "device": asked.device,
@@ -71,7 +71,7 @@ class Outcome:
             yield f"error: {line}"
 
 
-def run_session(groups: Sequence[Group], asked: Asked, store: Store, budget: Budget, *, cores: int) -> Outcome:
+def run_session(groups: Sequence[Group], asked: MeasureOptions, store: Store, budget: Budget, *, cores: int) -> Outcome:
     """Lease the device and measure as much as the budget allows; then forecast the measured cells, if time is left.
 
     Raises:
@@ -90,7 +90,7 @@ def run_session(groups: Sequence[Group], asked: Asked, store: Store, budget: Bud
 
 def measure_all(
     groups: Sequence[Group],
-    asked: Asked,
+    asked: MeasureOptions,
     store: Store,
     budget: Budget,
     worker: Worker,
@@ -145,7 +145,7 @@ def measure_all(
     return outcome
 
 
-def job_of(unit: Unit, asked: Asked) -> Job:
+def job_of(unit: Unit, asked: MeasureOptions) -> Job:
     """What a worker is asked for a block."""
     return Job(
         do=unit.do,
@@ -163,7 +163,7 @@ def _of(budget: Budget) -> str:
     return "" if budget.seconds is None else f" of {budget.seconds:.0f} s"
 
 
-def block_words(unit: Unit, asked: Asked) -> str:
+def block_words(unit: Unit, asked: MeasureOptions) -> str:
     """A block, for people."""
     return "memory" if unit.do == "memory" else f"timing {unit.repeat + 1} of {asked.repeats}"
 

@@ -61,7 +61,7 @@ class OffloadCell(Strict):
     most_gib: float | None = Field(default=None, gt=0, description="goal: allocated peak of that very run")
 
 
-class Stands(Strict):
+class ShownBeside(Strict):
     """Which of our figures is shown beside one metric of the paper."""
 
     batch: int = Field(gt=0, description="rows of the paper's micro-batch, which its tables leave out")
@@ -72,7 +72,7 @@ class PaperLabels(Strict):
     """The paper's labels (config/published/) and ours."""
 
     settings: Label = Field(description="taken to be the paper's")
-    metrics: dict[Literal["peak_memory", "throughput_ratio"], Stands] = Field(min_length=1)
+    metrics: dict[Literal["peak_memory", "throughput_ratio"], ShownBeside] = Field(min_length=1)
     models: dict[Label, Label] = Field(description="the paper's label: ours; numbers of other models are left out")
     unnamed: Label | None = Field(default=None, description="our model where the source names none; null: left out")
     methods: dict[Label, tuple[Label, ...]] = Field(
@@ -115,7 +115,7 @@ class EfficiencyStudy(Strict):
         for key, kind, label in self._labels():
             known = [*getattr(self, kind), *(self._rows if kind == "shapes" else ())]
             if label not in known:
-                raise ValueError(f"{key}: there is no {kind.removesuffix('s')} {label}: {meant(label, known)}")
+                raise ValueError(f"{key}: there is no {kind.removesuffix('s')} {label}: {did_you_mean(label, known)}")
         return self
 
     def _labels(self) -> Iterator[tuple[str, str, str]]:
@@ -220,7 +220,7 @@ def _check_resident(study: EfficiencyStudy, source: Source) -> None:
     for name in study.resident:
         known = sorted({option for fields in options.values() for option in fields})
         if name not in known:
-            raise source.error(("resident", name), f"no method here has such an option: {meant(name, known)}")
+            raise source.error(("resident", name), f"no method here has such an option: {did_you_mean(name, known)}")
     for place, goal in enumerate(study.targets):
         if not isinstance(goal, Overhead):
             continue
@@ -229,7 +229,7 @@ def _check_resident(study: EfficiencyStudy, source: Source) -> None:
         if lacking := study.resident.keys() - options[goal.method].keys():
             able = [label for label, fields in options.items() if study.resident.keys() <= fields.keys()]
             what = f"{goal.method} has no option {min(lacking)}, which `resident` names"
-            raise source.error(("targets", place, "method"), f"{what}: {meant(goal.method, able)}")
+            raise source.error(("targets", place, "method"), f"{what}: {did_you_mean(goal.method, able)}")
         _check_options(study, goal.method, study.resident, source, ("resident",))
 
 
@@ -240,13 +240,13 @@ def _check_options(study: EfficiencyStudy, label: str, options: Mapping[str, Any
     for name, value in options.items():
         if name not in config.model_fields:
             known = list(config.model_fields)
-            raise source.error((*at, name), f"the method {label} has no such option: {meant(name, known)}")
+            raise source.error((*at, name), f"the method {label} has no such option: {did_you_mean(name, known)}")
         if not re.fullmatch(r"[\w.-]+", _plain(value)):
             raise source.error((*at, name), f"one word or number is wanted here, not {json.dumps(value)}")
     validate(config, {**entry.options, **options}, source, at)
 
 
-def meant(word: str, known: Collection[str]) -> str:
+def did_you_mean(word: str, known: Collection[str]) -> str:
     """The known name most similar to `word`, or all known names if none is similar."""
     near = difflib.get_close_matches(word, known, n=1)
     return f"did you mean {near[0]}?" if near else f"it is one of {', '.join(known)}" if known else "it has none"

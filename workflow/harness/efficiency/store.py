@@ -39,7 +39,7 @@ def cell_sha256(cell: Cell, **more: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class MeasureOptions:
     """What to measure of every cell."""
 
     device: DeviceKind
@@ -78,7 +78,7 @@ class Store:
 
     # ------------------------------------------------------------ measured
 
-    def current(self, entry: Entry, asked: Asked, device: DeviceRecord | None = None) -> CellRecord | None:
+    def current(self, entry: Entry, asked: MeasureOptions, device: DeviceRecord | None = None) -> CellRecord | None:
         """The newest record of this cell with the same measuring options and today's code; None if there is none.
 
         A record with status `error` counts: the blocks measured before the program failed stay valid.
@@ -113,7 +113,7 @@ class Store:
         ]
         return sorted(mine, key=lambda record: (not is_stale(record, cell), _made(record)))
 
-    def add(self, unit: Unit, reply: Reply, asked: Asked, device: DeviceRecord) -> CellRecord:
+    def add(self, unit: Unit, reply: Reply, asked: MeasureOptions, device: DeviceRecord) -> CellRecord:
         """Add the result of a block to the cell's record."""
         entry = unit.entry
         record = _before_error(self.current(entry, asked, device) or self._fresh(entry, asked, device))
@@ -135,7 +135,7 @@ class Store:
         self.keep(record)
         return record
 
-    def predict(self, entry: Entry, asked: Asked) -> None:
+    def predict(self, entry: Entry, asked: MeasureOptions) -> None:
         """Add the forecast to a record that was written before the forecast was made."""
         record = self.current(entry, asked)
         if record is not None and record.predicted is None:
@@ -160,7 +160,7 @@ class Store:
             }
         )
 
-    def _fresh(self, entry: Entry, asked: Asked, device: DeviceRecord) -> CellRecord:
+    def _fresh(self, entry: Entry, asked: MeasureOptions, device: DeviceRecord) -> CellRecord:
         cell = entry.cell
         made_by = provenance(roots=measurement(cell.module), inputs={}, device=device.name)
         return CellRecord(

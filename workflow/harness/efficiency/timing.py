@@ -115,7 +115,7 @@ class _Steps:
             device=job.device,
             enter=enter,
             policy=self._policy(0),
-            steps_a_draw=PERIOD,
+            steps_per_draw=PERIOD,
         )
         self.drawn = self.run.promise.layers == "sampled"
         if not self.drawn:
@@ -130,7 +130,7 @@ class _Steps:
             reached.append(len(visited))
             for _ in range(PERIOD - 1):
                 if self.drawn:
-                    self.run.visit(self._done, then=self._then())
+                    self.run.zero_gradient_step(self._done, then=self._then())
                     self._done += 1
                 else:
                     self._step()
@@ -144,7 +144,7 @@ class _Steps:
             if clock is not None:
                 clock.lap()
             if place == 0 and self.drawn:
-                active = self.run.draws.taken[-1]
+                active = self.run.draws.made[-1]
         return active
 
     def _step(self) -> None:

@@ -32,15 +32,15 @@ def main(start: Callable[[DeviceKind | None], tuple[Hello, Execute]] | None = No
     asked = sys.argv[1]
     device: DeviceKind | None = "cuda" if asked == "cuda" else "cpu" if asked == "cpu" else None
     hello, execute = (start or _start)(device)
-    _say(answers, hello.model_dump_json())
+    _write_line(answers, hello.model_dump_json())
     for line in _lines():
         try:
             reply = execute(Job.model_validate_json(line))
         except Exception as error:  # noqa: BLE001  reported to the parent, which records it; this process ends
             traceback.print_exc()
-            _say(answers, Reply(status="error", why=_one_line(error), clean=False).model_dump_json())
+            _write_line(answers, Reply(status="error", why=_one_line(error), clean=False).model_dump_json())
             return 1
-        _say(answers, reply.model_dump_json())
+        _write_line(answers, reply.model_dump_json())
     return 0
 
 
@@ -79,7 +79,7 @@ def _lines() -> Iterator[str]:
         yield line
 
 
-def _say(answers: IO[str], line: str) -> None:
+def _write_line(answers: IO[str], line: str) -> None:
     answers.write(line + "\n")
     answers.flush()
 

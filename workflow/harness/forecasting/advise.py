@@ -14,13 +14,13 @@ from harness.step.spec import Cell
 
 CONTEXT_BYTES = round(0.6 * GIB)
 """Device memory of a process beyond its tensors: the CUDA context of an H100 takes 0.4 to 0.6 GiB."""
-UNSEEN = 1.04
+OVERHEAD_FACTOR = 1.04
 """Factor for fragmentation and buffers inside kernels: an allocator's peak is 1 to 4 % above the live storages."""
 
 
 def needed_bytes(forecast: Forecast) -> int:
     """Memory in bytes that a card must have for the forecast step."""
-    return round(forecast.peak_bytes * UNSEEN) + CONTEXT_BYTES
+    return round(forecast.peak_bytes * OVERHEAD_FACTOR) + CONTEXT_BYTES
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def choices(cells: Iterable[tuple[str, str, Cell]], *, vram_bytes: int) -> Itera
 def best(found: list[Choice], *, vram_bytes: int) -> Choice | None:
     """The choice that fits and has the highest bound on speed; among equals the one with the lowest peak."""
     fitting = [choice for choice in found if choice.fits(vram_bytes)]
-    return max(fitting, key=_merit, default=None)
+    return max(fitting, key=_sort_key, default=None)
 
 
-def _merit(choice: Choice) -> tuple[float, int]:
+def _sort_key(choice: Choice) -> tuple[float, int]:
     assert choice.cost is not None
     assert choice.forecast is not None
     return round(choice.cost.tokens_per_s, 3), -choice.forecast.peak_bytes

@@ -82,7 +82,7 @@ class CountingHost(Host):
 
     def allocated_bytes(self, device: torch.device) -> int:
         """Bytes alive on the device."""
-        self.tracker.was_asked = True
+        self.tracker.memory_was_read = True
         return self.tracker.now
 
     def peak_bytes(self, device: torch.device) -> int:

@@ -33,7 +33,7 @@ NO_VALUES = (
 """Exceptions that torch raises when code asks a fake tensor for a value."""
 _SIGNS = ("tensor subclasses", "convert all Tensors to FakeTensors", "not linked with support")
 """Phrases from errors that torch raises for the same reason without a separate exception class."""
-MAKES: dict[Phase, Kind] = {
+DEFAULT_KIND: dict[Phase, Kind] = {
     "load": "other",
     "probe": "activations",
     "resample": "other",
@@ -138,8 +138,8 @@ class _Watched:
         gc.freeze()  # keeps the collections at phase boundaries from scanning the model, which is no garbage
         self._tracker.restart()
         run.prepare()
-        run_worst_case(run, held_bytes=self._device_state_bytes, watches_memory=lambda: self._tracker.was_asked)
-        if self._drawn and not run.draws.taken:
+        run_worst_case(run, held_bytes=self._device_state_bytes, watches_memory=lambda: self._tracker.memory_was_read)
+        if self._drawn and not run.draws.made:
             raise NoForecastError(
                 "it draws layers by itself: draw through grass.sampling.draw_layers, which can be told what to draw"
             )
@@ -155,9 +155,9 @@ class _Watched:
             tracker.mark("weights", [*parameters, *run.module.buffers()])
             tracker.mark("gradients", [p.grad for p in parameters if p.grad is not None])
             tracker.mark("optimizer states", state_tensors(run.method.optimizer))
-            label = str(list(run.draws.taken[-1])) if run.draws.taken else ""
+            label = str(list(run.draws.made[-1])) if run.draws.made else ""
         tracker.enter(phase, label)
-        tracker.making = MAKES[phase]
+        tracker.making = DEFAULT_KIND[phase]
 
     def _device_state_bytes(self) -> int:
         """Bytes of optimizer states that count as device memory."""
@@ -201,7 +201,9 @@ class _Watched:
         assert run is not None
         spans = [span for span in tracker.spans if span.phase != "load"]
         worst = max(spans, key=lambda span: span.peak_bytes)
-        by_phase = {name: max((s.peak_bytes for s in tracker.spans if s.phase == name), default=0) for name in MAKES}
+        by_phase = {
+            name: max((s.peak_bytes for s in tracker.spans if s.phase == name), default=0) for name in DEFAULT_KIND
+        }
         return Forecast(
             peak_bytes=worst.peak_bytes,
             peak_phase=worst.phase,  # type: ignore[arg-type]

@@ -59,7 +59,7 @@ class Tracker(TorchDispatchMode):
         """Bytes alive on the device."""
         self.peak = 0
         """Largest `now` since `restart`."""
-        self.was_asked = False
+        self.memory_was_read = False
         """Whether the tracked code asked how much memory is allocated."""
         self.making: Kind = "other"
         """Kind of the storages allocated from here on."""

@@ -44,9 +44,9 @@ class Card:
         self._board = (
             self._nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self._handle) if self.mig else self._handle
         )
-        self.divided = not self.mig and in_mig_mode(nvml, self._handle)
+        self.mig_part_unknown = not self.mig and in_mig_mode(nvml, self._handle)
         """In MIG mode, but no part was named: CUDA takes the first one, and this class cannot tell which that is."""
-        self.reserved_apart = self._has_second_version()
+        self.reports_reserved_separately = self._has_second_version()
         """Whether the driver reports used memory apart from the memory it reserves for itself."""
         self._throttling: int | None = None
         self._throttling_why: str | None = None
@@ -61,7 +61,7 @@ class Card:
 
     def used_bytes(self) -> int:
         """Memory in use on the device, by anybody."""
-        if self.reserved_apart:
+        if self.reports_reserved_separately:
             return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle, version=self._nvml.nvmlMemory_v2).used)
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
 
@@ -111,7 +111,7 @@ class Card:
         return GpuRecord(
             name=read("name", lambda: text_of(nvml.nvmlDeviceGetName(board))),
             uuid=read("uuid", lambda: text_of(nvml.nvmlDeviceGetUUID(self._handle))),
-            mig=self.mig or self.divided,
+            mig=self.mig or self.mig_part_unknown,
             total_bytes=read("total_bytes", lambda: int(nvml.nvmlDeviceGetMemoryInfo(self._handle).total)),
             driver=read("driver", lambda: text_of(nvml.nvmlSystemGetDriverVersion())),
             driver_cuda=read("driver_cuda", lambda: _cuda_version(nvml.nvmlSystemGetCudaDriverVersion_v2())),

@@ -59,7 +59,7 @@ class PhasePeaks:
             self.end(name)
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """Count memory used inside the block in no phase."""
         self._hand_on()
         yield
@@ -141,7 +141,7 @@ class AllocatorMeter:
         if self.why is None:
             self._cuda.empty_cache()
 
-    def drop_workspaces(self) -> None:
+    def free_workspaces(self) -> None:
         """Free the workspace that each matrix-library handle keeps in torch's pool."""
         if self.why is None:
             import torch

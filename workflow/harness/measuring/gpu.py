@@ -125,14 +125,14 @@ def _wait(devices: Sequence[Device], folder: Path, tell: Callable[[str], None], 
     started, told = time.monotonic(), False
     while True:
         for device in devices:
-            lock = _try(_lock_file(folder, device))
+            lock = _try_lock(_lock_file(folder, device))
             if lock is not None:
                 if told:
                     tell(f"{device} is free after {duration(time.monotonic() - started)}")
                 return device, lock
         if not told:
             told = True
-            tell(f"waiting for a GPU: {'; '.join(_held(folder, device) for device in devices)}")
+            tell(f"waiting for a GPU: {'; '.join(_holder_of(folder, device) for device in devices)}")
         time.sleep(poll_s)
 
 
@@ -140,7 +140,7 @@ def _lock_file(folder: Path, device: Device) -> Path:
     return folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device.uuid)}.lock"
 
 
-def _try(path: Path) -> int | None:
+def _try_lock(path: Path) -> int | None:
     """An open descriptor that holds the lock, or None where somebody else does."""
     # not truncated: it holds the present holder's description
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
@@ -161,7 +161,7 @@ def _command() -> str:
     return " ".join(" ".join([Path(program).name, *rest]).split())[:COMMAND_LENGTH]
 
 
-def _held(folder: Path, device: Device) -> str:
+def _holder_of(folder: Path, device: Device) -> str:
     """Description of the process that holds a device.
 
     Raises:

@@ -82,9 +82,9 @@ class Meters:
             self.end(name)
 
     @contextmanager
-    def left_out(self) -> Iterator[None]:
+    def excluded(self) -> Iterator[None]:
         """Within a phase: memory that the harness itself uses inside the block does not count."""
-        with self._host_peaks.left_out(), self._device_peaks.left_out():
+        with self._host_peaks.excluded(), self._device_peaks.excluded():
             yield
 
     def parts(self, step: int, period: int) -> Callable[[str], AbstractContextManager[None]]:
@@ -142,7 +142,7 @@ class Meters:
     def clean(self) -> bool:
         """Free unused memory; returns whether the device is back in the state of the first call."""
         gc.collect()
-        self._allocator.drop_workspaces()
+        self._allocator.free_workspaces()
         self._allocator.empty_cache()
         allocated = self._allocator.allocated() or 0
         if self._left_behind_limit == sys.maxsize:

@@ -67,7 +67,7 @@ class NvmlMeter:
         except Exception as error:  # noqa: BLE001  NVML's errors share no base with anything, and none may stop a run
             self.why = f"NVML: {error}"
             return
-        if self._card.divided:
+        if self._card.mig_part_unknown:
             self.why = (
                 "CUDA_VISIBLE_DEVICES names a GPU in MIG mode, not one of its MIG devices: its figures are of all"
             )
@@ -82,7 +82,7 @@ class NvmlMeter:
             return
         self._before = self._card.used_bytes()
         listed = self._processes()
-        if listed and not self._card.divided:
+        if listed and not self._card.mig_part_unknown:
             pids = ", ".join(str(p.pid) for p in listed)
             self._foreign(f"{len(listed)} compute process(es) were on the GPU before the run began (pid {pids})")
 
@@ -138,7 +138,7 @@ class NvmlMeter:
         self._thread = None
         self.sample_now()
         assert self._card is not None
-        limit = FOREIGN_BYTES if self._card.reserved_apart else FOREIGN_WITH_RESERVED_BYTES
+        limit = FOREIGN_BYTES if self._card.reports_reserved_separately else FOREIGN_WITH_RESERVED_BYTES
         if not self._seen and self._before is not None and self._before > limit:
             self._foreign(
                 f"{self._before:,} bytes of the GPU were in use before the run's first allocation, by nobody NVML lists"

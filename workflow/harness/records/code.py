@@ -51,7 +51,7 @@ def measurement(module: str) -> Roots:
     return ("harness.efficiency.measure", f"baselines.{module}")
 
 
-APART = ("grass.heatmap", "harness.errors", "harness.progress", "harness.records", "harness.study")
+EXCLUDED = ("grass.heatmap", "harness.errors", "harness.progress", "harness.records", "harness.study")
 """Modules and packages that record-making code imports, but that do not affect what a record says: a figure of the
 library, messages to the user, progress lines, how records are written (their schema has its own version), and the job's
 specification, which is in the name of the record."""
@@ -91,10 +91,10 @@ class Tree:
 
     Args:
         folders: of the top-level packages, by name; imports of other packages are not followed.
-        apart: modules that do not count, see `APART`.
+        apart: modules that do not count, see `EXCLUDED`.
     """
 
-    def __init__(self, folders: Mapping[str, Path], apart: Sequence[str] = APART) -> None:
+    def __init__(self, folders: Mapping[str, Path], apart: Sequence[str] = EXCLUDED) -> None:
         self._folders, self._apart = folders, apart
         self._imports: dict[str, frozenset[str]] = {}
         self._hashes: dict[Path, str] = {}
@@ -159,7 +159,9 @@ class Tree:
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:
             text = path.read_text(encoding="utf-8")
-            self._hashes[path] = hashlib.sha256((bare(text) if path.suffix == ".py" else text).encode()).hexdigest()
+            self._hashes[path] = hashlib.sha256(
+                (normalised_source(text) if path.suffix == ".py" else text).encode()
+            ).hexdigest()
         return self._hashes[path]
 
 
@@ -199,7 +201,7 @@ _FSTRING_START, _FSTRING_END = (getattr(tokenize, f"FSTRING_{end}", None) for en
 _LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.ENDMARKER)
 
 
-def bare(text: str) -> str:
+def normalised_source(text: str) -> str:
     """The part of a module's source that affects what it does; the same under every version of Python.
 
     One line per logical line: its tokens, separated by spaces, after a `>` for each block that opens before it and a

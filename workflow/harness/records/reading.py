@@ -41,7 +41,7 @@ def read(path: Path, model: type[Model]) -> Model:
         # strict models take a tuple from a JSON array only when they read the JSON themselves
         return model.model_validate_json(text)
     except ValidationError as error:
-        raise UserError(f"{path}: {_amiss(error, text)}; {_AGAIN}") from error
+        raise UserError(f"{path}: {_complaint_of(error, text)}; {_AGAIN}") from error
 
 
 def read_json(path: Path) -> Any:
@@ -82,7 +82,7 @@ def _text(path: Path) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that you may read") from error
 
 
-def _amiss(error: ValidationError, text: bytes) -> str:
+def _complaint_of(error: ValidationError, text: bytes) -> str:
     """What is wrong with a file, in a few words."""
     # an unknown key is reported before a missing one: it may be a misspelling of the missing key
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")

@@ -28,7 +28,7 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
         rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
         rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]
-        score_file = paths.score(name, plan.eval_of[name])
+        score_file = paths.score(name, plan.evaluation_of[name])
         score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
         if score.status == "oom":

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
         for method in study.methods
     ]
 
-    from harness.forecasting.advise import CONTEXT_BYTES, UNSEEN, Choice, best, choices
+    from harness.forecasting.advise import CONTEXT_BYTES, OVERHEAD_FACTOR, Choice, best, choices
     from harness.forecasting.snippets import snippet
 
     print(f"{args.model}, {args.batch} x {args.length} tokens, a card of {gib(vram)} GiB\n")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         speed = choice.cost.tokens_per_s / next(c.cost for c in found if c.cost is not None).tokens_per_s
         print(f"{choice.method:<16}{choice.settings:<10}{figures}{speed:>7.2f}", flush=True)
     print(
-        f"\nneeds: {UNSEEN - 1:.0%} more than the predicted peak, and {gib(CONTEXT_BYTES)} GiB of context\n"
+        f"\nneeds: {OVERHEAD_FACTOR - 1:.0%} more than the predicted peak, and {gib(CONTEXT_BYTES)} GiB of context\n"
         "speed: relative to the first row that has one, a bound from the number of operations alone, nothing measured"
     )
     chosen = best(found, vram_bytes=vram)

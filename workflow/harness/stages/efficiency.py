@@ -64,11 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _overhead(args: argparse.Namespace, study: EfficiencyStudy) -> int:
     from harness.efficiency.budget import BUDGET_S, Budget
-    from harness.efficiency.store import Asked
+    from harness.efficiency.store import MeasureOptions
     from harness.measuring.gpu import NoGpuError, lease_for
     from harness.measuring.meters import Meters
 
-    asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
+    asked = MeasureOptions(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
     budget = Budget(BUDGET_S if args.budget is None else args.budget)
     try:
         # meters before torch touches the device
@@ -103,14 +103,14 @@ def _measure(args: argparse.Namespace, study: EfficiencyStudy, store: Store, rep
     from harness.efficiency.budget import BUDGET_S, Budget
     from harness.efficiency.plan import plan
     from harness.efficiency.session import run_session
-    from harness.efficiency.store import Asked
+    from harness.efficiency.store import MeasureOptions
     from harness.measuring.gpu import NoGpuError
     from harness.progress import say
     from harness.records import atomic
 
     budget = Budget(BUDGET_S if args.budget is None else args.budget)
     groups = plan(study, args.device, args.only)
-    asked = Asked(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
+    asked = MeasureOptions(device=args.device, warmup_steps=args.warmup, timed_steps=args.steps, repeats=args.repeats)
     try:
         outcome = run_session(groups, asked, store, budget, cores=args.cores)
     except NoGpuError as error:

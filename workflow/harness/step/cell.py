@@ -25,7 +25,7 @@ from harness.step.spec import Cell, Geometry, Shape
 from harness.study.strict_yaml import ConfigError
 
 Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
-STEPS_A_DRAW = 2
+STEPS_PER_DRAW = 2
 """Steps between two draws in a cell: in the first a method observes memory, in the second it acts on what it saw (see
 `grass.offload.headroom`). The period in the method's config entry does not change peak memory, and would make it slow
 to try every draw."""
@@ -96,7 +96,7 @@ class CellRun:
         device: `cpu` or `cuda`.
         enter: called with each phase as it begins; `resample` also begins inside `update` if a method draws there.
         policy: chooses the layers of draws made before the first step.
-        steps_a_draw: steps between two draws; overrides the method's config entry.
+        steps_per_draw: steps between two draws; overrides the method's config entry.
 
     Raises:
         CannotRunError: a package is missing, or the method refuses; the message is the reason.
@@ -110,7 +110,7 @@ class CellRun:
         device: Literal["cpu", "cuda"],
         enter: Callable[[Phase], None],
         policy: Policy = bottom_and_top,
-        steps_a_draw: int = STEPS_A_DRAW,
+        steps_per_draw: int = STEPS_PER_DRAW,
     ) -> None:
         self._enter = enter
         # the second micro-batch runs with the gradients of the first alive; a third adds nothing to peak memory
@@ -118,7 +118,7 @@ class CellRun:
         known = cell.method_class().Config.model_fields
         options = dict(cell.options)
         if "sample_every" in known:
-            options |= {"sample_every": steps_a_draw}
+            options |= {"sample_every": steps_per_draw}
             options |= {"refresh_every": None} if "refresh_every" in known else {}
         recipe = cell.recipe(steps=steps, device=device)
         self.method = new_method(cell.module, options, recipe=recipe, lr=cell.lr, seed=cell.seed)
@@ -147,7 +147,7 @@ class CellRun:
         with using(self.draws):
             run_step(self._attached, number, lr_factor=1.0, context=_CellStep(self, number, then))
 
-    def visit(self, number: int, *, then: Policy | None = None) -> None:
+    def zero_gradient_step(self, number: int, *, then: Policy | None = None) -> None:
         """Step `number` with zero gradients and no forward or backward pass: it still allocates optimizer states.
 
         Matrices that already have states are skipped, for speed; vectors never are, so that no step is empty. A method

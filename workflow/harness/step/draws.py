@@ -51,12 +51,12 @@ class ForcedDraws(HostAround):
     def __init__(self, inner: Host, *, policy: Policy, on_draw: Callable[[], None] = lambda: None) -> None:
         super().__init__(inner)
         self.policy = policy
-        self.taken: list[tuple[int, ...]] = []
+        self.made: list[tuple[int, ...]] = []
         """Every set of layers handed out so far."""
         self._on_draw = on_draw
 
     def draw(self, layers: int, count: int, by_chance: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
         """The layers that train next, without randomness: no random number is consumed."""
         self._on_draw()
-        self.taken.append(self.policy(layers, count))
-        return self.taken[-1]
+        self.made.append(self.policy(layers, count))
+        return self.made[-1]

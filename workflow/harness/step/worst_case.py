@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from harness.step.cell import STEPS_A_DRAW, CellRun
+from harness.step.cell import STEPS_PER_DRAW, CellRun
 from harness.step.draws import CANDIDATES, Policy, covering
 
 
@@ -19,7 +19,7 @@ def run_worst_case(
     A period trains the layers drawn at the end of the period before it; the first period trains the first candidate.
 
     Args:
-        run: attached and prepared; it must draw every `STEPS_A_DRAW` steps, if it draws at all.
+        run: attached and prepared; it must draw every `STEPS_PER_DRAW` steps, if it draws at all.
         held_bytes: optimizer states on the device now.
         watches_memory: whether the method reads memory use. Such a method acts on what it saw in a period's first step.
             For any other method that step only allocates states, so a visit, which is faster, takes its place.
@@ -33,11 +33,11 @@ def run_worst_case(
         visits = covering(layers, count) if run.promise.state_of == "visited" else []
     held = -1
     for then in visits:
-        steps.period(run.visit, then)
+        steps.period(run.zero_gradient_step, then)
         held, before = held_bytes(), held
         if held == before:
             break  # states of inactive layers leave the device, so further visits would not add any there
-    steps.period(run.visit, candidates[0])
+    steps.period(run.zero_gradient_step, candidates[0])
     for then in [*candidates[1:], candidates[-1]]:
         steps.period(run.step, then)
 
@@ -51,8 +51,8 @@ class _Periods:
 
     def period(self, act: Callable[..., None], then: Policy) -> None:
         """Run one period, its last step by `act`; `then` is the policy of the draw that ends it."""
-        for place in range(STEPS_A_DRAW):
-            last = place == STEPS_A_DRAW - 1
-            first = act if self._watches_memory() else self._run.visit
+        for place in range(STEPS_PER_DRAW):
+            last = place == STEPS_PER_DRAW - 1
+            first = act if self._watches_memory() else self._run.zero_gradient_step
             (act if last else first)(self._done, then=then if last else None)
             self._done += 1

@@ -93,6 +93,6 @@ def _check_paths(study: spec.Study, source: Source) -> None:
             raise source.error(key, f"there is no {path}; {mend}")
 
 
-def dagger(study: spec.Study, label: str) -> Sequence[str]:
-    """Recipe keys that a method's entry changes; every table marks the method with a dagger."""
+def changed_recipe_keys(study: spec.Study, label: str) -> Sequence[str]:
+    """Recipe keys that a method's entry changes; every table marks the method with a changed_recipe_keys."""
     return sorted(study.methods[label].recipe)

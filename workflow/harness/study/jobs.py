@@ -45,7 +45,7 @@ class Kind(Generic[J]):
     """Root modules of the code that makes its record, see `harness.records.code`."""
 
     @property
-    def top(self) -> str:
+    def root_folder(self) -> str:
         """The folder under results/ that holds its specs."""
         return self.spec_file.partition("/")[0]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import atomic
-from harness.study.config import dagger, load_study, method_of, recipe_of
+from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of
 from harness.study.jobs import EVALUATE, KINDS, J, Kind
 from harness.study.paths import Paths
 from harness.study.spec import (
@@ -39,7 +39,7 @@ class Plan:
     """Forecasts for the runs on a GPU; on a CPU there is no device memory to forecast."""
     runs: dict[str, RunJob]
     evals: dict[str, EvalJob]
-    eval_of: dict[str, str]
+    evaluation_of: dict[str, str]
     """Name of the evaluation that scores each run."""
 
     def jobs(self, kind: Kind[J]) -> dict[str, J]:
@@ -97,7 +97,7 @@ def _add_runs(
         module=entry.module,
         options=options,
         recipe=recipe,
-        recipe_changes=tuple(dagger(study, label)),
+        recipe_changes=tuple(changed_recipe_keys(study, label)),
     )
     forecast = forecast_job(training)
     if forecast is not None:
@@ -113,7 +113,7 @@ def _add_runs(
             observation=study.observation,
         )
         plan.runs[run.name] = run
-        plan.eval_of[run.name] = evaluation.name
+        plan.evaluation_of[run.name] = evaluation.name
         search = run.search_job()
         if search is not None:
             plan.searches[search.name] = search
@@ -157,7 +157,7 @@ def outputs(plan: Plan, paths: Paths) -> list[Output]:
         if kind is not EVALUATE
         for name, job in plan.jobs(kind).items()
     ]
-    for run, evaluation in plan.eval_of.items():
+    for run, evaluation in plan.evaluation_of.items():
         found.append(Output(paths.score(run, evaluation), EVALUATE, run, plan.evals[evaluation]))
     return found
 

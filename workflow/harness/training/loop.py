@@ -217,7 +217,7 @@ class _Run:
                     self._save(run, state_folder, done)
                 progress.advance(f"loss {loss:.3f}")
         coarse = self.recipe.weight_dtype == "bf16"
-        self.checks = verdict(run.promise, run.facts, self.periods, coarse_weights=coarse)
+        self.checks = verdict(run.promise, run.facts, self.periods, bf16_weights=coarse)
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
         """Run one timed optimizer step; returns the mean loss per label token."""
@@ -229,7 +229,7 @@ class _Run:
         if not math.isfinite(loss) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
             raise DivergedError(f"at step {step}: loss {loss}, gradient norm {facts.grad_norm}")
         self.log.step(step, loss=loss, factor=factor, facts=facts, batches=context.batches, seconds=seconds)
-        context.let_go()
+        context.release_tensors()
         if context.starts_period:
             run.watch.after_update()
         return loss

@@ -21,7 +21,7 @@ CHANCE_LIMIT = 1e-6
 
 
 def verdict(
-    promise: Expectation, facts: ModelFacts, periods: Sequence[Period], *, coarse_weights: bool = False
+    promise: Expectation, facts: ModelFacts, periods: Sequence[Period], *, bf16_weights: bool = False
 ) -> list[Check]:
     """Check every promise against the observations; the run is engaged if all checks are ok.
 
@@ -29,12 +29,12 @@ def verdict(
         promise: the method's.
         facts: the model's, taken by the harness before the method touched it.
         periods: finished periods only; none at all fails, unless nothing was promised to move.
-        coarse_weights: weights are bf16; a final norm, with few entries near 1, may then get gradients and never move.
+        bf16_weights: weights are bf16; a final norm, with few entries near 1, may then get gradients and never move.
     """
     if promise.layers == "chosen":
-        checks = [_tensors_moved(periods, coarse_weights)]
+        checks = [_tensors_moved(periods, bf16_weights)]
     else:
-        checks = [_layers_moved(promise, facts, periods), _groups_moved(promise, facts, periods, coarse_weights)]
+        checks = [_layers_moved(promise, facts, periods), _groups_moved(promise, facts, periods, bf16_weights)]
     if promise.layers != "none" and promise.gradients == "kept":
         checks += [_gradients(promise, facts, periods), _trainable(promise, periods)]
     elif promise.gradients == "consumed":
@@ -69,10 +69,10 @@ def _layers_moved(promise: Expectation, facts: ModelFacts, periods: Sequence[Per
     )
 
 
-def _tensors_moved(periods: Sequence[Period], coarse_weights: bool) -> Check:
+def _tensors_moved(periods: Sequence[Period], bf16_weights: bool) -> Check:
     def differs(period: Period) -> bool:
         moved, believed = set(period.moved_tensors), set(period.believed_tensors or ())
-        return not moved <= believed or (not moved if coarse_weights else moved != believed)
+        return not moved <= believed or (not moved if bf16_weights else moved != believed)
 
     wrong = [p for p in periods if differs(p)]
     observed = f"so in {len(periods)} periods"
@@ -111,11 +111,11 @@ def _chosen_rotates(promise: Expectation, periods: Sequence[Period]) -> Check:
     )
 
 
-def _groups_moved(promise: Expectation, facts: ModelFacts, periods: Sequence[Period], coarse_weights: bool) -> Check:
+def _groups_moved(promise: Expectation, facts: ModelFacts, periods: Sequence[Period], bf16_weights: bool) -> Check:
     promised = _promised_groups(promise, facts)
     seen = {tuple(p.moved_groups) for p in periods}
     allowed = {tuple(promised)}
-    if coarse_weights:
+    if bf16_weights:
         allowed.add(tuple(key for key in promised if key != "final_norm"))
     return Check(
         name="groups outside the layers that moved",

@@ -31,7 +31,7 @@ class WatchedStep(StepContext):
     def __init__(self, run: Loaded, step: int, period: int, *, meters: Meters, clock: StepClock, log: Log) -> None:
         self._run, self._step, self._meters, self._clock, self._log = run, step, meters, clock, log
         self.starts_period, self._ends_period = step % period == 0, (step + 1) % period == 0
-        self._told_apart: Callable[[str], AbstractContextManager[None]] = meters.parts(step, period)
+        self._part_phases: Callable[[str], AbstractContextManager[None]] = meters.parts(step, period)
         self._total: Tensor | None = torch.zeros((), device=run.method.recipe.device)
         self._targets = 0
         self.batches: list[dict[str, Tensor]] = []
@@ -42,14 +42,14 @@ class WatchedStep(StepContext):
         if part == "begin":
             return nullcontext()
         draws = part == "update" and self._ends_period and self._run.promise.period_steps is not None
-        return self._told_apart("resample" if draws else part)
+        return self._part_phases("resample" if draws else part)
 
     def begun(self) -> None:
         """Log what the method believes, and fingerprint the weights at the start of a period."""
         trace = self._run.method.trace()
         self._log.belief(self._step, trace)
         if self.starts_period:
-            with self._clock.paused(), self._meters.left_out():
+            with self._clock.paused(), self._meters.excluded():
                 self._run.watch.start_period(self._step, trace)
 
     def micro_batches(self) -> list[dict[str, Tensor]]:
@@ -78,6 +78,6 @@ class WatchedStep(StepContext):
         assert self._total is not None
         return float(self._total)
 
-    def let_go(self) -> None:
+    def release_tensors(self) -> None:
         """Release the step's tensors, so that none of them is counted as the method's."""
         self.batches, self._total = [], None

@@ -16,9 +16,9 @@ from harness.efficiency.plan import Group, plan
 from harness.efficiency.process import Worker
 from harness.efficiency.session import Outcome, measure_all
 from harness.efficiency.spec import load_efficiency
-from harness.efficiency.store import Asked, Store
+from harness.efficiency.store import MeasureOptions, Store
 
-ASKED = Asked(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
+ASKED = MeasureOptions(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
 
 
 def groups(folder: Path) -> list[Group]:
@@ -26,7 +26,9 @@ def groups(folder: Path) -> list[Group]:
     return plan(load_efficiency(data.tiny_file(folder)), "cpu", ["tiny/*/lean/4x1024"])
 
 
-def session(folder: Path, body: str = "pass", *, budget: Budget | None = None, asked: Asked = ASKED) -> Outcome:
+def session(
+    folder: Path, body: str = "pass", *, budget: Budget | None = None, asked: MeasureOptions = ASKED
+) -> Outcome:
     with Worker("cpu", data.worker_command(folder, body)) as worker:
         return measure_all(groups(folder), asked, Store(folder), budget or Budget(None), worker)
 

@@ -10,11 +10,11 @@ import pytest
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
 from harness.efficiency.record import CellRecord, ForecastRecord
-from harness.efficiency.store import Asked, Store, file_name, is_stale
+from harness.efficiency.store import MeasureOptions, Store, file_name, is_stale
 from harness.errors import UserError
 from house import ROOT
 
-ASKED = Asked(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
+ASKED = MeasureOptions(device="cpu", warmup_steps=5, timed_steps=10, repeats=2)
 HERE = data.device_record("cpu", "cpu")
 
 
@@ -27,7 +27,9 @@ def files(store: Store) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (store.folder / "records").glob("*")}
 
 
-def measure(store: Store, of: Entry, asked: Asked = ASKED, card: str = "cpu", speed: float = 1000.0) -> CellRecord:
+def measure(
+    store: Store, of: Entry, asked: MeasureOptions = ASKED, card: str = "cpu", speed: float = 1000.0
+) -> CellRecord:
     reply = Reply(status="ok", timing=data.timing_block(0, speed), parameters=10, trainable_parameters=5)
     return store.add(Unit(of, "timing", 0), reply, asked, data.device_record("cpu", card))
 

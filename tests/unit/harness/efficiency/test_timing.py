@@ -117,7 +117,7 @@ def test_every_candidate_draw_is_stepped_after_every_layer_was_visited(entries: 
         state_bytes(run.method.optimizer, counts=lambda tensor: tensor.device.type == "cpu") == 4 * 35104
     )  # two bf16 moments of every parameter
     assert state_bytes(run.method.optimizer, counts=lambda tensor: tensor.device.type == "cuda") == 0
-    stepped = run.draws.taken[-phases.count("forward") // 2 :]
+    stepped = run.draws.made[-phases.count("forward") // 2 :]
     assert set(stepped) == {(0, 3), (0, 1), (2, 3)}
 
 

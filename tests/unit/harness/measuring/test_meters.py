@@ -166,7 +166,7 @@ def test_what_the_harness_uses_for_itself_counts_in_no_phase() -> None:
     with nested.phase("step"):
         cuda.use(300)
         cuda.use(100)
-        with nested.left_out():
+        with nested.excluded():
             cuda.use(5000)
             cuda.use(100)
         cuda.use(200)

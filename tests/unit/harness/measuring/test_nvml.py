@@ -179,7 +179,7 @@ def test_nvml_looks_at_the_device_that_torch_sees_first(
 
 def test_what_the_driver_reserves_for_itself_is_left_out_where_it_can_be_told() -> None:
     for apart, version in ((True, 2), (False, None)):
-        nvml = FakeNvml(reserved_apart=apart)
+        nvml = FakeNvml(reports_reserved_separately=apart)
         metered(nvml)
         assert nvml.asked[-1] == ("memory", version)
 
@@ -217,7 +217,7 @@ def test_memory_in_use_before_by_nobody_listed_is_a_neighbour_where_numbers_do_n
     apart: bool, limit: int
 ) -> None:
     def meter(before: int, listed: list[Any]) -> NvmlMeter:
-        return metered(FakeNvml(used=[before, before + 900], processes=[[], listed], reserved_apart=apart))
+        return metered(FakeNvml(used=[before, before + 900], processes=[[], listed], reports_reserved_separately=apart))
 
     why = f"{limit + 1:,} bytes of the GPU were in use before the run's first allocation, by nobody NVML lists"
     assert meter(limit + 1, []).foreign_why == why

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from harness.records import code
-from harness.records.code import APART, Tree, bare, code_of, imported_names
+from harness.records.code import EXCLUDED, Tree, code_of, imported_names, normalised_source
 from house import ROOT
 
 from baselines import method_names
@@ -52,12 +52,12 @@ BARE = """\
 
 
 def test_comments_docstrings_and_layout_leave_no_trace() -> None:
-    assert bare(FIXTURE) == BARE
-    assert bare('def f(x):\n    """Says."""\n    return x  # why\n') == bare(
+    assert normalised_source(FIXTURE) == BARE
+    assert normalised_source('def f(x):\n    """Says."""\n    return x  # why\n') == normalised_source(
         "# a remark\n\n\ndef f( x ):\n\treturn x\n"
     )
-    assert bare("a = '# no comment'\n") == " a = '# no comment'"
-    assert bare("f(1,\n  2)\n") == bare("f(1, 2)\n")
+    assert normalised_source("a = '# no comment'\n") == " a = '# no comment'"
+    assert normalised_source("f(1,\n  2)\n") == normalised_source("f(1, 2)\n")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,12 @@ def test_comments_docstrings_and_layout_leave_no_trace() -> None:
     ],
 )
 def test_what_the_code_does_leaves_a_trace(one: str, other: str) -> None:
-    assert bare(one) != bare(other)
+    assert normalised_source(one) != normalised_source(other)
 
 
 def test_every_version_of_python_gives_this_hash() -> None:
     """Computed under 3.11, 3.12 and 3.13, which take f-strings apart in different ways."""
-    found = hashlib.sha256(bare(FIXTURE).encode()).hexdigest()
+    found = hashlib.sha256(normalised_source(FIXTURE).encode()).hexdigest()
     assert found == "415e8578f8466b9d4cf1547acbce4ff7c9e91a5c3e6442c7c949d9e6c55c0792"
 
 
@@ -214,7 +214,7 @@ def test_every_method_has_its_code_and_every_exception_is_there() -> None:
         if path.stem in method_names():
             assert f"baselines.{path.stem}" in code_of(code.training(path.stem)).sources
     folders = {"grass": ROOT / "grass", "baselines": ROOT / "baselines", "harness": ROOT / "workflow" / "harness"}
-    assert Tree(folders, apart=()).closure(APART)
+    assert Tree(folders, apart=()).closure(EXCLUDED)
     with pytest.raises(ModuleNotFoundError, match=r"no source for 'baselines\.none'"):
         code_of(("baselines.none",))
 

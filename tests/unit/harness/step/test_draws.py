@@ -16,12 +16,12 @@ def test_policies_give_so_many_layers_and_the_covering_ones_all() -> None:
 
 def test_methods_get_what_the_policy_says_and_the_caller_is_told() -> None:
     told: list[int] = []
-    draws = ForcedDraws(Host(), policy=top, on_draw=lambda: told.append(len(draws.taken)))
+    draws = ForcedDraws(Host(), policy=top, on_draw=lambda: told.append(len(draws.made)))
     with using(draws):
         assert draw_layers([1.0] * 4, 2, torch.Generator()) == (2, 3)
         draws.policy = bottom
         assert draw_layers([1.0] * 4, 2, torch.Generator()) == (0, 1)
-    assert draws.taken == [(2, 3), (0, 1)]
+    assert draws.made == [(2, 3), (0, 1)]
     assert told == [0, 1]
 
 

@@ -55,7 +55,7 @@ def test_the_papers_runs_ask_for_a_gpu_and_room_for_moments_on_the_host(paths: P
         assert asked.gpus == 1
         weights = needs.parameters(training.model, paths) * 2
         assert asked.mem_mb * 1e6 > 2 * weights
-        score = needs.of_evaluation(plan.evals[plan.eval_of[name]], training, paths, batch_size=16)
+        score = needs.of_evaluation(plan.evals[plan.evaluation_of[name]], training, paths, batch_size=16)
         assert score.gpus == 1
         assert score.minutes > 15
 

@@ -89,7 +89,7 @@ def test_a_study_is_models_times_tasks_times_methods_times_seeds(tmp_path: Path)
         "tiny--sums--lora--seed1",
     }
     assert [len(kind) for kind in (plan.models, plan.rows, plan.suites, plan.evals)] == [1, 1, 1, 1]
-    assert set(plan.eval_of) == set(plan.runs)
+    assert set(plan.evaluation_of) == set(plan.runs)
 
 
 def test_the_seeds_of_a_method_share_one_search_and_the_base_model_has_none(tmp_path: Path) -> None:

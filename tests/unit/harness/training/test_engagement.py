@@ -259,9 +259,9 @@ def test_a_method_that_promised_to_do_nothing_must_do_nothing() -> None:
 def test_a_final_norm_may_stand_still_in_bf16_only() -> None:
     still = [replace(p, moved_groups=["embedding", "head"]) for p in SOUND]
     assert broken(SAMPLED, still) == [GROUPS_MOVED]
-    assert broken(SAMPLED, still, coarse_weights=True) == []
+    assert broken(SAMPLED, still, bf16_weights=True) == []
     others = [replace(p, moved_groups=["final_norm", "head"]) for p in SOUND]
-    assert broken(SAMPLED, others, coarse_weights=True) == [GROUPS_MOVED]
+    assert broken(SAMPLED, others, bf16_weights=True) == [GROUPS_MOVED]
 
 
 def test_a_tied_head_is_promised_and_expected_nowhere() -> None:
@@ -332,8 +332,8 @@ def test_a_choice_that_never_changes_must_have_been_announced() -> None:
 def test_a_chosen_tensor_may_stand_still_in_bf16_only_if_others_move() -> None:
     still = [replace(p, moved_tensors=p.moved_tensors[:1]) for p in CHOICES]
     assert chosen_broken(still) == [MOVED]
-    assert chosen_broken(still, coarse_weights=True) == []
-    assert chosen_broken([replace(CHOICES[0], moved_tensors=[])], coarse_weights=True) == [MOVED]
+    assert chosen_broken(still, bf16_weights=True) == []
+    assert chosen_broken([replace(CHOICES[0], moved_tensors=[])], bf16_weights=True) == [MOVED]
 
 
 def test_fused_backward_must_leave_no_gradient_and_its_state_is_a_constant() -> None:

@@ -194,17 +194,17 @@ def test_only_whole_periods_after_the_warm_up_are_timed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "period", "left_out", "why"),
+    ("steps", "period", "excluded", "why"),
     [
         (0, 1, 0, "no step after the warm-up"),
         (3, 1, 3, "no step after the warm-up"),
         (60, 50, 50, "no whole period of 50 steps after the warm-up"),
     ],
 )
-def test_too_few_steps_have_no_throughput_and_a_reason(steps: int, period: int, left_out: int, why: str) -> None:
+def test_too_few_steps_have_no_throughput_and_a_reason(steps: int, period: int, excluded: int, why: str) -> None:
     timing = log_of([0.5] * steps).timing(load_s=0.0, period_steps=period, clock="perf_counter")
     assert (timing.throughput_tokens_per_s, timing.step_median_s, timing.step_p95_s) == (None, None, None)
-    assert (timing.throughput_why, timing.timed_steps, timing.warmup_steps) == (why, 0, left_out)
+    assert (timing.throughput_why, timing.timed_steps, timing.warmup_steps) == (why, 0, excluded)
     assert timing.train_s == 0.5 * steps
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.efficiency.spec import PaperLabels, meant
+from harness.efficiency.spec import PaperLabels, did_you_mean
 from harness.records.units import GIB
 from harness.reporting.efficiency.memory_table import NOT_MEASURED, OTHER_CODE
 from harness.reporting.efficiency.rows import Row, Rows
@@ -30,7 +30,9 @@ def check_published(config: Path, labels: PaperLabels, published: Published) -> 
     for key, given in (("models", labels.models), ("methods", labels.methods)):
         for label in given:
             if label not in known[key]:
-                what = f"the published numbers have no {key.removesuffix('s')} {label}: {meant(label, known[key])}"
+                what = (
+                    f"the published numbers have no {key.removesuffix('s')} {label}: {did_you_mean(label, known[key])}"
+                )
                 raise source.error(("published", key, label), what)
 
 

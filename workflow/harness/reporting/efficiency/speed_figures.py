@@ -76,7 +76,7 @@ def speed_and_memory(rows: Rows, model: str) -> Drawing:
     figure, axes = grid(1, len(corners), height=3.4)
     looks = looks_of(rows.methods)
     for panel, (corner, points) in zip(axes[0], corners, strict=True):
-        front = unbeaten([(x, y) for x, y, _ in points])
+        front = pareto_front([(x, y) for x, y, _ in points])
         panel.plot(*zip(*front, strict=True), color="#999999", linewidth=0.9, zorder=1)
         for x, y, method in points:
             look = {"marker": looks[method].marker, "color": looks[method].colour}
@@ -134,7 +134,7 @@ def _points(rows: Rows, part: list[Row], *, timed: bool) -> list[tuple[float, fl
     return points
 
 
-def unbeaten(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The Pareto front of points (memory, speed), less memory and more speed being better; sorted by memory."""
     front: list[tuple[float, float]] = []
     for memory, speed in sorted(points, key=lambda p: (p[0], -p[1])):

@@ -16,7 +16,7 @@ from harness.reporting.efficiency.length_figure import memory_by_length
 from harness.reporting.efficiency.memory_figures import FORECAST_ONLY, KINDS, memory_stack
 from harness.reporting.efficiency.report import draw, write_report
 from harness.reporting.efficiency.rows import read_rows
-from harness.reporting.efficiency.speed_figures import speed_and_memory, throughput_bars, unbeaten
+from harness.reporting.efficiency.speed_figures import pareto_front, speed_and_memory, throughput_bars
 from harness.reporting.style import Drawing
 
 MAIN = data.MAIN
@@ -108,7 +108,7 @@ def test_speed_against_memory_joins_the_unbeaten_methods(store: Store) -> None:
         if len(line.get_xdata()) == 1
     }
     assert points["grass-decoder"] == (pytest.approx(1.02 * 17.0), pytest.approx(1250 * 0.99))
-    assert unbeaten([(2.0, 5.0), (1.0, 3.0), (3.0, 4.0), (2.0, 4.0)]) == [(1.0, 3.0), (2.0, 5.0)]
+    assert pareto_front([(2.0, 5.0), (1.0, 3.0), (3.0, 4.0), (2.0, 4.0)]) == [(1.0, 3.0), (2.0, 5.0)]
 
 
 def test_without_a_gpu_speed_is_a_bound_to_loras(store: Store) -> None:
