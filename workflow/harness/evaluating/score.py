@@ -22,8 +22,9 @@ from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.provenance import provenance
 from harness.records.run import EvalRecord, SuiteScore, TrainRecord
 from harness.step.outcomes import is_out_of_memory, out_of_memory_why
+from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import EvalJob, Scoring, SuiteJob
+from harness.study.spec import Scoring
 from harness.tasks.protocol import check_gold
 
 CHANCE: dict[Scoring, float | None] = {

@@ -18,7 +18,7 @@ from harness.records.run import RunForecast
 from harness.records.units import gib
 from harness.step.outcomes import CannotRunError
 from harness.step.spec import Cell, Numerics, Settings, Shape
-from harness.study.spec import Training
+from harness.study.jobs import Training
 
 
 def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> RunForecast:

@@ -19,8 +19,9 @@ from harness.records.atomic import sha256, write_json
 from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, Provenance
+from harness.study.jobs import ModelJob
 from harness.study.paths import resolve
-from harness.study.spec import HubModel, ModelJob, PretrainedHere
+from harness.study.spec import HubModel, PretrainedHere
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")

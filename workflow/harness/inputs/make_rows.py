@@ -14,8 +14,9 @@ from harness.records.atomic import sha256, write_json
 from harness.records.code import ROWS
 from harness.records.provenance import provenance
 from harness.records.run import RowsRecord
+from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import FileRows, FileSuite, RowsJob, SuiteJob
+from harness.study.spec import FileRows, FileSuite
 
 
 def make_rows(job: RowsJob, folder: Path) -> RowsRecord:

@@ -26,7 +26,8 @@ from harness.records.atomic import whole_folder
 from harness.records.code import PRETRAINED_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord
-from harness.study.spec import Corpus, ModelJob, PretrainedHere
+from harness.study.jobs import ModelJob
+from harness.study.spec import Corpus, PretrainedHere
 
 _POSITIONS = 512
 """Longest text the model takes; rotary positions cost nothing."""

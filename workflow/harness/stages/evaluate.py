@@ -39,9 +39,9 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
 
     from harness.evaluating.score import evaluate
     from harness.records.reading import read
+    from harness.study.jobs import EvalJob, RunJob
     from harness.study.paths import Paths
     from harness.study.progress import announce
-    from harness.study.spec import EvalJob, RunJob
 
     torch.set_num_threads(args.threads)
     paths = Paths(args.run.parents[1])

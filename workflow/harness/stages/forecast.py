@@ -45,10 +45,9 @@ def _of_run(spec: Path) -> int:
     from harness.records.reading import read
     from harness.records.run import ModelRecord
     from harness.records.units import gib
-    from harness.study.jobs import FORECAST, MODEL
+    from harness.study.jobs import FORECAST, MODEL, ForecastJob
     from harness.study.paths import Paths
     from harness.study.progress import announce
-    from harness.study.spec import ForecastJob
 
     job = read(spec, ForecastJob)
     paths, training = Paths(spec.parents[2]), job.training

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write manifest.json, and what it names, beside the spec."""
     from harness.records.reading import read
-    from harness.study.spec import ModelJob, RowsJob, SuiteJob
+    from harness.study.jobs import ModelJob, RowsJob, SuiteJob
 
     folder: Path = args.spec.parent
     if args.kind == "rows":

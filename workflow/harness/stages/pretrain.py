@@ -18,8 +18,8 @@ def run(args: argparse.Namespace) -> int:
 
     from harness.inputs.pretrain import make_pretrained
     from harness.records.reading import read
+    from harness.study.jobs import ModelJob
     from harness.study.progress import announce
-    from harness.study.spec import ModelJob
 
     torch.set_num_threads(args.threads)
     job = read(args.spec, ModelJob)

@@ -20,12 +20,12 @@ def run(args: argparse.Namespace) -> int:
     from harness.efficiency.spec import EfficiencyStudy
     from harness.records import atomic
     from harness.records import run as record
-    from harness.study import spec
+    from harness.study import jobs, spec
 
     models: dict[str, type[BaseModel]] = {
         "study": spec.Study,
         "efficiency-study": EfficiencyStudy,
-        "run-spec": spec.RunJob,
+        "run-spec": jobs.RunJob,
         "train-record": record.TrainRecord,
         "eval-record": record.EvalRecord,
         "search-record": record.SearchRecord,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.study.spec import SearchJob
+    from harness.study.jobs import SearchJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
     from harness.measuring.gpu import lease_for
     from harness.records.reading import read
-    from harness.study.spec import SearchJob
+    from harness.study.jobs import SearchJob
 
     job = read(args.spec, SearchJob)
     # before torch is imported: the lease says which GPU it will see

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from harness.study.spec import RunJob
+    from harness.study.jobs import RunJob
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
     from harness.records.reading import read
-    from harness.study.spec import RunJob
+    from harness.study.jobs import RunJob
 
     job = read(args.spec, RunJob)
     # before torch is imported: the lease says which GPU it will see

@@ -1,24 +1,151 @@
-"""The kinds of jobs in a study, one object per kind: everything that differs between kinds is defined here alone."""
+"""Jobs of a study: their resolved specs, and what differs between their kinds, one object per kind."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from pydantic import Field
+
+from baselines.method import Recipe, Strict
 from harness.records import code
 from harness.records.code import Roots
-from harness.study.spec import (
-    EvalJob,
-    ForecastJob,
-    Job,
-    ModelJob,
-    PretrainedHere,
-    RowsJob,
-    RunJob,
-    SearchJob,
-    SuiteJob,
-)
+from harness.study.spec import Label, ModelSource, Observation, PretrainedHere, RowSource, Search, SuiteSource
+
+# ---------------------------------------------------------------- resolved specs: one per job
+
+
+def digest(value: Any) -> str:
+    """First 8 hex digits of the sha256 of a value's canonical JSON."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+class Job(Strict):
+    """A resolved spec. `name` is what the job is called on disk."""
+
+    def body(self) -> dict[str, Any]:
+        """The spec as plain JSON values, defaults included."""
+        return self.model_dump(mode="json")
+
+    @property
+    def name(self) -> str:
+        """Readable labels, then the first digits of the spec's hash."""
+        raise NotImplementedError
+
+
+class ModelJob(Job):
+    """A model, ready to load: pretrained here, found locally, or fetched."""
+
+    label: Label
+    source: ModelSource
+
+    @property
+    def name(self) -> str:
+        """`<model>--<hash of the source>`."""
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class RowsJob(Job):
+    """Training and validation rows of one task, as files."""
+
+    label: Label
+    source: RowSource
+
+    @property
+    def name(self) -> str:
+        """`<task>--<hash of the source>`."""
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class SuiteJob(Job):
+    """Test rows of one suite, as a file."""
+
+    label: Label
+    source: SuiteSource
+
+    @property
+    def name(self) -> str:
+        """`<suite>--<hash of the source>`."""
+        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
+
+
+class Training(Strict):
+    """Everything that determines a training run, except the learning rate and the seed."""
+
+    model: ModelJob
+    rows: RowsJob
+    label: Label = Field(description="of the method's entry")
+    module: str
+    options: dict[str, Any] = Field(description="complete: the method's defaults are filled in")
+    recipe: Recipe
+    recipe_changes: tuple[str, ...] = Field(description="recipe keys the method's entry changed: the dagger")
+
+
+class SearchJob(Job):
+    """Choice of the learning rate of one method on one model and task."""
+
+    training: Training
+    search: Search
+
+    @property
+    def name(self) -> str:
+        """`<model>--<task>--<method>--<hash of the spec>`."""
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
+
+
+class RunJob(Job):
+    """One training run."""
+
+    training: Training
+    lr: float | None = Field(description="null: taken from `search`, or no step is taken")
+    search: Search | None
+    seed: int
+    observation: Observation
+
+    @property
+    def name(self) -> str:
+        """`<model>--<task>--<method>--seed<k>--<hash of the spec>`."""
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--seed{self.seed}--{digest(self.body())}"
+
+    def search_job(self) -> SearchJob | None:
+        """The search this run takes its learning rate from."""
+        if self.lr is not None or self.search is None:
+            return None
+        return SearchJob(training=self.training, search=self.search)
+
+
+class ForecastJob(Job):
+    """Forecast of a run's peak memory, one for all seeds and learning rates."""
+
+    training: Training
+
+    @property
+    def name(self) -> str:
+        """`<model>--<task>--<method>--<hash of the spec>`."""
+        t = self.training
+        return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
+
+
+class EvalJob(Job):
+    """How a trained model is scored: every suite of its task, in one process."""
+
+    task: Label
+    suites: tuple[SuiteJob, ...]
+    max_length: int = Field(description="tokens of prompt and answer in the held-out loss, as in training")
+
+    @property
+    def name(self) -> str:
+        """`<task>--<hash of the spec>`."""
+        return f"{self.task}--{digest(self.body())}"
+
+
+# ---------------------------------------------------------------- kinds of jobs
 
 J = TypeVar("J", bound=Job)
 

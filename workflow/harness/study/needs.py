@@ -17,8 +17,9 @@ from baselines.method import Recipe
 from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
+from harness.study.jobs import EvalJob, ModelJob, SearchJob, Training
 from harness.study.paths import Paths, resolve
-from harness.study.spec import EvalJob, FileSuite, HubModel, LocalModel, ModelJob, PretrainedHere, SearchJob, Training
+from harness.study.spec import FileSuite, HubModel, LocalModel, PretrainedHere
 
 BASE_BYTES = 8 * 2**30
 """A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small

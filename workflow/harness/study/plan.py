@@ -9,21 +9,23 @@ from typing import Any
 
 from harness.records import atomic
 from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of
-from harness.study.jobs import EVALUATE, KINDS, J, Kind
-from harness.study.paths import Paths
-from harness.study.spec import (
+from harness.study.jobs import (
+    EVALUATE,
+    KINDS,
     EvalJob,
     ForecastJob,
+    J,
     Job,
+    Kind,
     ModelJob,
-    PretrainedHere,
     RowsJob,
     RunJob,
     SearchJob,
-    Study,
     SuiteJob,
     Training,
 )
+from harness.study.paths import Paths
+from harness.study.spec import PretrainedHere, Study
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.run import DataUse
 from harness.step.attach import Attached, attach, new_method
-from harness.study.spec import Observation, Training
+from harness.study.jobs import Training
+from harness.study.spec import Observation
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
 from harness.training.observer import Observer

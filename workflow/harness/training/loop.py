@@ -24,7 +24,8 @@ from harness.records.provenance import provenance
 from harness.records.run import EVALUATION, Check, Status, TrainRecord
 from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
 from harness.step.run import run_step
-from harness.study.spec import Observation, Training
+from harness.study.jobs import Training
+from harness.study.spec import Observation
 from harness.training import resume
 from harness.training.batches import CalibrationBatches, mean_loss
 from harness.training.engagement import Period

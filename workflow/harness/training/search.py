@@ -14,7 +14,7 @@ from harness.records.code import search as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
 from harness.records.run import SearchRecord, TrainRecord, Trial
-from harness.study.spec import SearchJob
+from harness.study.jobs import SearchJob
 from harness.training.loading import Inputs
 from harness.training.loop import train
 

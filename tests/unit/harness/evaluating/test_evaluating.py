@@ -24,7 +24,7 @@ from harness.inputs.tokens import collate, encode
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.run import EvalRecord, TrainRecord
 from harness.stages import evaluate as stage
-from harness.study.spec import EvalJob, RunJob, SuiteJob
+from harness.study.jobs import EvalJob, RunJob, SuiteJob
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROWS = 160

@@ -13,10 +13,9 @@ from harness.records.code import code_of, run_forecast
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, RunForecast
 from harness.study.config import load_study
-from harness.study.jobs import FORECAST, MODEL
+from harness.study.jobs import FORECAST, MODEL, ForecastJob, Training
 from harness.study.paths import Paths
 from harness.study.plan import outputs, resolve_study
-from harness.study.spec import ForecastJob, Training
 from harness.training.loading import Inputs
 from harness.training.loop import train
 from house import ROOT

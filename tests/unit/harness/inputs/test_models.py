@@ -17,7 +17,8 @@ from harness.inputs.pretrain import batches, make_pretrained
 from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
-from harness.study.spec import Corpus, HubModel, LocalModel, ModelJob, PretrainedHere
+from harness.study.jobs import ModelJob
+from harness.study.spec import Corpus, HubModel, LocalModel, PretrainedHere
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real model is not here")

@@ -13,8 +13,9 @@ from harness.inputs.make_rows import make_rows, make_suite
 from harness.inputs.rows import Row, read_rows
 from harness.records.atomic import sha256
 from harness.records.run import RowsRecord
+from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite, RowsJob, SuiteJob
+from harness.study.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")

@@ -32,7 +32,8 @@ from harness.measuring.gpu import (
 from harness.records.atomic import write_json
 from harness.records.provenance import provenance
 from harness.records.run import TrainRecord
-from harness.study.spec import Observation, RunJob, Search, SearchJob
+from harness.study.jobs import RunJob, SearchJob
+from harness.study.spec import Observation, Search
 
 A, B = Device(0, "GPU-aa", "Card A", "GPU-aa"), Device(1, "GPU-bb", "Card B", "GPU-bb")
 PARTS = [Device(2, "MIG-1", "Card C, MIG", "GPU-cc"), Device(2, "MIG-2", "Card C, MIG", "GPU-cc")]

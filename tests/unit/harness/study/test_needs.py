@@ -9,9 +9,10 @@ import pytest
 from harness.records.atomic import write_json
 from harness.study import needs
 from harness.study.config import load_study
+from harness.study.jobs import ModelJob
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
-from harness.study.spec import HubModel, LocalModel, ModelJob
+from harness.study.spec import HubModel, LocalModel
 from house import ROOT
 
 

@@ -13,10 +13,9 @@ import pytest
 import study_files
 from harness.__main__ import main
 from harness.study.config import load_study
-from harness.study.jobs import KINDS, TRAIN
+from harness.study.jobs import KINDS, TRAIN, EvalJob, Job
 from harness.study.paths import Paths
 from harness.study.plan import Plan, open_study, outputs, resolve_study
-from harness.study.spec import EvalJob, Job
 from harness.study.stale import current
 from house import ROOT
 
