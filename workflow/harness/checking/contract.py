@@ -21,7 +21,7 @@ from harness.inputs.tokens import encode_rows
 from harness.records.atomic import write_text
 from harness.records.reading import read, read_jsonl
 from harness.records.run import TrainRecord
-from harness.step.attach import method_class
+from harness.step.attach import attach, method_class, new_method
 from harness.study.spec import Observation
 from harness.training.batches import fixed_batches, mean_loss
 from harness.training.loading import Inputs
@@ -179,9 +179,9 @@ def schedule_reaches_every_group(case: Case) -> str | None:
     if not method_class.TRAINS:
         return None
     training = tiny_training(case.module, case.options, **method_class.EXAMPLE_RECIPE)
-    options = method_class.Config.model_validate(case.options)
-    method = method_class(options, recipe=training.recipe, lr=method_class.EXAMPLE_LR, seed=0)
-    method.attach(load_model(case.inputs.model, weight_dtype="fp32"))
+    recipe, lr = training.recipe, method_class.EXAMPLE_LR
+    method = new_method(case.module, case.options, recipe=recipe, lr=lr, seed=0)
+    attach(method, load_model(case.inputs.model, weight_dtype="fp32"))
     if method.optimizer is None:
         return "method.optimizer is None: the harness cannot see whether the schedule arrives"
     before = [group["lr"] for group in method.optimizer.param_groups]

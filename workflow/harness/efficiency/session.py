@@ -61,12 +61,15 @@ class Outcome:
 
     def lines(self) -> Iterator[str]:
         """The blocks that were not measured, one line per group, and the errors."""
-        missing: dict[str, list[str]] = {}
-        for unit, _ in self.missing:
+        missing: dict[tuple[str, str], list[str]] = {}
+        for unit, why in self.missing:
             named = unit.entry.named
-            missing.setdefault(f"{named.model}/{named.settings}/{named.shape}", []).append(named.label)
-        for group, labels in missing.items():
-            yield f"not measured: {group}: {', '.join(dict.fromkeys(labels))}"
+            group = f"{named.model}/{named.settings}/{named.shape}"
+            missing.setdefault((group, why), []).append(named.label)
+        for (group, why), labels in missing.items():
+            yield f"not measured: {group}: {', '.join(dict.fromkeys(labels))} ({why})"
+        if missing:
+            yield "the same command again goes on where this one ended"
         for line in self.errors:
             yield f"error: {line}"
 

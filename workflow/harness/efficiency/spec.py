@@ -194,6 +194,8 @@ def load_efficiency(path: Path) -> EfficiencyStudy:
         ConfigError: the first thing that is wrong, in one line.
     """
     source = read_yaml(path)
+    if "tasks" in source.value:
+        raise source.error((), f"this is a study of runs, not of memory and speed: snakemake --configfile {path}")
     study: EfficiencyStudy = validate(EfficiencyStudy, source.value, source)
     for label, entry in study.methods.items():
         try:

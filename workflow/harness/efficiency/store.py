@@ -100,7 +100,7 @@ class Store:
     def measured(self, entry: Entry, kind: DeviceKind) -> list[CellRecord]:
         """Every record of exactly this cell on a kind of device, with any measuring options; the one to show is last.
 
-        The one to show is the newest by today's code, else the newest of all.
+        The one to show is by today's code, if there is one; then one that is complete; then the newest.
         """
         cell = entry.cell
         mine = [
@@ -111,7 +111,7 @@ class Store:
             == (cell.module, cell.options, cell.settings, cell.shape, cell.numerics, cell.seed)
             and record.cell_sha256 in (None, cell_sha256(cell))
         ]
-        return sorted(mine, key=lambda record: (not is_stale(record, cell), _made(record)))
+        return sorted(mine, key=lambda record: (not is_stale(record, cell), _is_complete(record), _made(record)))
 
     def add(self, unit: Unit, reply: Reply, asked: MeasureOptions, device: DeviceRecord) -> CellRecord:
         """Add the result of a block to the cell's record."""
@@ -224,6 +224,11 @@ class Store:
 def _made(record: CellRecord | ForecastRecord) -> str:
     """Start time of a record as sortable text; records without one come first."""
     return record.provenance.started_utc if isinstance(record, CellRecord) else record.started_utc or ""
+
+
+def _is_complete(record: CellRecord) -> bool:
+    """Whether a record has times, or says why there are none: one that a budget cut short hides no other."""
+    return bool(record.timing) or record.status != "ok"
 
 
 def _before_error(record: CellRecord) -> CellRecord:

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import fields
 from typing import Any
 
-from harness.errors import UserError
 from harness.forecasting.forecast import Forecast
-from harness.records.units import GIB, MIB, gib
+from harness.records.units import gib
 from harness.step.spec import Cell
 
 _FIGURES = [field.name for field in fields(Forecast) if field.name not in ("facts", "promise")]
-_UNITS = {"GiB": GIB, "MiB": MIB, "GB": 10**9, "MB": 10**6}
-
-
-def parse_bytes(text: str) -> int:
-    """`24GiB`, `24 GB`, `16384MiB` in bytes.
-
-    Raises:
-        UserError: the text is not an amount of memory.
-    """
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(GiB|MiB|GB|MB)\s*", text)
-    if match is None or not float(match[1]):
-        raise UserError(f"{text!r} is no amount of memory: write a number and one of {', '.join(_UNITS)}, as in 24GiB")
-    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def as_json(cell: Cell, found: Forecast | None, *, reason: str | None = None) -> dict[str, Any]:

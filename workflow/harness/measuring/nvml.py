@@ -16,13 +16,14 @@ from typing import Any, Literal
 from harness.measuring.card import Card, cuda_is_initialised
 from harness.measuring.device import ON_THE_CPU
 from harness.records.run import GpuRecord
+from harness.records.units import GIB
 
 POLL_S = 0.1
 """Seconds between samples. Torch's pool of reserved memory hardly shrinks, so slow sampling misses little of it."""
 FOREIGN_BYTES = 256 * 2**20
 """If more than this is in use before our first allocation, and NVML lists no process, another process is on the GPU. A
 CUDA context alone takes more than this, an idle card less."""
-FOREIGN_WITH_RESERVED_BYTES = 2**30
+FOREIGN_WITH_RESERVED_BYTES = GIB
 """The same for drivers that count their own reserved memory as used, up to some 0.7 GiB on large cards."""
 
 _NO_SAMPLE = "no sample was taken while the run was measured"

@@ -78,6 +78,8 @@ def _text(path: Path) -> bytes:
         return path.read_bytes()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; correct the path, or run the job that writes it") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: a folder stands where a file should be; remove it and run again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that you may read") from error
 

@@ -35,7 +35,7 @@ def collect(plan: Plan, paths: Paths) -> Frames:
             noted = rows["runs"][-1]
             noted["notes"] = "; ".join(filter(None, [noted["notes"], f"{NOT_SCORED}{score.status_why}"]))
         if score.status != "skipped":
-            documents.append(read_table(score_file.with_suffix(".parquet")))
+            documents.append(read_table(score_file.with_suffix(".parquet"), mend=f"delete {score_file} and run again"))
     for name in plan.searches:
         search = read(paths.search(name) / "search.json", SearchRecord)
         rows["trials"] += _trial_rows(search)

@@ -80,8 +80,12 @@ def read_frames(folder: Path) -> Frames:
     return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name], ADDED.get(name, ())) for name in FRAMES})
 
 
-def read_table(path: Path) -> DataFrame:
+def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
     """A parquet file, unchanged.
+
+    Args:
+        path: of the file.
+        mend: what the user can do where it is damaged or missing; None: it is made by the collect stage.
 
     Raises:
         UserError: it does not exist, or cannot be read.
@@ -89,9 +93,9 @@ def read_table(path: Path) -> DataFrame:
     try:
         return pd.read_parquet(path, engine="pyarrow")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the collect stage first") from None
+        raise UserError(f"{path}: no such file; {mend or 'run the collect stage first'}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no parquet file ({first_line(error)}); {_COLLECT}") from error
+        raise UserError(f"{path}: no parquet file ({first_line(error)}); {mend or _COLLECT}") from error
 
 
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:

@@ -18,8 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print one row a method and setting as they come, then the best one's code; nothing is written."""
     from harness.efficiency.spec import cell_of, load_efficiency
-    from harness.forecasting.show import parse_bytes
-    from harness.records.units import gib
+    from harness.records.units import gib, parse_bytes
     from harness.step.spec import shape_of
 
     vram = parse_bytes(args.vram)
@@ -51,7 +50,13 @@ def run(args: argparse.Namespace) -> int:
     )
     chosen = best(found, vram_bytes=vram)
     if chosen is None:
-        print("nothing fits: try fewer tokens, a smaller model or a larger card")
+        forecast = any(choice.forecast is not None for choice in found)
+        print(
+            "nothing fits: try fewer tokens, a smaller model or a larger card"
+            if forecast
+            else "nothing could be forecast: the reasons stand in the rows above"
+        )
     else:
-        print(f"the fastest that fits: {chosen.method}, {chosen.settings}\n\n{snippet(chosen.cell, model=args.model)}")
+        model = f"<a {args.model} on disk or on the hub>" if args.model in study.models else args.model
+        print(f"the fastest that fits: {chosen.method}, {chosen.settings}\n\n{snippet(chosen.cell, model=model)}")
     return 0

@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         return _overhead(args, study)
     report = _reporter(args, study, store)
     if args.report:
+        if not (args.out / "records").is_dir():
+            raise UserError(f"--out {args.out}: no records there; name the folder that has them as records/*.json")
         say(f"{report()}; all in {store.folder}")
         return 0
     return (_forecast if args.forecast else _measure)(args, study, store, report)

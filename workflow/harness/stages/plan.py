@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     folders = {output.path.parent for output in outputs(plan, paths) if output.kind is not EVALUATE}
     print(f"  on disk  {folder_bytes(folders) / 2**20:.1f} MiB under {paths.root}/")
     if changed:
-        print("  stale: made by other code than today's. It is kept; to make it anew: snakemake --force <its file>")
+        print(
+            "  stale: made by other code than today's. It is kept; to make it anew: snakemake --cores 1 --configfile "
+            f"{args.config} --force <its file> (--all lists every job)"
+        )
         print(f"  what differs, with the number of records: {_summary(changed)}")
     return 0
 

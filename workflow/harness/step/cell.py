@@ -58,8 +58,8 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
     count = sum(p.numel() for p in built.parameters())
     if isinstance(model, Geometry) and count != model.parameters:
         raise ConfigError(
-            f"this geometry makes {count:,} parameters, and its `parameters` says {model.parameters:,}; correct one "
-            "of them"
+            f"the {model.architecture} geometry of {model.num_hidden_layers} layers of width {model.hidden_size} makes "
+            f"{count:,} parameters, and its `parameters` says {model.parameters:,}; correct one of them"
         )
     return built.train()
 

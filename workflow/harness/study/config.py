@@ -23,6 +23,8 @@ def load_study(path: Path, *, inputs_needed: bool = True) -> spec.Study:
         ConfigError: the first thing that is wrong.
     """
     source = read_yaml(path)
+    if "numerics" in source.value:
+        raise source.error((), f"this is an efficiency study: python -m harness efficiency --config {path}")
     study: spec.Study = validate(spec.Study, source.value, source)
     if study.study in RESERVED:
         raise source.error(("study",), f"{study.study!r} is a folder of its own under results/: choose another label")

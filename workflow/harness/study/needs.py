@@ -17,11 +17,12 @@ from baselines.method import Recipe
 from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
+from harness.records.units import GIB
 from harness.study.jobs import EvalJob, ModelJob, SearchJob, Training
 from harness.study.paths import Paths, resolve
 from harness.study.spec import FileSuite, HubModel, LocalModel, PretrainedHere
 
-BASE_BYTES = 8 * 2**30
+BASE_BYTES = 8 * GIB
 """A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small
 that they train on a CPU."""
 START_S = 900.0

@@ -143,3 +143,12 @@ def test_a_damaged_record_is_named_and_not_passed_over(entry: Entry, tmp_path: P
     with pytest.raises(UserError, match=rf"{path.name}: .*delete it and run again") as caught:
         store.measured(entry, "cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_measurement_that_was_cut_short_hides_no_complete_one(entry: Entry, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    complete = measure(store, entry)
+    store.keep(dated(complete, "2030", asked_sha256="0" * 64, timing=()))
+    assert store.measured(entry, "cpu")[-1] == complete
+    store.keep(dated(complete, "2031", asked_sha256="1" * 64, timing=(), status="oom", status_why="no memory"))
+    assert store.measured(entry, "cpu")[-1].status == "oom", "running out of memory is an answer"

@@ -17,8 +17,8 @@ from harness.__main__ import main
 from harness.efficiency.spec import load_efficiency
 from harness.errors import UserError
 from harness.forecasting.forecast import NoForecastError, forecast
-from harness.forecasting.show import parse_bytes
 from harness.forecasting.snippets import snippet
+from harness.records.units import parse_bytes
 from harness.step.cell import RandomBatches, build_model
 from harness.step.spec import Shape
 from harness.study.strict_yaml import ConfigError
@@ -139,7 +139,10 @@ def test_an_option_of_a_method_is_checked_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_geometry_with_another_number_of_parameters_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="this geometry makes 38,624 parameters, and its `parameters` says 7"):
+    with pytest.raises(
+        ConfigError,
+        match="the llama geometry of 3 layers of width 32 makes 38,624 parameters, and its `parameters` says 7",
+    ):
         build_model(SMALL.model_copy(update={"parameters": 7}), weight_dtype="bf16", device="meta")
 
 

@@ -268,3 +268,23 @@ def test_snakemake_shows_the_same_line(tmp_path: Path) -> None:
     assert "mine.yaml:37: observatoin: unknown key; did you mean 'observation'?" in shown
     assert "Traceback" not in shown
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["plan", "--config", "config/efficiency.yaml"], "this is an efficiency study: python -m harness efficiency"),
+        (
+            ["forecast", "--model", "tiny", "--method", "lora", "--config", "config/embedded.yaml"],
+            "this is a study of runs, not of memory and speed: snakemake --configfile config/embedded.yaml",
+        ),
+    ],
+)
+def test_a_study_of_the_other_kind_is_named(
+    command: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from harness.__main__ import main
+
+    monkeypatch.chdir(ROOT)
+    assert main(command) == 2
+    assert said in capsys.readouterr().err

@@ -87,6 +87,11 @@ class Row:
         return self.measured is not None and is_stale(self.measured, self.entry.cell)
 
     @property
+    def rehearsal_stale(self) -> bool:
+        """Whether other code than today's made the rehearsal."""
+        return self.rehearsed is not None and is_stale(self.rehearsed, self.entry.cell)
+
+    @property
     def forecast_stale(self) -> bool:
         """Forecast by other code than today's."""
         return self.forecast is not None and is_stale(self.forecast, self.entry.cell)

@@ -154,13 +154,15 @@ def rehearsal_table(rows: Rows) -> Table:
         raw.append(
             labels(row)
             | {"status": record.status, "status_why": record.status_why, "cpu_tokens_per_s": median_or_none(speeds)}
-            | {"repeats": len(speeds), "device_memory_why": memory and memory.device_why}
+            | {"repeats": len(speeds), "stale": row.rehearsal_stale, "device_memory_why": memory and memory.device_why}
             | host_columns(memory)
         )
         display.append(
             shown_labels(row)
             | {
-                "status": record.status + (notes.mark(f"{record.status_why}.") if record.status_why else ""),
+                "status": record.status
+                + (notes.mark(f"{record.status_why}.") if record.status_why else "")
+                + (notes.mark("measured by other code than today's.") if row.rehearsal_stale else ""),
                 "tokens/s of the CPU": number(median_or_none(speeds), 0),
                 "repeats": str(len(speeds)),
                 "host PSS peak, GiB": gib_or_unknown(host_columns(memory)["host_pss_peak_bytes"]),
