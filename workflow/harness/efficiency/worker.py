@@ -54,8 +54,10 @@ def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
     meters = Meters(device)  # before torch initialises the device
     from harness.efficiency.measure import execute
 
+    hello = Hello(device=meters.describe())
+    # what libraries hold once the device was used is no cell's
     meters.clean()
-    return Hello(device=meters.describe()), lambda job: execute(job, meters)
+    return hello, lambda job: execute(job, meters)
 
 
 def _own_stdout() -> IO[str]:
