@@ -151,7 +151,7 @@ class CellRun:
         """Step `number` with zero gradients and no forward or backward pass: it still allocates optimizer states.
 
         Matrices that already have states are skipped, for speed; vectors never are, so that no step is empty. A method
-        that consumes its gradients during backward runs a whole step instead: a visit has no gradients to set to zero.
+        that consumes its gradients during backward runs a whole step instead: no gradient would be left to set to zero.
         """
         if self.promise.gradients == "consumed":
             self.step(number, then=then)

@@ -22,7 +22,8 @@ def run_worst_case(
         run: attached and prepared; it must draw every `STEPS_PER_DRAW` steps, if it draws at all.
         held_bytes: optimizer states on the device now.
         watches_memory: whether the method reads memory use. Such a method acts on what it saw in a period's first step.
-            For any other method that step only allocates states, so a visit, which is faster, takes its place.
+            For any other method that step only allocates states, so a zero-gradient step, which is faster, takes its
+            place.
     """
     steps = _Periods(run, watches_memory)
     candidates, visits = [CANDIDATES[0]], []
