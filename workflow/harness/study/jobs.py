@@ -37,40 +37,33 @@ class Job(Strict):
         raise NotImplementedError
 
 
-class ModelJob(Job):
+class SourcedJob(Job):
+    """Something made from its `source` alone: two entries with one source differ by label only."""
+
+    label: Label
+
+    @property
+    def name(self) -> str:
+        """`<label>--<hash of the source>`."""
+        return f"{self.label}--{digest(self.body()['source'])}"
+
+
+class ModelJob(SourcedJob):
     """A model, ready to load: pretrained here, found locally, or fetched."""
 
-    label: Label
     source: ModelSource
 
-    @property
-    def name(self) -> str:
-        """`<model>--<hash of the source>`."""
-        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
-
-class RowsJob(Job):
+class RowsJob(SourcedJob):
     """Training and validation rows of one task, as files."""
 
-    label: Label
     source: RowSource
 
-    @property
-    def name(self) -> str:
-        """`<task>--<hash of the source>`."""
-        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
-
-class SuiteJob(Job):
+class SuiteJob(SourcedJob):
     """Test rows of one suite, as a file."""
 
-    label: Label
     source: SuiteSource
-
-    @property
-    def name(self) -> str:
-        """`<suite>--<hash of the source>`."""
-        return f"{self.label}--{digest(self.source.model_dump(mode='json'))}"
 
 
 class Training(Strict):
