@@ -28,6 +28,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+def later(default: Any, **limits: Any) -> Any:
+    """A key that came after names of jobs were in use: where it has its default, a job's spec and name leave it out.
+
+    Args:
+        default: the value that says what jobs did before the key existed.
+        limits: as for pydantic's `Field`.
+    """
+    return Field(default=default, exclude_if=lambda value: value == default, **limits)
+
+
 class Options(Strict):
     """Base of a method's own block in the config. Importable without torch."""
 
@@ -47,6 +57,9 @@ class Recipe(Strict):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_dtype: Literal["fp32", "bf16"] = "fp32"
+    compute_dtype: Literal["fp32", "bf16"] | None = later(
+        None, description="of matrix products: bf16 is autocast over fp32 weights; null computes in weight_dtype"
+    )
     state_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of the optimizer's moments")
     activation_checkpointing: bool = False
     device: Literal["cpu", "cuda"] = "cpu"

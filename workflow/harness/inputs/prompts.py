@@ -7,7 +7,9 @@ training and is empty in evaluation. Both are kept as published; whether the tok
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Any, TypedDict
+
+from harness.study.spec import PromptName
 
 TASK_SENTENCE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -50,3 +52,28 @@ def evaluation_prompt(instruction: str) -> str:
         f"{_INDENT}{RESPONSE_MARK}\n"
         f"{_INDENT}"
     )
+
+
+class Prompt:
+    """How a row becomes text: one object in training, held-out loss and scoring.
+
+    Args:
+        name: as in a task's `prompt`.
+        tokenizer: of the model; its chat template is the prompt `chat`.
+    """
+
+    stops: tuple[str, ...] = ()
+    """Texts at which a continuation ends, beside the end token."""
+    adds_special_tokens = True
+    """Whether the tokenizer puts its own beginning-of-text token before the text; a chat template holds it already."""
+
+    def __init__(self, name: PromptName, tokenizer: Any) -> None:
+        self.name = name
+
+    def training(self, row: Row) -> str:
+        """All text before the output in training."""
+        return training_prompt(row["instruction"])
+
+    def evaluation(self, row: Row) -> str:
+        """The text that an answer is generated from."""
+        return evaluation_prompt(row["instruction"])

@@ -10,10 +10,19 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from baselines.method import Recipe, Strict
+from baselines.method import Recipe, Strict, later
 from harness.records import code
 from harness.records.code import Roots
-from harness.study.spec import Label, ModelSource, Observation, PretrainedHere, RowSource, Search, SuiteSource
+from harness.study.spec import (
+    Label,
+    ModelSource,
+    Observation,
+    PretrainedHere,
+    PromptName,
+    RowSource,
+    Search,
+    SuiteSource,
+)
 
 # ---------------------------------------------------------------- resolved specs: one per job
 
@@ -75,6 +84,7 @@ class Training(Strict):
     module: str
     options: dict[str, Any] = Field(description="complete: the method's defaults are filled in")
     recipe: Recipe
+    prompt: PromptName = later("llm-adapters")
     recipe_changes: tuple[str, ...] = Field(description="recipe keys the method's entry changed: the dagger")
 
 
@@ -131,6 +141,7 @@ class EvalJob(Job):
     task: Label
     suites: tuple[SuiteJob, ...]
     max_length: int = Field(description="tokens of prompt and answer in the held-out loss, as in training")
+    prompt: PromptName = later("llm-adapters")
 
     @property
     def name(self) -> str:

@@ -99,12 +99,13 @@ def _add_runs(
         module=entry.module,
         options=options,
         recipe=recipe,
+        prompt=study.tasks[rows.label].prompt,
         recipe_changes=tuple(changed_recipe_keys(study, label)),
     )
     forecast = forecast_job(training)
     if forecast is not None:
         plan.forecasts[forecast.name] = forecast
-    evaluation = EvalJob(task=rows.label, suites=suites, max_length=recipe.max_length)
+    evaluation = EvalJob(task=rows.label, suites=suites, max_length=recipe.max_length, prompt=training.prompt)
     plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
         run = RunJob(

@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from baselines.method import Recipe, Strict
+from baselines.method import Recipe, Strict, later
 
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Scoring = Literal["number", "letter", "true_false", "solution", "answer", "ending", "option"]
+PromptName = Literal["llm-adapters", "alpaca", "plain", "chat"]
 
 
 # ---------------------------------------------------------------- models
@@ -123,7 +124,8 @@ class Task(Strict):
     """One training set and the suites that are scored after training on it."""
 
     train: RowSource
-    suites: dict[Label, SuiteSource] = Field(min_length=1)
+    prompt: PromptName = later("llm-adapters", description="how a row becomes text, in training and in scoring")
+    suites: dict[Label, SuiteSource] = Field(default_factory=dict, description="none: held-out loss only")
     recipe: dict[str, Any] = Field(default_factory=dict, description="laid over the study's recipe")
 
 
