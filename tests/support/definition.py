@@ -10,6 +10,7 @@ import torch
 from harness.checking.contract import Case
 from harness.checking.tiny import LR, tiny_training
 from harness.inputs.models import load_model, load_tokenizer
+from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.step.loss import label_tokens, token_loss
@@ -42,7 +43,10 @@ class Onlooker:
         self.model = load_model(case.inputs.model, weight_dtype="fp32")
         tokenizer = load_tokenizer(case.inputs.model)
         rows, _ = encode_rows(
-            tokenizer, read_rows(case.inputs.rows / "train.json"), max_length=96, loss_on=self.recipe.loss_on
+            Prompt("llm-adapters", tokenizer),
+            read_rows(case.inputs.rows / "train.json"),
+            max_length=96,
+            loss_on=self.recipe.loss_on,
         )
         sizes = {"batch_size": self.recipe.batch_size, "micro_batch_size": self.recipe.micro_batch_size}
         self.batches = Batches(rows, **sizes, seed=5, pad_id=tokenizer.pad_token_id, device="cpu")

@@ -16,6 +16,7 @@ from torch import Tensor
 from baselines.method import Method
 from harness.checking.tiny import tiny_training
 from harness.inputs.models import load_model, load_tokenizer
+from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.atomic import write_text
@@ -162,7 +163,7 @@ def export_is_what_was_trained(case: Case) -> str | None:
         return f"nothing was exported: the run is {record.status}: {record.status_why}"
     model, tokenizer = load_model(Path(record.checkpoint), weight_dtype="fp32"), load_tokenizer(Path(record.checkpoint))
     rows, _ = encode_rows(
-        tokenizer,
+        Prompt("llm-adapters", tokenizer),
         read_rows(case.inputs.rows / "validation.json"),
         max_length=record.recipe["max_length"],
         loss_on="answer",

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.inputs.prompts import Row
+from harness.inputs.prompts import Prompt, Row
 from harness.inputs.tokens import IGNORED, Encoded, collate, encode
 
 
@@ -56,7 +56,7 @@ class HeldoutLoss:
         return None if self.tokens else "no row has a reference output"
 
 
-def heldout_loss(model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length: int, batch_size: int) -> HeldoutLoss:
+def heldout_loss(model: Any, prompt: Prompt, rows: Sequence[Row], *, max_length: int, batch_size: int) -> HeldoutLoss:
     """Loss of every row's reference output.
 
     Rows are sorted by length before they are batched, to reduce padding; padding is masked, so the batch size changes
@@ -64,13 +64,13 @@ def heldout_loss(model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length:
 
     Args:
         model: a causal language model in evaluation mode.
-        tokenizer: of that model.
+        prompt: as in training, with that model's tokenizer.
         rows: test rows.
         max_length: tokens of prompt and output a row is cut to, as in training.
         batch_size: rows per forward pass.
     """
     encoded = {
-        number: encode(tokenizer, row, max_length=max_length, loss_on="answer")
+        number: encode(prompt, row, max_length=max_length, loss_on="answer")
         for number, row in enumerate(rows)
         if row["output"].strip()
     }
@@ -79,7 +79,7 @@ def heldout_loss(model: Any, tokenizer: Any, rows: Sequence[Row], *, max_length:
     documents = [DocumentLoss(loss=None, tokens=0)] * len(rows)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        losses = _losses(model, [encoded[number] for number in batch], pad_id=tokenizer.pad_token_id or 0)
+        losses = _losses(model, [encoded[number] for number in batch], pad_id=prompt.tokenizer.pad_token_id or 0)
         for number, loss in zip(batch, losses, strict=True):
             documents[number] = loss
     return HeldoutLoss(documents=tuple(documents), truncated_rows=sum(row.truncated for row in encoded.values()))

@@ -14,7 +14,8 @@ import pandas as pd
 from harness.errors import UserError
 from harness.evaluating.heldout import HeldoutLoss, heldout_loss
 from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
-from harness.inputs.prompts import Row
+from harness.inputs.overlap import normalised
+from harness.inputs.prompts import Prompt, Row
 from harness.inputs.rows import read_rows
 from harness.records.atomic import whole_file, write_json
 from harness.records.code import EVALUATION
@@ -87,7 +88,8 @@ def evaluate(
     device = train_record.recipe["device"]
     origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
-    lm = wrap(model, load_tokenizer(checkpoint), batch_size=batch_size)
+    prompt = Prompt(job.prompt, load_tokenizer(checkpoint))
+    lm = wrap(model, prompt.tokenizer, batch_size=batch_size)
     settings = decoding(lm) | {"suites": {}}
     scores: list[SuiteScore] = []
     documents: list[dict[str, Any]] = []
@@ -97,7 +99,7 @@ def evaluate(
     for suite in job.suites:
         rows = tests[suite.label]
         try:
-            answered, loss = _outcomes(lm, suite, files[suite.label], rows, job.max_length, batch_size)
+            answered, loss = _outcomes(lm, prompt, suite, files[suite.label], rows, job.max_length, batch_size)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -119,20 +121,12 @@ def evaluate(
 
 
 def _outcomes(
-    lm: Any, suite: SuiteJob, file: Path, rows: Sequence[Row], max_length: int, batch_size: int
+    lm: Any, prompt: Prompt, suite: SuiteJob, file: Path, rows: Sequence[Row], max_length: int, batch_size: int
 ) -> tuple[SuiteOutcome, HeldoutLoss]:
     source = suite.source
     answered = score_suite(lm, file=file, rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens)
-    loss = heldout_loss(lm.model, lm.tokenizer, rows, max_length=max_length, batch_size=batch_size)
+    loss = heldout_loss(lm.model, prompt, rows, max_length=max_length, batch_size=batch_size)
     return answered, loss
-
-
-def normalised(text: str) -> str:
-    """Lower case, punctuation replaced by spaces, white space collapsed; letters, digits and decimal points stay.
-
-    Punctuation becomes a space, so that "Ann's" and the tokenised "Ann 's" of the MAWPS files are equal.
-    """
-    return " ".join(re.sub(r"\.(?!\d)|[^\w\s.]|_", " ", text.lower()).split())
 
 
 def chance(scoring: Scoring, rows: Sequence[Row]) -> float | None:
@@ -169,7 +163,7 @@ def _suite_score(
         protocol=PROTOCOL,
         rows=len(rows),
         # A file with exactly `limit` rows cannot be distinguished from a longer one here, and counts as limited.
-        limited=source.kind == "files" and source.limit is not None and len(rows) >= source.limit,
+        limited=source.kind != "generated" and source.limit is not None and len(rows) >= source.limit,
         correct=sum(outcome.correct for outcome in answered.outcomes),
         unparsed=sum(outcome.prediction is None for outcome in answered.outcomes),
         chance=chance(source.scoring, rows),

@@ -9,6 +9,7 @@ import torch
 from harness.forecasting.advise import needed_bytes
 from harness.forecasting.forecast import NoForecastError, forecast
 from harness.inputs.models import load_tokenizer
+from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.code import run_forecast as roots_of
@@ -31,8 +32,9 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
         rows: folder of the training rows.
     """
     recipe = training.recipe
+    prompt = Prompt(training.prompt, load_tokenizer(model))
     encoded, _ = encode_rows(
-        load_tokenizer(model), read_rows(rows / "train.json"), max_length=recipe.max_length, loss_on=recipe.loss_on
+        prompt, read_rows(rows / "train.json"), max_length=recipe.max_length, loss_on=recipe.loss_on
     )
     longest = max(len(row.input_ids) for row in encoded)
     cell = Cell(

@@ -45,7 +45,7 @@ class Row(TypedDict):
     output: str
     answer: str
     messages: NotRequired[list[Message]]
-    """A conversation that ends with the assistant's turn; `instruction` and `output` are then the last two turns."""
+    """A conversation: `instruction` then holds the user's turns, `output` the last turn, which is the assistant's."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from harness.errors import UserError
-from harness.inputs.prompts import Row, training_prompt
+from harness.inputs.prompts import Prompt, Row
 from harness.records.run import DataUse
 
 IGNORED = -100
@@ -27,39 +27,33 @@ class Encoded:
     """The row did not fit: text or at least the end token was cut off."""
 
 
-def encode(tokenizer: Any, row: Row, *, max_length: int, loss_on: Literal["answer", "all"]) -> Encoded:
+def encode(prompt: Prompt, row: Row, *, max_length: int, loss_on: Literal["answer", "all"]) -> Encoded:
     """Tokenise prompt and output as one string, cut it on the right, append the end token where there is room.
 
     `max_length` counts the beginning-of-text token. With `loss_on="answer"` a token is labelled if and only if it
-    covers at least one character of the output; characters are found through the tokenizer's offsets. The published
-    script counts the tokens of the template with an empty output instead, which is off by one wherever a token merges
-    the template's last spaces with the output's first character: that token is in no tokenisation of the template
-    alone. Here such a token belongs to the answer, since it decides the first answer character. The end token is
-    always labelled.
+    covers at least one character of the output (in a conversation: of one of the assistant's turns, end token
+    included); characters are found through the tokenizer's offsets. The published script counts the tokens of the
+    template with an empty output instead, which is off by one wherever a token merges the template's last spaces with
+    the output's first character: that token is in no tokenisation of the template alone. Here such a token belongs to
+    the answer, since it decides the first answer character. The end token is always labelled; a chat template that ends
+    turns with a token of its own ends the row with it.
 
     Raises UserError if the tokenizer has no offsets or no end token.
     """
+    tokenizer = prompt.tokenizer
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {type(tokenizer).__name__}: no character offsets; use a fast tokenizer")
     if tokenizer.eos_token_id is None:
         raise UserError(f"tokenizer {type(tokenizer).__name__}: no end token; set eos_token in tokenizer_config.json")
-    prompt = training_prompt(row["instruction"])
-    whole = tokenizer(prompt + row["output"], return_offsets_mapping=True)
-    ids: list[int] = list(whole["input_ids"])
-    ends = [end for _, end in whole["offset_mapping"]]
-    if ids and ids[-1] == tokenizer.eos_token_id:  # some tokenizers append it themselves
-        ids, ends = ids[:-1], ends[:-1]
-    truncated = len(ids) >= max_length
-    ids, ends = ids[:max_length], ends[:max_length]
-    labels = [i if loss_on == "all" or end > len(prompt) else IGNORED for i, end in zip(ids, ends, strict=True)]
-    if not truncated:
-        ids.append(tokenizer.eos_token_id)
-        labels.append(tokenizer.eos_token_id)
-    return Encoded(input_ids=ids, labels=labels, truncated=truncated)
+    whole = prompt.training_tokens(row)
+    ids = whole.ids if whole.ended else [*whole.ids, tokenizer.eos_token_id]
+    answer = whole.answer if whole.ended else [*whole.answer, True]
+    labels = [i if loss_on == "all" or written else IGNORED for i, written in zip(ids, answer, strict=True)]
+    return Encoded(input_ids=ids[:max_length], labels=labels[:max_length], truncated=len(ids) > max_length)
 
 
 def encode_rows(
-    tokenizer: Any, rows: Sequence[Row], *, max_length: int, loss_on: Literal["answer", "all"]
+    prompt: Prompt, rows: Sequence[Row], *, max_length: int, loss_on: Literal["answer", "all"]
 ) -> tuple[list[Encoded], DataUse]:
     """Encode rows and count what happened to them; a row whose answer was cut off entirely is dropped.
 
@@ -71,7 +65,7 @@ def encode_rows(
     answer_tokens = 0
     for row in rows:
         # Kept rows are decided on the answer even if the prompt is in the loss: a prompt alone teaches no answer.
-        answer = encode(tokenizer, row, max_length=max_length, loss_on="answer")
+        answer = encode(prompt, row, max_length=max_length, loss_on="answer")
         labelled = _labelled(answer)
         if labelled:
             answer_tokens += labelled
@@ -79,7 +73,7 @@ def encode_rows(
                 answer if loss_on == "answer" else Encoded(answer.input_ids, list(answer.input_ids), answer.truncated)
             )
     if not kept:
-        shortest = min(len(tokenizer(training_prompt(row["instruction"]))["input_ids"]) for row in rows)
+        shortest = min(len(prompt.evaluation_tokens(row)) for row in rows)
         raise UserError(
             f"max_length {max_length}: no answer token is left in any of {len(rows)} rows; the shortest prompt alone "
             f"has {shortest} tokens, so raise recipe.max_length well above that"

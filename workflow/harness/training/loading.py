@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from grass.layers import find_layers
 from harness.inputs.models import load_model, load_tokenizer
+from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.records.run import DataUse
@@ -62,9 +63,9 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     recipe = training.recipe
     method = new_method(training.module, training.options, recipe=recipe, lr=lr, seed=seed)
     tokenizer = load_tokenizer(inputs.model)
-    cut = {"max_length": recipe.max_length}
-    rows, data = encode_rows(tokenizer, read_rows(inputs.rows / "train.json"), loss_on=recipe.loss_on, **cut)
-    held, _ = encode_rows(tokenizer, read_rows(inputs.rows / "validation.json"), loss_on="answer", **cut)
+    prompt, cut = Prompt(training.prompt, tokenizer), {"max_length": recipe.max_length}
+    rows, data = encode_rows(prompt, read_rows(inputs.rows / "train.json"), loss_on=recipe.loss_on, **cut)
+    held, _ = encode_rows(prompt, read_rows(inputs.rows / "validation.json"), loss_on="answer", **cut)
     model = load_model(inputs.model, weight_dtype=recipe.weight_dtype).to(recipe.device)
     on_device: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "device": recipe.device}
     batches = Batches(

@@ -18,7 +18,7 @@ from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import score_suite, wrap
 from harness.evaluating.score import evaluate
 from harness.inputs.generated import suite_rows
-from harness.inputs.prompts import Row, evaluation_prompt
+from harness.inputs.prompts import Prompt, Row, evaluation_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import collate, encode
 from harness.records.columns import DOCUMENT_COLUMNS
@@ -74,7 +74,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, rows: list[Row]) -> Pat
     folder = tmp_path_factory.mktemp("run") / "checkpoint"
     tokenizer = build_tokenizer()
     model = small_llama(tokenizer).train()
-    encoded = [encode(tokenizer, row, max_length=64, loss_on="answer") for row in rows]
+    encoded = [encode(Prompt("llm-adapters", tokenizer), row, max_length=64, loss_on="answer") for row in rows]
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     batch = collate(encoded, 0)
     for _ in range(150):
@@ -184,7 +184,9 @@ def test_batch_size_changes_no_prediction_and_no_loss(checkpoint: Path, rows: li
     predictions, losses = [], []
     for batch_size in (1, 7, 64):
         model, tokenizer = loaded(checkpoint)
-        losses.append(heldout_loss(model, tokenizer, mixed, max_length=80, batch_size=batch_size))
+        losses.append(
+            heldout_loss(model, Prompt("llm-adapters", tokenizer), mixed, max_length=80, batch_size=batch_size)
+        )
         lm = wrap(model, tokenizer, batch_size=batch_size)
         predictions.append(score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8))
     assert predictions[0] == predictions[1] == predictions[2]
@@ -196,11 +198,11 @@ def test_batch_size_changes_no_prediction_and_no_loss(checkpoint: Path, rows: li
 def test_heldout_loss_is_the_models_own_on_the_training_template(checkpoint: Path) -> None:
     model, tokenizer = loaded(checkpoint)
     tests = suite_rows("three-step", split="test", count=6, seed=1)
-    found = heldout_loss(model, tokenizer, tests, max_length=80, batch_size=4)
+    found = heldout_loss(model, Prompt("llm-adapters", tokenizer), tests, max_length=80, batch_size=4)
     shortest = 80
     total = tokens = 0.0
     for row, document in zip(tests, found.documents, strict=True):
-        encoded = encode(tokenizer, row, max_length=80, loss_on="answer")
+        encoded = encode(Prompt("llm-adapters", tokenizer), row, max_length=80, loss_on="answer")
         with torch.no_grad():
             own = float(model(input_ids=torch.tensor([encoded.input_ids]), labels=torch.tensor([encoded.labels])).loss)
         assert document.loss == pytest.approx(own, abs=1e-5)
@@ -209,20 +211,22 @@ def test_heldout_loss_is_the_models_own_on_the_training_template(checkpoint: Pat
         total, tokens = total + own * document.tokens, tokens + document.tokens
     assert found.mean == pytest.approx(total / tokens, abs=1e-5)
     assert found.truncated_rows == 0
-    assert heldout_loss(model, tokenizer, tests, max_length=shortest - 1, batch_size=4).truncated_rows == len(tests)
+    assert heldout_loss(
+        model, Prompt("llm-adapters", tokenizer), tests, max_length=shortest - 1, batch_size=4
+    ).truncated_rows == len(tests)
 
 
 def test_no_reference_output_means_no_loss_and_a_reason(checkpoint: Path, rows: list[Row]) -> None:
     model, tokenizer = loaded(checkpoint)
     empty = [Row(**{**row, "output": ""}) for row in rows[:3]]
-    none = heldout_loss(model, tokenizer, empty, max_length=64, batch_size=4)
+    none = heldout_loss(model, Prompt("llm-adapters", tokenizer), empty, max_length=64, batch_size=4)
     assert (none.mean, none.tokens, none.why) == (None, 0, "no row has a reference output")
-    some = heldout_loss(model, tokenizer, [*empty, rows[3]], max_length=64, batch_size=4)
+    some = heldout_loss(model, Prompt("llm-adapters", tokenizer), [*empty, rows[3]], max_length=64, batch_size=4)
     assert [document.loss is None for document in some.documents] == [True, True, True, False]
     assert some.mean == some.documents[3].loss
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    broken = heldout_loss(model, tokenizer, rows[:3], max_length=64, batch_size=4)
+    broken = heldout_loss(model, Prompt("llm-adapters", tokenizer), rows[:3], max_length=64, batch_size=4)
     assert (broken.mean, broken.why) == (None, "the model's loss is not finite")
 
 

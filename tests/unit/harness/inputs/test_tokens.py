@@ -10,7 +10,7 @@ import pytest
 import torch
 from harness.errors import UserError
 from harness.inputs.generated import Variant, fact, story, suite_rows
-from harness.inputs.prompts import Row, evaluation_prompt, training_prompt
+from harness.inputs.prompts import Prompt, Row, evaluation_prompt, training_prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import IGNORED, Encoded, collate, encode, encode_rows
@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real files is not here")
 VARIANTS: tuple[Variant, ...] = ("two-step", "three-step", "choice")
 WORDS = build_tokenizer()
+PROMPT = Prompt("llm-adapters", WORDS)
 
 
 def row(instruction: str = "Ann has 3 apples, finds 5. How many now?", output: str = "3 + 5 = 8.") -> Row:
@@ -80,7 +81,7 @@ def test_the_tokenizer_survives_saving(tmp_path: Path) -> None:
 @given(st.sampled_from(VARIANTS), st.integers(0, 10_000))
 def test_labels_cover_exactly_the_answer_and_the_end(variant: Variant, seed: int) -> None:
     each = suite_rows(variant, split="train", count=1, seed=seed)[0]
-    encoded = encode(WORDS, each, max_length=96, loss_on="answer")
+    encoded = encode(PROMPT, each, max_length=96, loss_on="answer")
     answer = WORDS(each["output"], add_special_tokens=False)["input_ids"]
     assert labelled(encoded) == [*answer, WORDS.eos_token_id]
     assert encoded.labels[-len(answer) - 1 :] == encoded.input_ids[-len(answer) - 1 :]
@@ -88,22 +89,22 @@ def test_labels_cover_exactly_the_answer_and_the_end(variant: Variant, seed: int
 
 
 def test_loss_on_all_labels_every_token() -> None:
-    encoded = encode(WORDS, row(), max_length=96, loss_on="all")
+    encoded = encode(PROMPT, row(), max_length=96, loss_on="all")
     assert encoded.labels == encoded.input_ids
 
 
 def test_a_row_that_fills_the_length_has_no_end_token() -> None:
-    whole = encode(WORDS, row(), max_length=96, loss_on="answer")
+    whole = encode(PROMPT, row(), max_length=96, loss_on="answer")
     length = len(whole.input_ids)
-    assert encode(WORDS, row(), max_length=length, loss_on="answer") == whole
-    cut = encode(WORDS, row(), max_length=length - 1, loss_on="answer")
+    assert encode(PROMPT, row(), max_length=length, loss_on="answer") == whole
+    cut = encode(PROMPT, row(), max_length=length - 1, loss_on="answer")
     assert (cut.input_ids, cut.truncated) == (whole.input_ids[:-1], True)
 
 
 def test_rows_without_an_answer_token_are_dropped_and_counted() -> None:
     short, long = row(), row(instruction="Ann has 3 apples. " * 20)
     for loss_on in ("answer", "all"):
-        kept, use = encode_rows(WORDS, [short, long], max_length=24, loss_on=loss_on)  # type: ignore[arg-type]
+        kept, use = encode_rows(PROMPT, [short, long], max_length=24, loss_on=loss_on)  # type: ignore[arg-type]
         assert (len(kept), use.train_rows, use.dropped_rows, use.truncated_rows) == (1, 1, 1, 0)
         assert use.mean_tokens == len(kept[0].input_ids)
         assert use.answer_tokens_share == pytest.approx(7 / len(kept[0].input_ids))
@@ -111,7 +112,7 @@ def test_rows_without_an_answer_token_are_dropped_and_counted() -> None:
 
 def test_if_no_row_is_left_the_error_says_what_to_raise() -> None:
     with pytest.raises(UserError, match=r"max_length 5: no answer token is left in any of 1 rows.*has 13 tokens"):
-        encode_rows(WORDS, [row()], max_length=5, loss_on="answer")
+        encode_rows(PROMPT, [row()], max_length=5, loss_on="answer")
 
 
 def test_tokenizers_without_offsets_or_end_are_refused() -> None:
@@ -124,9 +125,9 @@ def test_tokenizers_without_offsets_or_end_are_refused() -> None:
         eos_token_id = None
 
     with pytest.raises(UserError, match="no character offsets"):
-        encode(Slow(), row(), max_length=8, loss_on="answer")
+        encode(Prompt("llm-adapters", Slow()), row(), max_length=8, loss_on="answer")
     with pytest.raises(UserError, match="no end token"):
-        encode(Endless(), row(), max_length=8, loss_on="answer")
+        encode(Prompt("llm-adapters", Endless()), row(), max_length=8, loss_on="answer")
 
 
 def test_batches_are_padded_on_the_right_outside_mask_and_loss() -> None:
@@ -143,7 +144,7 @@ def test_batches_are_padded_on_the_right_outside_mask_and_loss() -> None:
 def test_real_rows_are_encoded_with_a_real_tokenizer(name: str, loss_on: Any) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
     rows = read_rows(SHARED / "data" / "llm-adapters" / "dataset" / name / "test.json")[:100]
-    kept, use = encode_rows(tokenizer, rows, max_length=512, loss_on=loss_on)
+    kept, use = encode_rows(Prompt("llm-adapters", tokenizer), rows, max_length=512, loss_on=loss_on)
     assert use.dropped_rows + len(kept) == 100
     assert kept[0].input_ids[0] == tokenizer.bos_token_id
     whole = [e for e in kept if not e.truncated]
@@ -159,7 +160,7 @@ def test_real_rows_are_encoded_with_a_real_tokenizer(name: str, loss_on: Any) ->
 @needs_shared
 def test_a_token_across_the_border_belongs_to_the_answer() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
-    encoded = encode(tokenizer, row(output="the end"), max_length=512, loss_on="answer")
+    encoded = encode(Prompt("llm-adapters", tokenizer), row(output="the end"), max_length=512, loss_on="answer")
     template_alone = len(tokenizer(training_prompt(row()["instruction"]))["input_ids"])
     first = next(i for i, label in enumerate(encoded.labels) if label != IGNORED)
     assert tokenizer.decode(encoded.labels[first:-1]).strip() == "the end"
@@ -170,6 +171,6 @@ def test_a_token_across_the_border_belongs_to_the_answer() -> None:
 def test_gsm8k_rows_are_cut_at_the_length_the_papers_use() -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "stories260K")
     rows = read_rows(SHARED / "data" / "gsm8k" / "train.jsonl")[:50]
-    kept, use = encode_rows(tokenizer, rows, max_length=256, loss_on="answer")
+    kept, use = encode_rows(Prompt("llm-adapters", tokenizer), rows, max_length=256, loss_on="answer")
     assert max(len(e.input_ids) for e in kept) <= 256
     assert use.truncated_rows == sum(e.truncated for e in kept) > 0
