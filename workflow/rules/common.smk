@@ -10,6 +10,10 @@ def local_files(texts):
     return [] if DRY_RUN else [resolve(text) for text in texts]
 
 
+def rows_files(source):
+    return local_files([*getattr(source, "paths", ()), *getattr(source, "without", ())])
+
+
 def inputs_of(training):
     return [
         PATHS.output(MODEL, training.model.name),

@@ -38,7 +38,7 @@ rule prefetch_model:
 
 rule prefetch_rows:
     input:
-        lambda wildcards: local_files(getattr(PLAN.rows[wildcards.rows].source, "paths", ())),
+        lambda wildcards: rows_files(PLAN.rows[wildcards.rows].source),
     output:
         PATHS.output(ROWS, "{rows}"),
     log:

@@ -1,62 +1,129 @@
-"""Rows of a task: read from files or generated, split by seed, written with a manifest."""
+"""Rows of a task: read or generated, split by seed, written with a manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from harness.errors import UserError
+from harness.inputs import overlap
+from harness.inputs.files import read_values
 from harness.inputs.generated import suite_rows, training_rows
-from harness.inputs.rows import Row, read_rows
+from harness.inputs.hub_rows import read_data_set
+from harness.inputs.rows import Row, fits, rows_of
 from harness.records.atomic import sha256, write_json
 from harness.records.code import ROWS
 from harness.records.provenance import provenance
 from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import FileRows, FileSuite
+from harness.study.spec import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite, HubRows, HubSuite
 
 
 def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
     """Write train.json, validation.json and manifest.json into `folder`; the manifest is last and marks completion.
 
-    Files: rows without an output are dropped and counted, the rest is shuffled by the source's seed; the first
-    `validation_rows` are for validation, the next `train_rows` (or all) for training. A question that occurs twice in
-    a file may end up in both. Generated: see `harness.inputs.generated`.
+    Rows that are read: those without an output are dropped and counted, and so are those whose text occurs in a file of
+    `without` (`harness.inputs.overlap.masked`); the rest is shuffled by the source's seed; the first `validation_rows`
+    are for validation, the next `train_rows` (or all) for training. A question that occurs twice in a file may end up
+    in both. Generated: see `harness.inputs.generated`.
 
-    Raises UserError if the files hold too few rows.
+    Raises UserError for a bad row (`harness.inputs.rows`), and if too few are left.
     """
     source = job.source
-    if isinstance(source, FileRows):
-        paths = [resolve(text) for text in source.paths]
-        rows = [row for path in paths for row in read_rows(path)]
-        usable = [row for row in rows if row["output"].strip()]
-        splits = _shuffled_split(usable, source)
-        return _written(job.name, folder, splits, read=paths, dropped=len(rows) - len(usable))
-    splits = {
-        "train": training_rows(source.family, split="train", count=source.train_rows, seed=source.seed),
-        "validation": training_rows(source.family, split="validation", count=source.validation_rows, seed=source.seed),
-    }
-    return _written(job.name, folder, splits)
+    if isinstance(source, GeneratedRows):
+        drawn = {"train": source.train_rows, "validation": source.validation_rows}
+        splits: dict[str, list[Row]] = {
+            split: training_rows(source.family, split=split, count=count, seed=source.seed)  # type: ignore[arg-type]
+            for split, count in drawn.items()
+        }
+        return _written(job.name, folder, splits)
+    rows, files = _read(source)
+    others = [resolve(text) for text in source.without]
+    answered = [row for row in rows if row["output"].strip()]
+    usable = overlap.without(answered, [row for path in others for row in _others(path, source.columns)])
+    overlapping = len(answered) - len(usable)
+    return _written(
+        job.name,
+        folder,
+        _shuffled_split(usable, source, overlapping=overlapping),
+        read={f"file {n}": path for n, path in enumerate(files, start=1)}
+        | {f"without {n}": path for n, path in enumerate(others, start=1)},
+        dropped=len(rows) - len(answered),
+        overlapping=overlapping,
+    )
 
 
-def make_suite(job: SuiteJob, folder: Path) -> RowsRecord:
-    """Write test.json and, last, manifest.json into `folder`; rows of a file keep their order."""
+def make_suite(job: SuiteJob, folder: Path, *, check: Callable[[str], None] = lambda answer: None) -> RowsRecord:
+    """Write test.json and, last, manifest.json into `folder`; rows that are read keep their order.
+
+    Args:
+        job: the suite.
+        folder: where it goes.
+        check: raises ValueError for a gold answer that no prediction can ever equal.
+
+    Raises:
+        UserError: there are no rows, or `check` refuses an answer, named with its row.
+    """
     source = job.source
-    if isinstance(source, FileSuite):
-        path = resolve(source.path)
-        return _written(job.name, folder, {"test": read_rows(path)[: source.limit]}, read=[path])
-    rows = suite_rows(source.variant, split="test", count=source.rows, seed=source.seed)
-    return _written(job.name, folder, {"test": rows})
+    if isinstance(source, GeneratedSuite):
+        files: list[Path] = []
+        rows = suite_rows(source.variant, split="test", count=source.rows, seed=source.seed)
+        places = [f"row {n}" for n in range(1, len(rows) + 1)]
+    else:
+        values, files = _values(source)
+        values = values[: source.limit]
+        rows, places = rows_of(values, source.columns), [where for where, _ in values]
+        if not rows:
+            raise UserError(f"{job.label}: {_named(source)} holds no rows to score; give it rows")
+    for row, where in zip(rows, places, strict=True):
+        try:
+            check(row["answer"])
+        except ValueError as error:
+            raise UserError(f"{where}: {error}; correct the row or the suite's `scoring`") from None
+    read = {f"file {n}": path for n, path in enumerate(files, start=1)}
+    return _written(job.name, folder, {"test": rows}, read=read)
 
 
-def _shuffled_split(rows: Sequence[Row], source: FileRows) -> dict[str, list[Row]]:
+Read = FileRows | HubRows | FileSuite | HubSuite
+"""Sources whose rows are read."""
+
+
+def _read(source: Read) -> tuple[list[Row], list[Path]]:
+    values, files = _values(source)
+    return rows_of(values, source.columns), files
+
+
+def _values(source: Read) -> tuple[list[tuple[str, Any]], list[Path]]:
+    if isinstance(source, HubRows | HubSuite):
+        return read_data_set(source)
+    files = [resolve(text) for text in (source.paths if isinstance(source, FileRows) else (source.path,))]
+    return [value for file in files for value in read_values(file)], files
+
+
+def _named(source: Read) -> str:
+    """What the config calls a source."""
+    if isinstance(source, HubRows | HubSuite):
+        return f"{source.repo} {source.split}"
+    return ", ".join(source.paths) if isinstance(source, FileRows) else source.path
+
+
+def _others(path: Path, columns: Columns | None) -> list[Row]:
+    """Rows of a file that training rows must not repeat: with the training rows' columns where it has them."""
+    values = read_values(path)
+    return rows_of(values, columns if columns is not None and fits(columns, values) else None)
+
+
+def _shuffled_split(rows: Sequence[Row], source: FileRows | HubRows, *, overlapping: int) -> dict[str, list[Row]]:
     wanted = source.validation_rows + (source.train_rows or 1)
     if len(rows) < wanted:
+        more = f" ({overlapping} more occur in `without`)" if overlapping else ""
         raise UserError(
-            f"{', '.join(source.paths)}: {len(rows)} rows with an output, but train_rows and validation_rows ask for "
+            f"{_named(source)}: {len(rows)} rows with an output{more}, but train_rows and validation_rows ask for "
             f"{'at least ' if source.train_rows is None else ''}{wanted}; ask for fewer"
         )
     order = np.random.default_rng(source.seed).permutation(len(rows))
@@ -66,7 +133,13 @@ def _shuffled_split(rows: Sequence[Row], source: FileRows) -> dict[str, list[Row
 
 
 def _written(
-    name: str, folder: Path, splits: dict[str, list[Row]], *, read: Sequence[Path] = (), dropped: int = 0
+    name: str,
+    folder: Path,
+    splits: Mapping[str, Sequence[Row]],
+    *,
+    read: Mapping[str, Path] = MappingProxyType({}),
+    dropped: int = 0,
+    overlapping: int = 0,
 ) -> RowsRecord:
     for split, rows in splits.items():
         write_json(folder / f"{split}.json", rows)
@@ -76,7 +149,8 @@ def _written(
         rows={split: len(rows) for split, rows in splits.items()},
         dropped_rows=dropped,
         dropped_why="empty output" if dropped else None,
-        provenance=provenance(roots=ROWS, inputs={f"file {n}": path for n, path in enumerate(read, start=1)}),
+        overlapping_rows=overlapping,
+        provenance=provenance(roots=ROWS, inputs=read),
     )
     write_json(folder / "manifest.json", record.model_dump(mode="json"))
     return record

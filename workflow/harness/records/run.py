@@ -78,6 +78,7 @@ class RowsRecord(Record):
     rows: dict[str, int] = Field(description="by split")
     dropped_rows: int = 0
     dropped_why: str | None = None
+    overlapping_rows: int = Field(default=0, description="left out: their text occurs in a file named by `without`")
     provenance: Provenance
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 
@@ -24,8 +25,10 @@ def run(args: argparse.Namespace) -> int:
         make_rows(read(args.spec, RowsJob), folder)
     elif args.kind == "suite":
         from harness.inputs.make_rows import make_suite
+        from harness.tasks.protocol import check_gold
 
-        make_suite(read(args.spec, SuiteJob), folder)
+        job = read(args.spec, SuiteJob)
+        make_suite(job, folder, check=partial(check_gold, job.source.scoring))
     else:
         from harness.inputs.make_models import make_model
 

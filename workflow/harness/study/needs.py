@@ -20,7 +20,7 @@ from harness.records.run import ModelRecord
 from harness.records.units import GIB
 from harness.study.jobs import EvalJob, ModelJob, SearchJob, Training
 from harness.study.paths import Paths, resolve
-from harness.study.spec import FileSuite, HubModel, LocalModel, PretrainedHere
+from harness.study.spec import GeneratedSuite, HubModel, LocalModel, PretrainedHere
 
 BASE_BYTES = 8 * GIB
 """A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small
@@ -98,7 +98,7 @@ def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size:
     seconds = 0.0
     for suite in job.suites:
         source = suite.source
-        rows = (source.limit or UNKNOWN_ROWS) if isinstance(source, FileSuite) else source.rows
+        rows = source.rows if isinstance(source, GeneratedSuite) else source.limit or UNKNOWN_ROWS
         seconds += 2 * rows * job.max_length * token_s
         seconds += math.ceil(rows / batch_size) * source.max_new_tokens * (STEP_S + batch_size * token_s)
     return _needs(

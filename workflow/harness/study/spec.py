@@ -83,17 +83,71 @@ class GeneratedRows(Strict):
     validation_rows: int = Field(gt=0)
 
 
-class FileRows(Strict):
-    """Training rows read from files: LLM-Adapters json (also gzipped) or GSM8K jsonl."""
+class Columns(Strict):
+    """Which column of a data set holds what: a column's name, or a text with `{column}` in it.
 
-    kind: Literal["files"]
-    paths: tuple[str, ...] = Field(min_length=1)
+    Without this block the columns are called as the keys here, or are those of GSM8K (question, answer).
+    """
+
+    instruction: str | None = None
+    input: str | None = Field(default=None, description="what the instruction is about; may be empty in some rows")
+    output: str | None = Field(default=None, description="what training is to write; by default the answer")
+    answer: str | None = Field(default=None, description="the gold answer that is scored; by default the output")
+    messages: str | None = Field(default=None, description="a conversation: a list of role and content")
+
+    @model_validator(mode="after")
+    def _enough(self) -> Columns:
+        if self.messages is not None:
+            if self.instruction is not None or self.input is not None or self.output is not None:
+                raise ValueError("messages: a conversation holds instruction, input and output: remove those keys")
+        elif self.instruction is None:
+            raise ValueError("name the column that holds the `instruction` (or `messages`, for conversations)")
+        elif self.output is None and self.answer is None:
+            raise ValueError("name the column that holds the `output`, or the `answer`, or both")
+        return self
+
+
+class ReadRows(Strict):
+    """What training rows from files and from the hub have in common."""
+
+    columns: Columns | None = later(None)
+    without: tuple[str, ...] = later(
+        (), description="files, such as test sets: rows whose text occurs in one, numbers masked, are left out"
+    )
     seed: int = Field(ge=0, description="of the split into training and validation rows")
     train_rows: int | None = Field(default=None, gt=0, description="null takes every row")
     validation_rows: int = Field(gt=0)
 
 
-RowSource = Annotated[GeneratedRows | FileRows, Field(discriminator="kind")]
+class FileRows(ReadRows):
+    """Training rows read from files: .json, .jsonl, .csv or .parquet, each also gzipped (.gz)."""
+
+    kind: Literal["files"]
+    paths: tuple[str, ...] = Field(min_length=1)
+
+
+class HubData(Strict):
+    """A data set of the Hugging Face hub, pinned; a folder MIRROR/<org>/<name> is taken before the network."""
+
+    repo: str = Field(description="<org>/<name>")
+    config: str | None = Field(default=None, description="of data sets that have several")
+    split: str
+    revision: str = Field(description="a commit, so that the same rows come every time; a mirror has no revisions")
+
+    @model_validator(mode="after")
+    def _named(self) -> HubData:
+        if self.repo.count("/") != 1:
+            raise ValueError("repo: <organisation>/<name> is wanted, such as openai/gsm8k")
+        return self
+
+
+class HubRows(HubData, ReadRows):
+    """Training rows of a data set of the hub."""
+
+    kind: Literal["hub"]
+
+
+RowSource = Annotated[GeneratedRows | FileRows | HubRows, Field(discriminator="kind")]
 
 
 class GeneratedSuite(Strict):
@@ -107,17 +161,29 @@ class GeneratedSuite(Strict):
     max_new_tokens: int = Field(gt=0)
 
 
-class FileSuite(Strict):
-    """Test items of a file in LLM-Adapters format."""
+class ReadSuite(Strict):
+    """What test items from files and from the hub have in common."""
 
-    kind: Literal["files"]
-    path: str
+    columns: Columns | None = later(None)
     limit: int | None = Field(default=None, gt=0, description="the first rows only; null takes all")
     scoring: Scoring
     max_new_tokens: int = Field(gt=0)
 
 
-SuiteSource = Annotated[GeneratedSuite | FileSuite, Field(discriminator="kind")]
+class FileSuite(ReadSuite):
+    """Test items of a file: .json, .jsonl, .csv or .parquet, also gzipped (.gz)."""
+
+    kind: Literal["files"]
+    path: str
+
+
+class HubSuite(HubData, ReadSuite):
+    """Test items of a data set of the hub."""
+
+    kind: Literal["hub"]
+
+
+SuiteSource = Annotated[GeneratedSuite | FileSuite | HubSuite, Field(discriminator="kind")]
 
 
 class Task(Strict):

@@ -6,6 +6,7 @@ counts as true, AQuA takes the first capital A to E of any word) is kept, since 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -68,15 +69,24 @@ def check_gold(rule: Scoring, gold: str) -> None:
     """Refuse a gold answer that no prediction could ever equal.
 
     Raises:
-        ValueError: `gold` is not a number, or not one of the rule's strings.
+        ValueError: `gold` is not a finite number, or not one of the rule's strings; the message has the near one.
     """
     if rule == "number":
-        try:
-            float(gold)
-        except ValueError:
-            raise ValueError(f"answer {gold!r} is not a number, as scoring 'number' needs") from None
+        if not _is_number(gold):
+            near = gold.replace(",", "").strip(" $%")
+            mend = f": write {near!r}" if _is_number(near) else ""
+            raise ValueError(f"answer {gold!r} is not a number, as scoring 'number' needs{mend}")
     elif not _FIRST[rule].fullmatch(gold):
-        raise ValueError(f"answer {gold!r} is not one that scoring {rule!r} knows ({_FIRST[rule].pattern})")
+        near = gold.strip().upper() if rule == "letter" else gold.strip().lower()
+        mend = f": write {near!r}" if _FIRST[rule].fullmatch(near) else ""
+        raise ValueError(f"answer {gold!r} is not one that scoring {rule!r} knows ({_FIRST[rule].pattern}){mend}")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def score(rule: Scoring, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """The extraction rules of the llm-adapters protocol, on worked examples and on the published files."""
 
 import json
+import re
 
 import pytest
-from harness.evaluating.score import chance, normalised
+from harness.evaluating.score import chance
+from harness.inputs.overlap import normalised
 from harness.tasks.protocol import check_gold, extract, is_correct, kept_text, score
 from house import SHARED
 
@@ -102,11 +104,28 @@ def test_a_wrong_answer_is_parsed_and_a_missing_one_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rule", "gold"), [("number", "answer1"), ("letter", "AB"), ("answer", "answer6"), ("ending", "2")]
+    ("rule", "gold", "near"),
+    [
+        ("number", "answer1", None),
+        ("number", "nan", None),
+        ("number", "inf", None),
+        ("number", "", None),
+        ("number", "1,000", "1000"),
+        ("number", "$ 2.50", "2.50"),
+        ("letter", "AB", None),
+        ("letter", "b", "B"),
+        ("answer", "answer6", None),
+        ("true_false", "True", "true"),
+        ("ending", "2", None),
+    ],
 )
-def test_a_gold_answer_that_nothing_can_equal_is_refused(rule: str, gold: str) -> None:
-    with pytest.raises(ValueError, match=repr(gold)):
+def test_a_gold_answer_that_nothing_can_equal_is_refused(rule: str, gold: str, near: str | None) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(gold))) as caught:
         check_gold(rule, gold)
+    assert str(caught.value).endswith(f": write {near!r}") == (near is not None)
+    if near is not None:
+        check_gold(rule, near)
+        assert is_correct(rule, extract(rule, near), near)
 
 
 def _row(instruction: str) -> dict[str, str]:

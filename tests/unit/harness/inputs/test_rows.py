@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
+from functools import partial
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from harness.errors import UserError
 from harness.inputs.generated import split_of
@@ -15,7 +21,8 @@ from harness.records.atomic import sha256
 from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import FileRows, FileSuite, GeneratedRows, GeneratedSuite
+from harness.study.spec import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite
+from harness.tasks.protocol import check_gold
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")
@@ -23,6 +30,10 @@ needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with th
 
 def row(number: int, **changes: str) -> dict[str, str]:
     return {"instruction": f"question {number}", "input": "", "output": "is 1", "answer": "1"} | changes
+
+
+def turns(*given: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in given]
 
 
 def written(path: Path, value: object) -> Path:
@@ -55,10 +66,25 @@ def test_gsm8k_loses_calculator_marks_and_ends_in_its_answer(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ([row(1), {"instruction": "x"}], "row 2: no field 'input'"),
-        ([row(1), row(2, input="context")], "row 2: field 'input' is not empty"),
-        ([{**row(1), "answer": 3}], "row 1: field 'answer' is int"),
+        ([row(1), {"text": "x", "answer": "y"}], "row 2: no field 'instruction', there are 'text', 'answer'; say with"),
+        ([row(1), {"instruction": "x"}], "row 2: no field 'output', there are 'instruction'; say with `columns`"),
+        ([row(1), row(2, instruction=" ")], "row 2: the instruction is empty"),
+        ([{**row(1), "answer": [3]}], "row 1: field 'answer' is list, expected text: put it in quotes"),
+        ([{**row(1), "answer": float("nan")}], "row 1: field 'answer' is nan, expected text"),
+        ([row(1), row(2, output="a\ud83d")], "row 2: field 'output': character 2 is half a surrogate pair (\\ud83d)"),
+        ([row(1), "text"], "row 2: a row is a set of named fields, found str"),
         ({"data": []}, "expected a list of rows, found dict"),
+        ([{"messages": "hi"}], "row 1: field 'messages' is str, expected a list of role and content"),
+        ([{"messages": [{"role": "user"}]}], "row 1: field 'messages', message 1: no role and content"),
+        ([{"messages": turns(("tool", "x"))}], "message 1: role 'tool' is none of system, user, assistant"),
+        ([{"messages": turns(("user", "x"))}], "must hold a user's turn and end with the assistant's"),
+        ([{"messages": turns(("user", ""), ("assistant", "x"))}], "field 'messages', message 1 is empty"),
+        (
+            [{"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}],
+            "'tool_calls' cannot be trained on",
+        ),
+        ([{"messages": turns(("user", "a\udc00"), ("assistant", "x"))}], "field 'messages, message 1': character 2"),
+        ([row(1) | {"history": ["x"]}], "row 1: field 'history' is no list of pairs"),
     ],
 )
 def test_a_bad_row_is_named_with_file_and_row(tmp_path: Path, value: object, message: str) -> None:
@@ -67,6 +93,114 @@ def test_a_bad_row_is_named_with_file_and_row(tmp_path: Path, value: object, mes
         read_rows(path)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_alpaca_rows_need_no_answer_and_may_have_an_input(tmp_path: Path) -> None:
+    path = written(tmp_path / "alpaca.json", [{"instruction": "Add.", "input": "1, 2", "output": "3"}])
+    assert read_rows(path) == [Row(instruction="Add.", input="1, 2", output="3", answer="3")]
+    assert read_rows(written(tmp_path / "q.json", [{"instruction": "Add.", "answer": 3.0}])) == [
+        Row(instruction="Add.", input="", output="3", answer="3")
+    ]
+
+
+def test_conversations_are_read_and_come_back_the_same_from_our_own_files(tmp_path: Path) -> None:
+    talk = turns(
+        ("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"), ("user", "And 3?"), ("assistant", "5")
+    )
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [turn | {"weight": None} for turn in talk]}) + "\n", encoding="utf-8")
+    (found,) = read_rows(path)
+    assert (found["instruction"], found["output"], found["answer"]) == ("1 + 1?\nAnd 3?", "5", "5")
+    assert found["messages"] == talk
+    assert read_rows(written(tmp_path / "train.json", [found])) == [found]
+
+
+def test_earlier_turns_of_an_alpaca_row_make_it_a_conversation(tmp_path: Path) -> None:
+    rows = [row(1, input="now"), row(2) | {"history": []}, row(3, input="now") | {"history": [["before", "yes"]]}]
+    found = read_rows(written(tmp_path / "lima.json", rows))
+    assert ["messages" in each for each in found] == [False, False, True]
+    assert found[2]["messages"] == turns(
+        ("user", "before"), ("assistant", "yes"), ("user", "question 3\nnow"), ("assistant", "is 1")
+    )
+
+
+NAMED = Columns(instruction="The question", output="{sum}\nThe answer is {right}.", answer="right")
+VALUES = [
+    {"The question": "1 + 1?", "sum": "1+1=2", "right": 2.0},
+    {"The question": "a, b\n?", "sum": "x", "right": 2.5},
+]
+MADE = [
+    Row(instruction="1 + 1?", input="", output="1+1=2\nThe answer is 2.", answer="2"),
+    Row(instruction="a, b\n?", input="", output="x\nThe answer is 2.5.", answer="2.5"),
+]
+
+
+def as_file(path: Path, values: list[dict[str, Any]]) -> bytes:
+    """The bytes of a file of that kind."""
+    if path.suffix == ".parquet":
+        buffer = BytesIO()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(values), buffer)
+        return buffer.getvalue()
+    if path.suffix == ".csv":
+        text = StringIO()
+        writer = csv.DictWriter(text, values[0].keys())
+        writer.writeheader()
+        writer.writerows([{key: "2" if value == 2.0 else value for key, value in each.items()} for each in values])
+        return text.getvalue().encode()
+    if path.suffix == ".jsonl":
+        return "\n".join(map(json.dumps, values)).encode()
+    return json.dumps(values).encode()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str, marked: bool, packed: bool) -> None:
+    path = tmp_path / f"mine.{kind}"
+    data = (b"\xef\xbb\xbf" if marked and kind != "parquet" else b"") + as_file(path, VALUES)
+    if packed:
+        path, data = path.with_name(f"{path.name}.gz"), gzip.compress(data)
+    path.write_bytes(data)
+    assert read_rows(path, NAMED) == MADE
+
+
+def test_a_cell_of_a_csv_stays_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("instruction,answer\nwhich agent?,007\n\nhow much?,1.50\n", encoding="utf-8")
+    assert [each["answer"] for each in read_rows(path)] == ["007", "1.50"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a,b,a\n1,2,3\n", "two columns are called 'a'; rename one"),
+        ("a,b\n1,2\n1,2,3\n", r"row 2: 3 cells, but the header has 2 \('a', 'b'\)"),
+        ('a,b\n1,2\n1,"2\n', r"row 2: not CSV \(unexpected end of data\)"),
+        ("question,reply\n1,2\n", "row 1: no column 'The question', there are 'question', 'reply'; correct `columns`"),
+    ],
+)
+def test_a_bad_csv_is_named_with_its_row(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"bad\.csv.*{said}") as caught:
+        read_rows(path, NAMED)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> None:
+    for name, data, said in (
+        ("rows.txt", b"[]", r"rows are read from \.json, \.jsonl, \.csv, \.parquet"),
+        ("rows.json", b'{"a": 1}\n{"a": 2}\n', r"not JSON \(Extra data.*a file with one row a line is named \.jsonl"),
+        ("rows.jsonl", b'{"a": 1}\n{"a"\n', r"rows\.jsonl, row 2: not JSON"),
+        ("rows.parquet", b"PAR1", "cannot be read as Parquet"),
+        ("rows.csv", "a\n\u00e9".encode("latin-1"), "cannot be read as UTF-8 text"),
+        ("rows.csv.gz", gzip.compress(b"a,b\n1,2\n")[:-9], "cannot be read as gzipped"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=said) as caught:
+            read_rows(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_missing_a_broken_and_a_wrongly_packed_file_are_named(tmp_path: Path) -> None:
@@ -107,6 +241,73 @@ def test_file_rows_are_split_by_seed_and_empty_outputs_counted(tmp_path: Path) -
     again = make_rows(RowsJob(label="math", source=source), tmp_path / "again")
     other = make_rows(RowsJob(label="math", source=source.model_copy(update={"seed": 1})), tmp_path / "other")
     assert again.files_sha256 == record.files_sha256 != other.files_sha256
+
+
+def test_rows_that_occur_in_other_files_are_left_out_and_counted(tmp_path: Path) -> None:
+    own = ["Ann has 3 apples .", "Ann's  3.5 pears?", "Bob has 1,000 coins.", "Ann lost 3 apples."]
+    path = written(
+        tmp_path / "own.json", [{"text": text, "out": "x"} for text in [*own, *map("more {}".format, "abcd")]]
+    )
+    test = written(tmp_path / "test.json", [row(1, instruction="ann has 12 Apples."), row(2, instruction="lost")])
+    raw = written(tmp_path / "raw.json", [{"text": "Ann 's 20 pears ?", "out": ""}])
+    source = FileRows(
+        kind="files", paths=(str(path),), seed=0, validation_rows=1, without=(str(test), str(raw)),
+        columns=Columns(instruction="text", output="out"),
+    )  # fmt: skip
+    record = make_rows(RowsJob(label="mine", source=source), tmp_path / "rows")
+    kept = {
+        r["instruction"] for split in ("train", "validation") for r in read_rows(tmp_path / "rows" / f"{split}.json")
+    }
+    assert kept == {*own[2:], *map("more {}".format, "abcd")}
+    assert (record.overlapping_rows, record.dropped_rows) == (2, 0)
+    assert set(record.provenance.input_sha256) == {"file 1", "without 1", "without 2"}
+    few = source.model_copy(update={"validation_rows": 7})
+    with pytest.raises(UserError, match=r"6 rows with an output \(2 more occur in `without`\), but .* at least 8"):
+        make_rows(RowsJob(label="mine", source=few), tmp_path / "few")
+
+
+@needs_shared
+def test_mawps_without_every_test_set_keeps_what_the_data_sheet_counted(tmp_path: Path) -> None:
+    folder = SHARED / "data" / "llm-adapters" / "dataset"
+    names = ("MultiArith", "AddSub", "SingleEq", "SVAMP", "gsm8k", "AQuA", "mawps")
+    tests = tuple(str(folder / name / "test.json") for name in names)
+    mawps = FileRows(
+        kind="files", paths=tuple(str(folder / "mawps" / f"{name}set.json") for name in ("train", "valid")), seed=0,
+        validation_rows=1, without=tests,
+        columns=Columns(instruction="original_text", output="{equation}\nThe answer is {ans}.", answer="ans"),
+    )  # fmt: skip
+    record = make_rows(RowsJob(label="mawps", source=mawps), tmp_path / "mawps")
+    assert (sum(record.rows.values()), record.overlapping_rows) == (771, 1364)
+    first = read_rows(tmp_path / "mawps" / "train.json")[0]
+    assert first["output"].endswith(f"The answer is {first['answer']}.")
+    gsm8k = FileRows(
+        kind="files", paths=(str(SHARED / "data" / "gsm8k" / "train.jsonl"),), seed=0, validation_rows=1, without=tests
+    )
+    record = make_rows(RowsJob(label="gsm8k", source=gsm8k), tmp_path / "gsm8k")
+    assert (sum(record.rows.values()), record.overlapping_rows) == (7473, 0)
+
+
+def test_an_answer_that_no_prediction_can_equal_stops_the_suite_with_its_row(tmp_path: Path) -> None:
+    path = written(tmp_path / "t.json", [row(1), row(2, answer="1,000"), row(3, answer="x")])
+    source = FileSuite(kind="files", path=str(path), limit=2, scoring="number", max_new_tokens=8)
+    job = SuiteJob(label="t", source=source)
+    with pytest.raises(UserError, match=r"t\.json, row 2: answer '1,000' is not a number.*: write '1000'; correct"):
+        make_suite(job, tmp_path / "suite", check=partial(check_gold, "number"))
+    assert not (tmp_path / "suite" / "manifest.json").exists()
+
+
+def test_a_suite_without_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("instruction,answer\n", encoding="utf-8")
+    source = FileSuite(kind="files", path=str(tmp_path / "t.csv"), scoring="number", max_new_tokens=8)
+    with pytest.raises(UserError, match=r"t: .*t\.csv.* no rows"):
+        make_suite(SuiteJob(label="t", source=source), tmp_path / "suite")
+
+
+def test_keys_that_came_later_leave_older_names_alone() -> None:
+    rows = FileRows(kind="files", paths=("a.json",), seed=0, validation_rows=1)
+    suite = FileSuite(kind="files", path="a.json", scoring="number", max_new_tokens=1)
+    assert set(rows.model_dump()) == {"kind", "paths", "seed", "train_rows", "validation_rows"}
+    assert set(suite.model_dump()) == {"kind", "path", "limit", "scoring", "max_new_tokens"}
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

@@ -213,6 +213,44 @@ def test_a_variable_set_to_the_wrong_folder_is_named(tmp_path: Path, monkeypatch
     load(tmp_path, FILES)
 
 
+def test_a_missing_file_of_rows_to_leave_out_is_named(tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_text("question,answer\n", encoding="utf-8")
+    own = f"{{kind: files, paths: [{tmp_path}/own.csv], without: [no/test.json], seed: 1, validation_rows: 8}}"
+    said = complaint(tmp_path, (FILES[0], own))
+    assert said.startswith("mine.yaml:19: tasks.sums.train.without.0: there is no no/test.json; ")
+
+
+HUB = "kind: hub, repo: org/name, split: train, revision: abc, seed: 1, validation_rows: 8"
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        (
+            "columns: {output: b}",
+            "columns: name the column that holds the `instruction` (or `messages`, for conversations)",
+        ),
+        ("columns: {instruction: a}", "columns: name the column that holds the `output`, or the `answer`, or both"),
+        (
+            "columns: {messages: a, input: b}",
+            "columns.messages: a conversation holds instruction, input and output: remove those keys",
+        ),
+        ("columns: {instruction: a, outptu: b}", "columns.outptu: unknown key; did you mean 'output'?"),
+        ("columns: {instruction: a, output: 3}", "columns.output: text is wanted, not 3: put it in quotes"),
+    ],
+)
+def test_columns_that_do_not_make_a_row_are_refused(tmp_path: Path, rows: str, said: str) -> None:
+    assert complaint(tmp_path, (FILES[0], f"{{{HUB}, {rows}}}")) == f"mine.yaml:19: tasks.sums.train.{said}"
+
+
+def test_a_data_set_of_the_hub_has_an_organisation_and_a_revision(tmp_path: Path) -> None:
+    load(tmp_path, (FILES[0], f"{{{HUB}}}"))
+    said = complaint(tmp_path, (FILES[0], f"{{{HUB.replace('org/name', 'name')}}}"))
+    assert said == "mine.yaml:19: tasks.sums.train.repo: <organisation>/<name> is wanted, such as openai/gsm8k"
+    said = complaint(tmp_path, (FILES[0], f"{{{HUB.replace(', revision: abc', '')}}}"))
+    assert said == "mine.yaml:19: tasks.sums.train.revision: this key is missing"
+
+
 def test_a_missing_model_folder_and_a_missing_table_of_published_numbers_are_named(tmp_path: Path) -> None:
     model = STUDY[STUDY.index("    kind: pretrain") : STUDY.index("tasks:")]
     local = (model, "    kind: local\n    path: nowhere/llama\n")
