@@ -19,6 +19,7 @@ from markupsafe import Markup
 from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
 from harness.records.reading import read_json
+from harness.reporting.answer import answer
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.stats import effective_layers, layer_matrix
@@ -50,6 +51,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     )  # fmt: skip
     text = environment.get_template("page.html.j2").render(
         study=study,
+        answer=answer(frames, study),
         status=status_summary(frames),
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),

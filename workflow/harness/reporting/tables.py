@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from harness.records.atomic import write_json
+from harness.reporting.answer import answer_table
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.frames import Frames
 from harness.reporting.published import load_published, published_table
@@ -16,7 +17,8 @@ from harness.study.spec import Study
 
 def make_tables(frames: Frames, study: Study) -> list[Table]:
     """Every table, in the order of the page."""
-    made = [
+    made = [] if study.question is None else [answer_table(frames, study, study.question)]
+    made += [
         score_table(frames, study, ACCURACY),
         score_table(frames, study, HELDOUT_LOSS),
         difference_table(frames, study, ACCURACY),

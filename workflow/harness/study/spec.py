@@ -242,6 +242,16 @@ class Comparison(Strict):
     reading: str = Field(description="what the comparison isolates, and what it cannot show")
 
 
+class Question(Strict):
+    """What the study asks of one of its methods; the report answers it first, from the records."""
+
+    ask: str
+    method: Label
+    controls: dict[Label, str] = Field(
+        min_length=1, description="method: what comparing with it isolates; the first one decides the answer"
+    )
+
+
 class Study(Strict):
     """One file under config/: a list of runs."""
 
@@ -259,6 +269,7 @@ class Study(Strict):
     comparisons: dict[Label, Comparison] = Field(
         default_factory=dict, description="groups of methods with tables and figures of their own"
     )
+    question: Question | None = None
     recipe: Recipe
     search: Search | None = None
     observation: Observation
@@ -281,6 +292,12 @@ class Study(Strict):
                 raise ValueError(f"comparisons.{label}.methods: each method once")
             if label in self.methods:
                 raise ValueError(f"comparisons.{label}: a method has this label; call the comparison otherwise")
+        if self.question is not None:
+            for label in (self.question.method, *self.question.controls):
+                if label not in self.methods:
+                    raise ValueError(f"question: the study has no method {label}")
+            if self.question.method in self.question.controls:
+                raise ValueError(f"question.controls: {self.question.method} cannot be compared with itself")
         if self.search and (len(set(self.search.grid)) != len(self.search.grid) or min(self.search.grid) <= 0):
             raise ValueError("search.grid: must be distinct rates above 0")
         return self
