@@ -11,7 +11,7 @@ def local_files(texts):
 
 
 def rows_files(source):
-    return local_files([*getattr(source, "paths", ()), *getattr(source, "without", ())])
+    return local_files([*(path for path, _ in getattr(source, "files", ())), *getattr(source, "without", ())])
 
 
 def inputs_of(training):

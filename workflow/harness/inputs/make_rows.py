@@ -93,23 +93,26 @@ Read = FileRows | HubRows | FileSuite | HubSuite
 """Sources whose rows are read."""
 
 
-def _read(source: Read) -> tuple[list[Row], list[Path]]:
-    values, files = _values(source)
-    return rows_of(values, source.columns), files
+def _read(source: FileRows | HubRows) -> tuple[list[Row], list[Path]]:
+    if isinstance(source, HubRows):
+        values, files = read_data_set(source)
+        return rows_of(values, source.columns), files
+    parts = [(resolve(text), columns) for text, columns in source.files]
+    return [row for path, columns in parts for row in rows_of(read_values(path), columns)], [path for path, _ in parts]
 
 
-def _values(source: Read) -> tuple[list[tuple[str, Any]], list[Path]]:
-    if isinstance(source, HubRows | HubSuite):
+def _values(source: FileSuite | HubSuite) -> tuple[list[tuple[str, Any]], list[Path]]:
+    if isinstance(source, HubSuite):
         return read_data_set(source)
-    files = [resolve(text) for text in (source.paths if isinstance(source, FileRows) else (source.path,))]
-    return [value for file in files for value in read_values(file)], files
+    file = resolve(source.path)
+    return list(read_values(file)), [file]
 
 
 def _named(source: Read) -> str:
     """What the config calls a source."""
     if isinstance(source, HubRows | HubSuite):
         return f"{source.repo} {source.split}"
-    return ", ".join(source.paths) if isinstance(source, FileRows) else source.path
+    return ", ".join(text for text, _ in source.files) if isinstance(source, FileRows) else source.path
 
 
 def _others(path: Path, columns: Columns | None) -> list[Row]:

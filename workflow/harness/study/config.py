@@ -80,8 +80,10 @@ def _check_paths(study: spec.Study, source: Source) -> None:
     for label, model in study.models.items():
         wanted += [(("models", label, "path"), model.path)] if isinstance(model, spec.LocalModel) else []
     for label, task in study.tasks.items():
-        for name in ("paths", "without"):
-            wanted += [(("tasks", label, "train", name, i), p) for i, p in enumerate(getattr(task.train, name, ()))]
+        if isinstance(task.train, spec.FileRows):
+            wanted += [(("tasks", label, "train", "paths", i), p) for i, (p, _) in enumerate(task.train.files)]
+        if isinstance(task.train, spec.ReadRows):
+            wanted += [(("tasks", label, "train", "without", i), p) for i, p in enumerate(task.train.without)]
         files = [(name, suite) for name, suite in task.suites.items() if isinstance(suite, spec.FileSuite)]
         wanted += [(("tasks", label, "suites", name, "path"), suite.path) for name, suite in files]
     for key, text in wanted:

@@ -119,11 +119,25 @@ class ReadRows(Strict):
     validation_rows: int = Field(gt=0)
 
 
+class OtherFile(Strict):
+    """A file whose columns are called otherwise than those of the files beside it."""
+
+    path: str
+    columns: Columns
+
+
 class FileRows(ReadRows):
     """Training rows read from files: .json, .jsonl, .csv or .parquet, each also gzipped (.gz)."""
 
     kind: Literal["files"]
-    paths: tuple[str, ...] = Field(min_length=1)
+    paths: tuple[str | OtherFile, ...] = Field(
+        min_length=1, description="each a path, or a path with `columns` of its own"
+    )
+
+    @property
+    def files(self) -> list[tuple[str, Columns | None]]:
+        """Every file with its columns, in order."""
+        return [(f, self.columns) if isinstance(f, str) else (f.path, f.columns) for f in self.paths]
 
 
 class HubData(Strict):

@@ -310,6 +310,21 @@ def test_keys_that_came_later_leave_older_names_alone() -> None:
     assert set(suite.model_dump()) == {"kind", "path", "limit", "scoring", "max_new_tokens"}
 
 
+def test_files_with_different_columns_make_one_task(tmp_path: Path) -> None:
+    ours = written(tmp_path / "a.json", [row(n) for n in range(4)])
+    theirs = written(tmp_path / "b.json", [{"text": f"other {n}", "x": "1+1", "ans": 2.0} for n in range(4)])
+    columns = {"instruction": "text", "output": "{x}. The answer is {ans}.", "answer": "ans"}
+    source = FileRows.model_validate(
+        {"kind": "files", "paths": [str(ours), {"path": str(theirs), "columns": columns}], "seed": 0}
+        | {"validation_rows": 1},
+        strict=False,
+    )
+    made = make_rows(RowsJob(label="t", source=source), tmp_path / "out")
+    assert made.rows == {"train": 7, "validation": 1}
+    both = [*read_rows(tmp_path / "out/train.json"), *read_rows(tmp_path / "out/validation.json")]
+    assert sorted(each["output"] for each in both) == ["1+1. The answer is 2."] * 4 + ["is 1"] * 4
+
+
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "few.json", [row(n) for n in range(5)])
     source = FileRows(kind="files", paths=(str(path),), seed=0, train_rows=4, validation_rows=2)
