@@ -1,4 +1,8 @@
-"""Accuracy of one suite through lm-eval, with our own task files and without any default of the checkpoint."""
+"""Accuracy of one suite through lm-eval, with our own task files and without any default of the checkpoint.
+
+Two protocols that are never mixed: the model writes an answer that a rule of the llm-adapters protocol reads, or the
+likeliest of the allowed answers is taken and nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,17 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from harness.errors import UserError
-from harness.inputs.prompts import Row, evaluation_prompt
-from harness.study.spec import Scoring
+from harness.evaluating.asking import Asking
+from harness.inputs.choices import question
+from harness.inputs.prompts import Row
+from harness.study.spec import Choices, Scoring
 from harness.tasks.protocol import extract, kept_text
 
 TASKS = Path(__file__).parents[1] / "tasks"
@@ -36,7 +43,9 @@ class Outcome:
 
     correct: bool
     prediction: str | None
-    """Answer extracted from the continuation; None if the scoring rule found none."""
+    """Answer extracted from the continuation, or the likeliest; None if the scoring rule found none."""
+    correct_normalised: bool | None = None
+    """The same for the answer that is likeliest per character; None where the model writes its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,7 @@ class SuiteOutcome:
 
     outcomes: tuple[Outcome, ...]
     truncated_rows: int
-    """Rows whose prompt exceeds the model's context minus `max_new_tokens`: its beginning was cut off."""
+    """Rows that exceed the model's context, the answer included: the beginning of their prompt was cut off."""
 
 
 def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
@@ -58,17 +67,16 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
         UserError: the tokenizer has no end token.
     """
     import datasets
-    from lm_eval.models.huggingface import HFLM
     from transformers import GenerationConfig
+
+    from harness.evaluating.model import HarnessLM
 
     # lm-eval's warnings (a model object instead of a name, cut prompts) are expected here, or counted by us.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    # Only this argument switches off its progress bar, and `evaluate` does not pass it.
-    lm.generate_until = partial(lm.generate_until, disable_tqdm=True)
+    lm = HarnessLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -79,17 +87,33 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     return lm
 
 
-def decoding(lm: Any) -> dict[str, Any]:
-    """Every generation setting that is the same for all suites, for the record."""
+def protocol(asking: Asking, *, choices: Choices | None = None) -> str:
+    """The name that scores stand under; numbers of different protocols are not comparable.
+
+    Args:
+        asking: prompt and worked examples.
+        choices: of a suite scored by likelihood.
+    """
+    if choices == "texts":
+        return "likelihood of the options' texts, asked as stock lm-eval does"
+    shots = f", {len(asking.examples)}-shot" if asking.examples else ""
+    if choices == "labels":
+        return f"likelihood of the labels, prompt {asking.prompt.name}{shots}"
+    published = asking.prompt.name == "llm-adapters"
+    return (PROTOCOL if published else f"prompt {asking.prompt.name} (greedy), llm-adapters extraction") + shots
+
+
+def decoding(lm: Any, asking: Asking) -> dict[str, Any]:
+    """Every setting that is the same for all suites of a task, for the record."""
     return {
-        "protocol": PROTOCOL,
+        "protocol": protocol(asking),
         "deviations": list(DEVIATIONS),
+        **asking.record(),
         "do_sample": False,
         "num_beams": 1,
         "bos_token_id": lm.tokenizer.bos_token_id,
         "eos_token_id": lm.tokenizer.eos_token_id,
         "pad_token_id": lm.tokenizer.pad_token_id,
-        "stop_strings": [],
         "padding_side": "left",
         "attention_mask": True,
         "key_value_cache": True,
@@ -100,7 +124,9 @@ def decoding(lm: Any) -> dict[str, Any]:
     }
 
 
-def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, max_new_tokens: int) -> SuiteOutcome:
+def score_suite(
+    lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, max_new_tokens: int, asking: Asking
+) -> SuiteOutcome:
     """Let lm-eval answer and score every row of a test file.
 
     Args:
@@ -109,27 +135,102 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
         rows: the same file as we read it; what lm-eval scored is compared with it.
         scoring: picks the task file `llm_adapters_<scoring>`.
         max_new_tokens: limit of every continuation.
+        asking: the prompt, and worked examples before it.
 
     Raises:
         UserError: `max_new_tokens` leaves no room for a prompt, or lm-eval scored other rows than `rows`.
     """
-    # `evaluate` rather than `simple_evaluate`, which wraps it and starts pip and compilers (2 s) to describe the
-    # machine in a result that we do not keep.
-    from lm_eval import evaluate
-    from lm_eval.tasks import TaskManager
-
     room = lm.max_length - max_new_tokens
     if room <= 0:
         raise UserError(
             f"max_new_tokens {max_new_tokens}: must be less than the model's context, {lm.max_length} tokens"
         )
-    name = f"llm_adapters_{scoring}"
+    prompts = [asking.tokens(row) for row in rows]
+    _announce(lm, asking, rows, prompts)
+    generation = {"max_gen_toks": max_new_tokens, "until": asking.stops}
+    samples = _evaluated(
+        lm,
+        f"llm_adapters_{scoring}",
+        file,
+        rows,
+        {"doc_to_text": lambda row: asking.text(row)},
+        generation_kwargs=generation,
+    )
+    return SuiteOutcome(
+        outcomes=tuple(
+            Outcome(correct=sample["acc"] == 1.0, prediction=extract(scoring, kept_text(sample["filtered_resps"][0])))
+            for sample in samples
+        ),
+        truncated_rows=sum(len(prompt) > room for prompt in prompts),
+    )
+
+
+def likelihood_suite(lm: Any, *, file: Path, rows: Sequence[Row], choices: Choices, asking: Asking) -> SuiteOutcome:
+    """Let lm-eval find the likeliest of each row's allowed answers.
+
+    Args:
+        lm: made by `wrap`.
+        file: as for `score_suite`.
+        rows: as for `score_suite`; each has options, see `harness.inputs.choices`.
+        choices: `labels` are asked for by `asking`, `texts` as stock lm-eval does, without worked examples.
+        asking: the prompt, and worked examples before it.
+
+    Raises:
+        UserError: lm-eval scored other rows than `rows`.
+    """
+    found = [question(row, choices) for row in rows]
+    if choices == "labels":
+        prompts = [asking.tokens(row) for row in rows]
+        _announce(lm, asking, rows, prompts)
+        delimiter = asking.delimiter(rows[0])
+    else:
+        lm.ask_as_lm_eval()
+        prompts = [lm.tok_encode(one.text) for one in found]
+        delimiter = " "
+    overrides = {
+        "doc_to_text": lambda row: question(row, choices).text or asking.text(row),
+        "doc_to_choice": lambda row: list(question(row, choices).answers),
+        "doc_to_target": lambda row: question(row, choices).gold,
+        "target_delimiter": delimiter,
+    }
+    samples = _evaluated(lm, "choices", file, rows, overrides)
+    longest = [
+        len(prompt)
+        + max(len(lm.tok_encode(f"{delimiter}{answer}", add_special_tokens=False)) for answer in one.answers)
+        for prompt, one in zip(prompts, found, strict=True)
+    ]
+    return SuiteOutcome(
+        outcomes=tuple(
+            Outcome(
+                correct=sample["acc"] == 1.0,
+                prediction=one.labels[int(np.argmax([likelihood for likelihood, _ in sample["filtered_resps"]]))],
+                correct_normalised=sample["acc_norm"] == 1.0,
+            )
+            for one, sample in zip(found, samples, strict=True)
+        ),
+        truncated_rows=sum(tokens > lm.max_length + 1 for tokens in longest),
+    )
+
+
+def _announce(lm: Any, asking: Asking, rows: Sequence[Row], prompts: Sequence[list[int]]) -> None:
+    tokens = {asking.text(row): prompt for row, prompt in zip(rows, prompts, strict=True)}
+    lm.ask(tokens, stops=asking.stops, in_turns=asking.prompt.name == "chat")
+
+
+def _evaluated(
+    lm: Any, name: str, file: Path, rows: Sequence[Row], overrides: dict[str, Any], **settings: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What lm-eval logged of each row, in their order, under one of our task files with some keys overridden."""
+    # not `simple_evaluate`, which starts pip and compilers (2 s) to describe the machine in a result we do not keep
+    from lm_eval import evaluate
+    from lm_eval.tasks import TaskManager
+
     # A temporary cache: no earlier file can be mistaken for this one, and the home folder stays clean.
     with tempfile.TemporaryDirectory(prefix="harness-eval-") as cache:
-        overrides = {"dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": cache}}
+        data = {"dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": cache}}
         # The settings of a task from a file can be changed only through a group.
         loaded = TaskManager(include_path=str(TASKS), include_defaults=False).load(
-            [{"group": "suite", "task": [{"task": name, **overrides}]}]
+            [{"group": "suite", "task": [{"task": name, **data, **overrides}]}]
         )
         task = loaded["tasks"][name]
         # The reader guesses types: a column with only dates would come back as different text.
@@ -137,17 +238,7 @@ def score_suite(lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, m
             raise UserError(
                 f"{file}: lm-eval reads other rows than the harness; write it as a json list of complete rows"
             )
-        task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
+        for key, value in settings.items():
+            task.set_config(key, value, update=True)
         samples = evaluate(lm=lm, task_dict=loaded, bootstrap_iters=0)["samples"][name]
-    samples = sorted(samples, key=lambda sample: int(sample["doc_id"]))
-    return SuiteOutcome(
-        outcomes=tuple(_outcome(scoring, sample) for sample in samples),
-        truncated_rows=sum(len(lm.tok_encode(evaluation_prompt(row["instruction"]))) > room for row in rows),
-    )
-
-
-def _outcome(scoring: Scoring, sample: dict[str, Any]) -> Outcome:
-    return Outcome(
-        correct=sample["acc"] == 1.0,
-        prediction=extract(scoring, kept_text(sample["filtered_resps"][0])),
-    )
+    return sorted(samples, key=lambda sample: int(sample["doc_id"]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 import pandas as pd
 
 from harness.errors import UserError
-from harness.evaluating.heldout import HeldoutLoss, heldout_loss
-from harness.evaluating.lm import PROTOCOL, SuiteOutcome, decoding, score_suite, wrap
+from harness.evaluating.asking import Asking
+from harness.evaluating.heldout import DocumentLoss, HeldoutLoss, heldout_loss
+from harness.evaluating.lm import SuiteOutcome, decoding, likelihood_suite, protocol, score_suite, wrap
+from harness.inputs.choices import question
 from harness.inputs.overlap import normalised
-from harness.inputs.prompts import Prompt, Row
+from harness.inputs.prompts import Prompt, Row, user_text
 from harness.inputs.rows import read_rows
 from harness.records.atomic import whole_file, write_json
 from harness.records.code import EVALUATION
@@ -25,10 +29,10 @@ from harness.records.run import EvalRecord, SuiteScore, TrainRecord
 from harness.step.outcomes import is_out_of_memory, out_of_memory_why
 from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import Scoring
-from harness.tasks.protocol import check_gold
+from harness.study.spec import Choices, FileScoring, LmEvalSuite, ReadSuite
+from harness.tasks.protocol import check_row
 
-CHANCE: dict[Scoring, float | None] = {
+CHANCE: dict[FileScoring, float | None] = {
     "number": None,
     "letter": 1 / 5,
     "true_false": 1 / 2,
@@ -37,6 +41,9 @@ CHANCE: dict[Scoring, float | None] = {
     "option": 1 / 2,
 }
 """Accuracy of a blind guess among the rule's strings; `answer` has two to five options, see `chance`."""
+
+NOT_TRAINED_SO = "the suite asks otherwise than training does"
+"""Why there is no held-out loss where the options' own texts are scored."""
 
 
 def evaluate(
@@ -80,111 +87,190 @@ def evaluate(
     checkpoint = resolve(train_record.checkpoint)
     if not checkpoint.is_dir():
         raise UserError(f"{checkpoint}: no such checkpoint folder; train run {train_record.name} again")
-    files = {suite.label: suite_folders[suite.label] / "test.json" for suite in job.suites}
-    tests = {suite.label: _test_rows(suite, files[suite.label]) for suite in job.suites}
-    trained = {normalised(row["instruction"]) for row in read_rows(rows_folder / "train.json")}
-    inputs = {f"suite:{label}": path for label, path in files.items()} | {"rows:train": rows_folder / "train.json"}
+    tests = {
+        suite.label: checked_rows(suite, suite_folders[suite.label] / "test.json")
+        for suite in job.all_suites
+        if not isinstance(suite.source, LmEvalSuite)
+    }
+    train_rows = read_rows(rows_folder / "train.json")
+    if job.shots > len(train_rows):
+        raise UserError(f"{job.shots} worked examples: task {job.task} has {len(train_rows)} training rows only")
+    inputs = {f"suite:{label}": suite_folders[label] / "test.json" for label in tests}
+    inputs |= {"rows:train": rows_folder / "train.json"}
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
     origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
-    prompt = Prompt(job.prompt, load_tokenizer(checkpoint))
-    lm = wrap(model, prompt.tokenizer, batch_size=batch_size)
-    settings = decoding(lm) | {"suites": {}}
-    scores: list[SuiteScore] = []
-    documents: list[dict[str, Any]] = []
-    facts: dict[str, Any] = {
-        "name": job.name, "run": train_record.name, "decoding": settings, "provenance": origin,
-    }  # fmt: skip
-    for suite in job.suites:
-        rows = tests[suite.label]
+    tokenizer = load_tokenizer(checkpoint)
+    lm = wrap(model, tokenizer, batch_size=batch_size)
+    prompt = Prompt(job.prompt, tokenizer)
+    asking = Asking(prompt=prompt, examples=train_rows[: job.shots])
+    scorer = _Scorer(lm, job, run=train_record.name, asking=asking, trained={_key(row) for row in train_rows})
+    record = partial(
+        EvalRecord, name=job.name, run=train_record.name, decoding=scorer.settings, scores=scorer.scores,
+        provenance=origin,
+    )  # fmt: skip
+    for suite in job.all_suites:
         try:
-            answered, loss = _outcomes(lm, prompt, suite, files[suite.label], rows, job.max_length, batch_size)
+            scorer.score(suite, tests[suite.label], suite_folders[suite.label] / "test.json")
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             why = f"{out_of_memory_why(error, suite.label)} (lower runtime.eval_batch_size, {batch_size} here)"
             seconds = time.perf_counter() - started
-            return _write(
-                out, documents, EvalRecord(status="oom", status_why=why, scores=scores, wall_s=seconds, **facts)
-            )
-        settings["suites"][suite.label] = {
-            "max_new_tokens": suite.source.max_new_tokens,
-            "heldout_max_tokens": job.max_length,
-            "heldout_rows": sum(document.tokens > 0 for document in loss.documents),
-            "heldout_truncated_rows": loss.truncated_rows,
-        }
-        scores.append(_suite_score(suite, rows, answered, loss, trained))
-        documents += _document_rows(train_record.name, suite.label, rows, answered, loss)
-    seconds = time.perf_counter() - started
-    return _write(out, documents, EvalRecord(status="ok", scores=scores, wall_s=seconds, **facts))
+            return _write(out, scorer.documents, record(status="oom", status_why=why, wall_s=seconds))
+    return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
 
 
-def _outcomes(
-    lm: Any, prompt: Prompt, suite: SuiteJob, file: Path, rows: Sequence[Row], max_length: int, batch_size: int
-) -> tuple[SuiteOutcome, HeldoutLoss]:
+class _Scorer:
+    """Scores the suites of one run, one after the other, and keeps what came out.
+
+    Args:
+        lm: the model, made by `wrap`.
+        job: what is scored.
+        run: name of the run.
+        asking: how the task's own suites are asked; those of forgetting have no worked examples.
+        trained: keys of the training rows, see `_key`.
+    """
+
+    def __init__(self, lm: Any, job: EvalJob, *, run: str, asking: Asking, trained: set[str]) -> None:
+        self.lm, self.job, self.run, self.asking, self.trained = lm, job, run, asking, trained
+        self.settings: dict[str, Any] = decoding(lm, asking) | {"suites": {}}
+        self.scores: list[SuiteScore] = []
+        self.documents: list[dict[str, Any]] = []
+
+    def score(self, suite: SuiteJob, rows: Sequence[Row], file: Path) -> None:
+        """Score one suite of test rows.
+
+        Args:
+            suite: the suite.
+            rows: of its file.
+            file: its test.json.
+        """
+        source = suite.source
+        assert not isinstance(source, LmEvalSuite)
+        asking = self.asking if suite in self.job.suites else replace(self.asking, examples=())
+        choices = _choices(suite)
+        if choices is not None:
+            answered = likelihood_suite(self.lm, file=file, rows=rows, choices=choices, asking=asking)
+        else:
+            assert source.scoring != "likelihood"
+            assert source.max_new_tokens is not None
+            answered = score_suite(
+                self.lm, file=file, rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens,
+                asking=asking,
+            )  # fmt: skip
+        loss = None
+        if choices != "texts":  # asked otherwise than in training, so no answer was trained
+            loss = heldout_loss(
+                self.lm.model, self.asking.prompt, rows, max_length=self.job.max_length,
+                batch_size=self.lm.batch_size,
+            )  # fmt: skip
+        self.settings["suites"][suite.label] = _settings(suite, rows, asking, loss, self.job.max_length)
+        self.scores.append(_suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
+        self.documents += _document_rows(self.run, suite.label, rows, answered, loss)
+
+
+def _settings(
+    suite: SuiteJob, rows: Sequence[Row], asking: Asking, loss: HeldoutLoss | None, max_length: int
+) -> dict[str, Any]:
+    """How one suite was scored, for the record; with the first question as the model read it."""
     source = suite.source
-    answered = score_suite(lm, file=file, rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens)
-    loss = heldout_loss(lm.model, prompt, rows, max_length=max_length, batch_size=batch_size)
-    return answered, loss
+    assert not isinstance(source, LmEvalSuite)
+    choices = _choices(suite)
+    asked = None if choices is None else question(rows[0], choices)
+    found: dict[str, Any] = {
+        "first_question": asking.text(rows[0]) if asked is None or asked.text is None else asked.text,
+        "shots": len(asking.examples) if choices != "texts" else 0,
+    }
+    if asked is not None:
+        found["first_answers"] = list(asked.answers)
+    else:
+        found["max_new_tokens"] = source.max_new_tokens
+    if loss is not None:
+        found["heldout_max_tokens"] = max_length
+        found["heldout_rows"] = sum(document.tokens > 0 for document in loss.documents)
+        found["heldout_truncated_rows"] = loss.truncated_rows
+    return found
 
 
-def chance(scoring: Scoring, rows: Sequence[Row]) -> float | None:
+def _choices(suite: SuiteJob) -> Choices | None:
+    """What the allowed answers are, of a suite scored by likelihood."""
+    return suite.source.choices if isinstance(suite.source, ReadSuite) else None
+
+
+def _key(row: Row) -> str:
+    """What is compared to find test rows among the training rows."""
+    return normalised(user_text(row))
+
+
+def chance(scoring: FileScoring, rows: Sequence[Row], *, choices: Choices | None = None) -> float | None:
     """Expected accuracy of a blind guess, or None if there are no options to guess among.
 
     For `answer` the options are counted in each instruction's tail ("Answer format: answer1/answer2/answer3"); a row
     without that tail makes it None.
     """
+    if choices is not None:
+        return fmean(1 / len(question(row, choices).answers) for row in rows)
     if scoring != "answer":
-        return CHANCE[scoring]
+        return CHANCE.get(scoring)
     options = [len(set(re.findall(r"answer\d", row["instruction"].rpartition("Answer format:")[2]))) for row in rows]
     return fmean(1 / count for count in options) if all(options) else None
 
 
-def _test_rows(suite: SuiteJob, file: Path) -> list[Row]:
+def checked_rows(suite: SuiteJob, file: Path) -> list[Row]:
+    """Rows of a suite's file, each with an answer that its scoring can find right.
+
+    Raises:
+        UserError: there are none, or one cannot be scored; the message names file and row.
+    """
     rows: list[Row] = read_rows(file)
     if not rows:
         raise UserError(f"{file}: no rows to score; make the suite again")
     for number, row in enumerate(rows, start=1):
         try:
-            check_gold(suite.source.scoring, row["answer"])
+            check_row(suite.source, row)
         except ValueError as error:
             raise UserError(f"{file}, row {number}: {error}; change the suite's `scoring` or the row") from None
     return rows
 
 
 def _suite_score(
-    suite: SuiteJob, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss, trained: set[str]
+    suite: SuiteJob, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss | None, trained: set[str], name: str
 ) -> SuiteScore:
     source = suite.source
+    assert not isinstance(source, LmEvalSuite)
+    normalised_outcomes = [outcome.correct_normalised for outcome in answered.outcomes]
     return SuiteScore(
         suite=suite.label,
         scoring=source.scoring,
-        protocol=PROTOCOL,
+        protocol=name,
         rows=len(rows),
         # A file with exactly `limit` rows cannot be distinguished from a longer one here, and counts as limited.
         limited=source.kind != "generated" and source.limit is not None and len(rows) >= source.limit,
         correct=sum(outcome.correct for outcome in answered.outcomes),
+        correct_normalised=None if None in normalised_outcomes else sum(map(bool, normalised_outcomes)),
         unparsed=sum(outcome.prediction is None for outcome in answered.outcomes),
-        chance=chance(source.scoring, rows),
-        heldout_loss=loss.mean,
-        heldout_loss_why=loss.why,
-        heldout_tokens=loss.tokens,
+        chance=chance(source.scoring, rows, choices=_choices(suite)),
+        heldout_loss=None if loss is None else loss.mean,
+        heldout_loss_why=NOT_TRAINED_SO if loss is None else loss.why,
+        heldout_tokens=0 if loss is None else loss.tokens,
         truncated_rows=answered.truncated_rows,
-        leaked_rows=sum(normalised(row["instruction"]) in trained for row in rows),
+        leaked_rows=sum(_key(row) in trained for row in rows),
     )
 
 
 def _document_rows(
-    run: str, suite: str, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss
+    run: str, suite: str, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss | None
 ) -> list[dict[str, Any]]:
+    losses = [DocumentLoss(loss=None, tokens=0)] * len(rows) if loss is None else loss.documents
     return [
         {
             "run": run, "suite": suite, "document": number, "correct": outcome.correct,
-            "parsed": outcome.prediction is not None, "prediction": outcome.prediction, "gold": row["answer"],
-            "loss": document.loss, "tokens": document.tokens,
+            "correct_normalised": outcome.correct_normalised, "parsed": outcome.prediction is not None,
+            "prediction": outcome.prediction, "gold": row["answer"], "loss": document.loss, "tokens": document.tokens,
         }
-        for number, (row, outcome, document) in enumerate(zip(rows, answered.outcomes, loss.documents, strict=True))
+        for number, (row, outcome, document) in enumerate(zip(rows, answered.outcomes, losses, strict=True))
     ]  # fmt: skip
 
 

@@ -21,7 +21,16 @@ from harness.records.provenance import provenance
 from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite, HubRows, HubSuite
+from harness.study.spec import (
+    Columns,
+    FileRows,
+    FileSuite,
+    GeneratedRows,
+    GeneratedSuite,
+    HubRows,
+    HubSuite,
+    LmEvalSuite,
+)
 
 
 def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
@@ -58,16 +67,16 @@ def make_rows(job: RowsJob, folder: Path) -> RowsRecord:
     )
 
 
-def make_suite(job: SuiteJob, folder: Path, *, check: Callable[[str], None] = lambda answer: None) -> RowsRecord:
+def make_suite(job: SuiteJob, folder: Path, *, check: Callable[[Row], None] = lambda row: None) -> RowsRecord:
     """Write test.json and, last, manifest.json into `folder`; rows that are read keep their order.
 
     Args:
-        job: the suite.
+        job: a suite of test rows; data of lm-eval's own tasks are fetched by `harness.evaluating`.
         folder: where it goes.
-        check: raises ValueError for a gold answer that no prediction can ever equal.
+        check: raises ValueError for a row that no answer could score as right.
 
     Raises:
-        UserError: there are no rows, or `check` refuses an answer, named with its row.
+        UserError: there are no rows, or `check` refuses one of them, named with its place.
     """
     source = job.source
     if isinstance(source, GeneratedSuite):
@@ -75,6 +84,7 @@ def make_suite(job: SuiteJob, folder: Path, *, check: Callable[[str], None] = la
         rows = suite_rows(source.variant, split="test", count=source.rows, seed=source.seed)
         places = [f"row {n}" for n in range(1, len(rows) + 1)]
     else:
+        assert not isinstance(source, LmEvalSuite)
         values, files = _values(source)
         values = values[: source.limit]
         rows, places = rows_of(values, source.columns), [where for where, _ in values]
@@ -82,7 +92,7 @@ def make_suite(job: SuiteJob, folder: Path, *, check: Callable[[str], None] = la
             raise UserError(f"{job.label}: {_named(source)} holds no rows to score; give it rows")
     for row, where in zip(rows, places, strict=True):
         try:
-            check(row["answer"])
+            check(row)
         except ValueError as error:
             raise UserError(f"{where}: {error}; correct the row or the suite's `scoring`") from None
     read = {f"file {n}": path for n, path in enumerate(files, start=1)}

@@ -101,13 +101,15 @@ NOT_SCORED = "not scored: "
 
 SCORE_COLUMNS: dict[str, str] = {
     "run": "string", "suite": "string", "scoring": "string", "protocol": "string", "rows": "Int64",
-    "limited": "boolean", "correct": "Int64", "accuracy": "Float64", "unparsed_share": "Float64", "chance": "Float64",
+    "limited": "boolean", "correct": "Int64", "accuracy": "Float64", "accuracy_normalised": "Float64",
+    "unparsed_share": "Float64", "chance": "Float64",
     "heldout_loss": "Float64", "heldout_tokens": "Int64", "truncated_rows": "Int64", "leaked_rows": "Int64",
 }  # fmt: skip
 """One row a run and suite; `accuracy` is a share, not a percentage."""
 
 DOCUMENT_COLUMNS: dict[str, str] = {
-    "run": "string", "suite": "string", "document": "Int64", "correct": "boolean", "parsed": "boolean",
+    "run": "string", "suite": "string", "document": "Int64", "correct": "boolean",
+    "correct_normalised": "boolean", "parsed": "boolean",
     "prediction": "string", "gold": "string", "loss": "Float64", "tokens": "Int64",
 }  # fmt: skip
 """One row a run, suite and test item; `loss` is the mean over the item's answer tokens."""
@@ -154,6 +156,8 @@ ADDED: dict[str, tuple[str, ...]] = {
         "device_reserved_peak_bytes", "alloc_retries", "nvml_device_delta_peak_bytes", "nvml_delta_why", "nvml_source",
         "foreign_why",
     ),
+    "scores": ("accuracy_normalised",),
+    "documents": ("correct_normalised",),
     "steps": ("total_tokens",),
 }  # fmt: skip
 """Columns that the tables under results/published/ lack, by table; they are read as null."""

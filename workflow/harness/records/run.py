@@ -291,6 +291,9 @@ class SuiteScore(Record):
     rows: int
     limited: bool = Field(description="not the whole test file")
     correct: int
+    correct_normalised: int | None = Field(
+        default=None, description="by likelihood per character of the answer; null where the model writes its answer"
+    )
     unparsed: int
     chance: float | None = Field(description="share a blind guess gets right; null where there is none")
     heldout_loss: float | None = Field(description="mean nats per answer token of the reference output")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.columns import NOT_SCORED, RUNS
+from harness.records.columns import DOCUMENT_COLUMNS, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
 from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, read_table, rows_to_frame
@@ -28,6 +28,8 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
         rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
         rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]
+        if name not in plan.evaluation_of:
+            continue
         score_file = paths.score(name, plan.evaluation_of[name])
         score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
@@ -35,7 +37,8 @@ def collect(plan: Plan, paths: Paths) -> Frames:
             noted = rows["runs"][-1]
             noted["notes"] = "; ".join(filter(None, [noted["notes"], f"{NOT_SCORED}{score.status_why}"]))
         if score.status != "skipped":
-            documents.append(read_table(score_file.with_suffix(".parquet"), mend=f"delete {score_file} and run again"))
+            table = read_table(score_file.with_suffix(".parquet"), mend=f"delete {score_file} and run again")
+            documents.append(table.reindex(columns=list(DOCUMENT_COLUMNS)))  # older tables lack the newest
     for name in plan.searches:
         search = read(paths.search(name) / "search.json", SearchRecord)
         rows["trials"] += _trial_rows(search)
@@ -60,6 +63,7 @@ def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:
         "run": run,
         **{key: score[key] for key in ("suite", "scoring", "protocol", "rows", "limited", "correct", "chance")},
         "accuracy": score["correct"] / rows if rows else None,
+        "accuracy_normalised": None if score["correct_normalised"] is None else score["correct_normalised"] / rows,
         "unparsed_share": score["unparsed"] / rows if rows else None,
         **{key: score[key] for key in ("heldout_loss", "heldout_tokens", "truncated_rows", "leaked_rows")},
     }

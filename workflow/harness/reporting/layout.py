@@ -9,14 +9,12 @@ from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.table import Footnotes
-from harness.study.spec import Study
+from harness.study.spec import UNTRAINED, Study
 
 SUBJECT = "grass"
 """Label of the method that the paired differences are about."""
 REFERENCE = "full"
 """Module of full fine-tuning, the base of the throughput ratios and of the importance figures."""
-UNTRAINED = "base"
-"""Module of the untrained model: a row of the tables, but not a rival."""
 
 
 def trained(study: Study) -> list[str]:

@@ -25,10 +25,10 @@ def run(args: argparse.Namespace) -> int:
         make_rows(read(args.spec, RowsJob), folder)
     elif args.kind == "suite":
         from harness.inputs.make_rows import make_suite
-        from harness.tasks.protocol import check_gold
+        from harness.tasks.protocol import check_row
 
-        job = read(args.spec, SuiteJob)
-        make_suite(job, folder, check=partial(check_gold, job.source.scoring))
+        suite = read(args.spec, SuiteJob)
+        make_suite(suite, folder, check=partial(check_row, suite.source))
     else:
         from harness.inputs.make_models import make_model
 

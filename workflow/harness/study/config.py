@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from baselines import find_method
 from baselines.method import Method, Recipe
 from harness.errors import UserError
 from harness.study import spec
+from harness.study.lm_eval_names import task_names, unknown_task
 from harness.study.paths import RESERVED, resolve
 from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
 
@@ -36,10 +37,15 @@ def load_study(path: Path, *, inputs_needed: bool = True) -> spec.Study:
             raise source.error(("methods", label, "lr"), f"{entry.module} takes no step: remove this key")
         for task in study.tasks:
             recipe_of(study, task, label, source)
+        for task, rows in ((task, getattr(entry.train, "train_rows", None)) for task, entry in study.tasks.items()):
+            if rows is not None and entry.shots > rows:
+                text = f"{entry.shots} worked examples are more than the {rows} training rows of task {task}"
+                raise source.error(("methods", label, "shots"), text)
     if study.published is not None and not Path(study.published).is_file():
         raise source.error(("published",), f"there is no file {study.published}; {_FROM}")
     if inputs_needed:
         _check_paths(study, source)
+        _check_lm_eval(study, source)
     return study
 
 
@@ -84,8 +90,7 @@ def _check_paths(study: spec.Study, source: Source) -> None:
             wanted += [(("tasks", label, "train", "paths", i), p) for i, (p, _) in enumerate(task.train.files)]
         if isinstance(task.train, spec.ReadRows):
             wanted += [(("tasks", label, "train", "without", i), p) for i, p in enumerate(task.train.without)]
-        files = [(name, suite) for name, suite in task.suites.items() if isinstance(suite, spec.FileSuite)]
-        wanted += [(("tasks", label, "suites", name, "path"), suite.path) for name, suite in files]
+    wanted += [((*key, "path"), suite.path) for key, suite in _suites(study) if isinstance(suite, spec.FileSuite)]
     for key, text in wanted:
         try:
             path = resolve(text)
@@ -95,6 +100,26 @@ def _check_paths(study: spec.Study, source: Source) -> None:
         if not path.exists():
             mend = f"correct the variable in {text}" if "${" in text else _FROM
             raise source.error(key, f"there is no {path}; {mend}")
+
+
+def _check_lm_eval(study: spec.Study, source: Source) -> None:
+    for key, suite in _suites(study):
+        if not isinstance(suite, spec.LmEvalSuite):
+            continue
+        known = task_names()
+        if known and suite.task not in known:
+            raise source.error((*key, "task"), unknown_task(suite.task, known))
+        made = [label for label, model in study.models.items() if isinstance(model, spec.PretrainedHere)]
+        if suite.apply_chat_template and made:
+            text = f"model {made[0]} is pretrained here and has no chat template: write false"
+            raise source.error((*key, "apply_chat_template"), text)
+
+
+def _suites(study: spec.Study) -> Iterator[tuple[KeyPath, spec.SuiteSource]]:
+    """Every suite with its key."""
+    for task, entry in study.tasks.items():
+        yield from ((("tasks", task, "suites", label), suite) for label, suite in entry.suites.items())
+    yield from ((("forgetting", label), suite) for label, suite in study.forgetting.items())
 
 
 def changed_recipe_keys(study: spec.Study, label: str) -> Sequence[str]:

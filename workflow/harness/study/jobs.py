@@ -136,12 +136,19 @@ class ForecastJob(Job):
 
 
 class EvalJob(Job):
-    """How a trained model is scored: every suite of its task, in one process."""
+    """How a trained model is scored: every suite of its task, and those of `forgetting`, in one process."""
 
     task: Label
     suites: tuple[SuiteJob, ...]
     max_length: int = Field(description="tokens of prompt and answer in the held-out loss, as in training")
     prompt: PromptName = later("llm-adapters")
+    shots: int = later(0, description="worked examples before every question of `suites`")
+    forgetting: tuple[SuiteJob, ...] = later(())
+
+    @property
+    def all_suites(self) -> tuple[SuiteJob, ...]:
+        """Suites of the task, then those of forgetting."""
+        return (*self.suites, *self.forgetting)
 
     @property
     def name(self) -> str:

@@ -18,9 +18,9 @@ from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.records.units import GIB
-from harness.study.jobs import EvalJob, ModelJob, SearchJob, Training
+from harness.study.jobs import EvalJob, ModelJob, SearchJob, SuiteJob, Training
 from harness.study.paths import Paths, resolve
-from harness.study.spec import GeneratedSuite, HubModel, LocalModel, PretrainedHere
+from harness.study.spec import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
 
 BASE_BYTES = 8 * GIB
 """A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small
@@ -33,6 +33,10 @@ UNKNOWN_PARAMETERS = 9_000_000_000
 """Assumed for a hub model that has not been fetched yet: the 8B class. A larger model needs more."""
 UNKNOWN_ROWS = 11_000
 """Assumed rows of a test file without a limit: HellaSwag, the largest of the protocol, has 10,042."""
+UNKNOWN_TOKENS = 256
+"""Assumed length of an answer in a task of lm-eval: its own default."""
+MOST_CHOICES = 5
+"""Assumed answers to choose among: the most in the files of the protocol."""
 VOCABULARY = 1_000
 """Upper bound for a model pretrained here: its tokenizer has letters, digits and some hundred words."""
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -95,15 +99,19 @@ def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size:
     recipe = training.recipe
     count = parameters(training.model, paths)
     token_s = _READ_FLOP * count / _rate(recipe)
-    seconds = 0.0
-    for suite in job.suites:
-        source = suite.source
-        rows = source.rows if isinstance(source, GeneratedSuite) else source.limit or UNKNOWN_ROWS
-        seconds += 2 * rows * job.max_length * token_s
-        seconds += math.ceil(rows / batch_size) * source.max_new_tokens * (STEP_S + batch_size * token_s)
+    seconds = sum(_suite_seconds(suite, job.max_length, token_s, batch_size) for suite in job.all_suites)
     return _needs(
         held_bytes=2 * _BYTES[recipe.weight_dtype] * count, seconds=seconds, gpus=int(recipe.device == "cuda")
     )
+
+
+def _suite_seconds(suite: SuiteJob, max_length: int, token_s: float, batch_size: int) -> float:
+    source = suite.source
+    rows = source.rows if isinstance(source, GeneratedSuite) else source.limit or UNKNOWN_ROWS
+    written = UNKNOWN_TOKENS if isinstance(source, LmEvalSuite) else source.max_new_tokens
+    if written is None:  # by likelihood: each row is read once for each of its answers
+        return MOST_CHOICES * rows * max_length * token_s
+    return 2 * rows * max_length * token_s + math.ceil(rows / batch_size) * written * (STEP_S + batch_size * token_s)
 
 
 def parameters(job: ModelJob, paths: Paths) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from harness.study.jobs import (
     Training,
 )
 from harness.study.paths import Paths
-from harness.study.spec import PretrainedHere, Study
+from harness.study.spec import UNTRAINED, PretrainedHere, Study, SuiteSource
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Plan:
     runs: dict[str, RunJob]
     evals: dict[str, EvalJob]
     evaluation_of: dict[str, str]
-    """Name of the evaluation that scores each run."""
+    """Name of the evaluation that scores each run; runs of a task without suites are not in it."""
 
     def jobs(self, kind: Kind[J]) -> dict[str, J]:
         """All jobs of one kind, by name."""
@@ -78,16 +78,12 @@ def resolve_study(study: Study) -> Plan:
         for task_label, task in study.tasks.items():
             rows = RowsJob(label=task_label, source=task.train)
             plan.rows[rows.name] = rows
-            suites = tuple(SuiteJob(label=label, source=suite) for label, suite in task.suites.items())
-            plan.suites.update({suite.name: suite for suite in suites})
             for method_label in study.methods:
-                _add_runs(plan, study, model, rows, suites, method_label)
+                _add_runs(plan, study, model, rows, method_label)
     return plan
 
 
-def _add_runs(
-    plan: Plan, study: Study, model: ModelJob, rows: RowsJob, suites: tuple[SuiteJob, ...], label: str
-) -> None:
+def _add_runs(plan: Plan, study: Study, model: ModelJob, rows: RowsJob, label: str) -> None:
     entry = study.methods[label]
     recipe = recipe_of(study, rows.label, label)
     method, options = method_of(study, label)
@@ -105,8 +101,10 @@ def _add_runs(
     forecast = forecast_job(training)
     if forecast is not None:
         plan.forecasts[forecast.name] = forecast
-    evaluation = EvalJob(task=rows.label, suites=suites, max_length=recipe.max_length, prompt=training.prompt)
-    plan.evals[evaluation.name] = evaluation
+    evaluation = _evaluation(study, training)
+    if evaluation is not None:
+        plan.suites.update({suite.name: suite for suite in evaluation.all_suites})
+        plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
         run = RunJob(
             training=training,
@@ -116,10 +114,34 @@ def _add_runs(
             observation=study.observation,
         )
         plan.runs[run.name] = run
-        plan.evaluation_of[run.name] = evaluation.name
+        if evaluation is not None:
+            plan.evaluation_of[run.name] = evaluation.name
         search = run.search_job()
         if search is not None:
             plan.searches[search.name] = search
+
+
+def _evaluation(study: Study, training: Training) -> EvalJob | None:
+    """How a method's runs on a task are scored; None where there is no suite: the validation loss stands alone."""
+    entry = study.methods[training.label]
+    suites = _suite_jobs(study.tasks[training.rows.label].suites)
+    # a second entry of the untrained model differs by its shots alone, and nothing of forgetting depends on them
+    again = entry.module == UNTRAINED and training.label != study.untrained()
+    forgetting = () if again else _suite_jobs(study.forgetting)
+    if not suites and not forgetting:
+        return None
+    return EvalJob(
+        task=training.rows.label,
+        suites=suites,
+        max_length=training.recipe.max_length,
+        prompt=training.prompt,
+        shots=entry.shots if suites else 0,
+        forgetting=forgetting,
+    )
+
+
+def _suite_jobs(suites: Mapping[str, SuiteSource]) -> tuple[SuiteJob, ...]:
+    return tuple(SuiteJob(label=label, source=source) for label, source in suites.items())
 
 
 def forecast_job(training: Training) -> ForecastJob | None:

@@ -6,7 +6,7 @@ its resolved spec, so a changed entry makes a new job beside the old one, and st
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -14,7 +14,14 @@ from baselines.method import Recipe, Strict, later
 
 Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
 Scoring = Literal["number", "letter", "true_false", "solution", "answer", "ending", "option"]
+FileScoring = Literal[Scoring, "likelihood"]
+Choices = Literal["labels", "texts"]
+"""The labels as they were trained ("the correct answer is answer1"), or the options' texts, as stock lm-eval."""
 PromptName = Literal["llm-adapters", "alpaca", "plain", "chat"]
+
+
+UNTRAINED = "base"
+"""Module of the untrained model: a row of the tables, but not a rival."""
 
 
 # ---------------------------------------------------------------- models
@@ -180,8 +187,24 @@ class ReadSuite(Strict):
 
     columns: Columns | None = later(None)
     limit: int | None = Field(default=None, gt=0, description="the first rows only; null takes all")
-    scoring: Scoring
-    max_new_tokens: int = Field(gt=0)
+    scoring: FileScoring = Field(
+        description="a rule that reads the answer from what the model writes; or the likeliest of the allowed answers"
+    )
+    max_new_tokens: int | None = later(None, gt=0, description="of what the model writes; not with likelihood")
+    choices: Choices | None = later(None, description="with likelihood: what the allowed answers are")
+
+    @model_validator(mode="after")
+    def _one_protocol(self) -> ReadSuite:
+        likelihood = self.scoring == "likelihood"
+        if likelihood and self.choices is None:
+            raise ValueError(f"choices: scoring likelihood needs it: {' or '.join(get_args(Choices))}")
+        if likelihood and self.max_new_tokens is not None:
+            raise ValueError("max_new_tokens: nothing is written under scoring likelihood: remove this key")
+        if not likelihood and self.choices is not None:
+            raise ValueError(f"choices: belongs to scoring likelihood; scoring {self.scoring} reads what is written")
+        if not likelihood and self.max_new_tokens is None:
+            raise ValueError(f"max_new_tokens: this key is missing; scoring {self.scoring} needs it")
+        return self
 
 
 class FileSuite(ReadSuite):
@@ -197,7 +220,17 @@ class HubSuite(HubData, ReadSuite):
     kind: Literal["hub"]
 
 
-SuiteSource = Annotated[GeneratedSuite | FileSuite | HubSuite, Field(discriminator="kind")]
+class LmEvalSuite(Strict):
+    """A task, group or tag of lm-eval by its name, with lm-eval's own prompt, metrics and version."""
+
+    kind: Literal["lm-eval"]
+    task: str = Field(min_length=1, description="as `lm-eval ls tasks` lists it")
+    num_fewshot: int | None = Field(default=None, ge=0, description="null takes the task's own number")
+    limit: int | None = Field(default=None, gt=0, description="the first items of each task only; null takes all")
+    apply_chat_template: bool = Field(default=False, description="ask in the tokenizer's own chat format")
+
+
+SuiteSource = Annotated[GeneratedSuite | FileSuite | HubSuite | LmEvalSuite, Field(discriminator="kind")]
 
 
 class Task(Strict):
@@ -222,6 +255,11 @@ class MethodEntry(Strict):
     )
     lr: float | None = Field(default=None, gt=0, description="fixed; null takes the study's search")
     seeds: tuple[int, ...] | None = Field(default=None, min_length=1, description="null takes the study's seeds")
+    shots: int = Field(
+        default=0,
+        ge=0,
+        description="worked examples, the first training rows of the task, before every test question; not trained so",
+    )
     note: str = ""
 
 
@@ -280,6 +318,9 @@ class Study(Strict):
     models: dict[Label, ModelSource] = Field(min_length=1)
     tasks: dict[Label, Task] = Field(min_length=1)
     methods: dict[Label, MethodEntry] = Field(min_length=1)
+    forgetting: dict[Label, SuiteSource] = Field(
+        default_factory=dict, description="suites of no task, scored for every run and, before, for the untrained model"
+    )
     comparisons: dict[Label, Comparison] = Field(
         default_factory=dict, description="groups of methods with tables and figures of their own"
     )
@@ -298,6 +339,15 @@ class Study(Strict):
         for name, seeds in [*used, *([("search.seeds", self.search.seeds)] if self.search else [])]:
             if len(set(seeds)) != len(seeds) or min(seeds) < 0:
                 raise ValueError(f"{name}: must be distinct whole numbers from 0 on")
+        for label in self.forgetting:
+            tasks = [task for task, entry in self.tasks.items() if label in entry.suites]
+            if tasks:
+                raise ValueError(f"forgetting.{label}: task {tasks[0]} has a suite of this label; call it otherwise")
+        if self.forgetting and self.untrained() is None:
+            raise ValueError(
+                "forgetting: nothing is scored before training: add an entry to `methods`, "
+                f"such as `base: {{module: {UNTRAINED}, seeds: [0]}}`"
+            )
         for label, comparison in self.comparisons.items():
             unknown = [method for method in comparison.methods if method not in self.methods]
             if unknown:
@@ -315,3 +365,8 @@ class Study(Strict):
         if self.search and (len(set(self.search.grid)) != len(self.search.grid) or min(self.search.grid) <= 0):
             raise ValueError("search.grid: must be distinct rates above 0")
         return self
+
+    def untrained(self) -> str | None:
+        """The method whose scores are those before training: of module base, with the fewest shots."""
+        entries = [(entry.shots, label) for label, entry in self.methods.items() if entry.module == UNTRAINED]
+        return min(entries, key=lambda entry: entry[0])[1] if entries else None

@@ -1,4 +1,4 @@
-"""The llm-adapters protocol as functions of the lm-eval task files: prompt, text kept, answer extraction, scoring.
+"""The llm-adapters protocol as functions of the lm-eval task files: text kept, answer extraction, scoring.
 
 The rules are those of the scorers published with LLM-Adapters, described in our words; what is odd in them ("untrue"
 counts as true, AQuA takes the first capital A to E of any word) is kept, since the published numbers rest on it.
@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from harness.inputs.prompts import RESPONSE_MARK, evaluation_prompt
-from harness.study.spec import Scoring
+from harness.inputs.choices import question
+from harness.inputs.prompts import RESPONSE_MARK, Row
+from harness.study.spec import LmEvalSuite, ReadSuite, Scoring, SuiteSource
 
 TOLERANCE = 0.001
 
@@ -27,11 +28,6 @@ _FIRST: dict[Scoring, re.Pattern[str]] = {
     "option": re.compile("option[12]"),
 }
 """Case-sensitive, anywhere in the text, no word boundaries: the first match is the prediction."""
-
-
-def prompt(doc: Mapping[str, str]) -> str:
-    """The evaluation prompt of one test row."""
-    return evaluation_prompt(doc["instruction"])
 
 
 def kept_text(continuation: str) -> str:
@@ -87,6 +83,19 @@ def _is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def check_row(source: SuiteSource, row: Row) -> None:
+    """Refuse a test row that no answer could score as right.
+
+    Raises:
+        ValueError: its answer is none that the suite's scoring knows, or it has no options to choose among.
+    """
+    assert not isinstance(source, LmEvalSuite)
+    if isinstance(source, ReadSuite) and source.choices is not None:
+        question(row, source.choices)
+    elif source.scoring != "likelihood":
+        check_gold(source.scoring, row["answer"])
 
 
 def score(rule: Scoring, doc: Mapping[str, str], results: Sequence[str]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from harness.errors import UserError
 from harness.evaluating import score as scoring
+from harness.evaluating.asking import Asking
 from harness.evaluating.heldout import heldout_loss
-from harness.evaluating.lm import score_suite, wrap
+from harness.evaluating.lm import likelihood_suite, score_suite, wrap
 from harness.evaluating.score import evaluate
 from harness.inputs.generated import suite_rows
 from harness.inputs.prompts import Prompt, Row, evaluation_prompt
@@ -28,6 +29,7 @@ from harness.study.jobs import EvalJob, RunJob, SuiteJob
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 ROWS = 160
+ASKING = Asking(prompt=Prompt("llm-adapters", build_tokenizer()))
 HERE = SimpleNamespace(
     source_sha256="", git_commit=None, git_dirty=None, packages={}, python="", platform="", device="cpu", threads=1,
     started_utc="", input_sha256={},
@@ -188,7 +190,7 @@ def test_batch_size_changes_no_prediction_and_no_loss(checkpoint: Path, rows: li
             heldout_loss(model, Prompt("llm-adapters", tokenizer), mixed, max_length=80, batch_size=batch_size)
         )
         lm = wrap(model, tokenizer, batch_size=batch_size)
-        predictions.append(score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8))
+        predictions.append(score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8, asking=ASKING))
     assert predictions[0] == predictions[1] == predictions[2]
     for other in losses[1:]:
         assert [d.tokens for d in other.documents] == [d.tokens for d in losses[0].documents]
@@ -237,9 +239,13 @@ def test_prompts_longer_than_the_context_are_counted(rows: list[Row], tmp_path: 
     cut = sum(length > lengths[3] for length in lengths)
     lm = wrap(small_llama(tokenizer, positions=lengths[3] + 8).eval(), tokenizer, batch_size=3)
     file = write_suite(tmp_path, mixed) / "test.json"
-    assert score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8).truncated_rows == cut > 0
+    assert (
+        score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=8, asking=ASKING).truncated_rows
+        == cut
+        > 0
+    )
     with pytest.raises(UserError, match="max_new_tokens 999"):
-        score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=999)
+        score_suite(lm, file=file, rows=mixed, scoring="answer", max_new_tokens=999, asking=ASKING)
 
 
 def scripted(continuations: dict[str, str]) -> tuple[Any, list[tuple[str, dict[str, Any]]]]:
@@ -260,8 +266,8 @@ def scripted(continuations: dict[str, str]) -> tuple[Any, list[tuple[str, dict[s
 
         loglikelihood_rolling = loglikelihood
 
-        def tok_encode(self, text: str) -> list[int]:
-            return [0] * len(text)
+        def ask(self, tokens: Any, **settings: Any) -> None:
+            pass
 
     return Scripted(), seen
 
@@ -286,7 +292,7 @@ def test_every_task_file_asks_and_scores_as_the_protocol_says(
     prompts = [evaluation_prompt(row["instruction"]) for row in tests]
     lm, seen = scripted(dict(zip(prompts, texts, strict=True)))
     file = write_suite(tmp_path, tests) / "test.json"
-    found = score_suite(lm, file=file, rows=tests, scoring=scoring, max_new_tokens=13)
+    found = score_suite(lm, file=file, rows=tests, scoring=scoring, max_new_tokens=13, asking=ASKING)
     assert [outcome.correct for outcome in found.outcomes] == [False, True, False, True]
     assert [outcome.prediction is None for outcome in found.outcomes] == [False, False, True, False]
     assert [prompt for prompt, _ in seen] == prompts
@@ -302,11 +308,94 @@ def test_a_changed_file_at_the_same_path_is_read_anew(tmp_path: Path) -> None:
         write_suite(tmp_path, tests)
         os.utime(file, (1e9, 1e9))
         lm, _ = scripted({evaluation_prompt(tests[0]["instruction"]): answer})
-        assert score_suite(lm, file=file, rows=tests, scoring="number", max_new_tokens=4).outcomes[0].correct
+        assert (
+            score_suite(lm, file=file, rows=tests, scoring="number", max_new_tokens=4, asking=ASKING)
+            .outcomes[0]
+            .correct
+        )
     dates = [Row(instruction="2026-11-21", input="", output="", answer="1")]
     write_suite(tmp_path, dates)
     with pytest.raises(UserError, match="other rows"):
-        score_suite(lm, file=file, rows=dates, scoring="number", max_new_tokens=4)
+        score_suite(lm, file=file, rows=dates, scoring="number", max_new_tokens=4, asking=ASKING)
+
+
+def test_worked_examples_and_forgetting_and_likelihood_are_told_apart(
+    tmp_path: Path, checkpoint: Path, rows: list[Row]
+) -> None:
+    """The model knows its rows by heart, so the labels' likelihood finds them; the options' texts it never learned."""
+    options = [
+        Row(**{**row, "instruction": row["instruction"].replace("\n\nAnswer f", "\n\nAnswer1: 0 Answer2: 1 Answer3: 2 "
+                                                                "Answer4: 3\n\nAnswer f")})
+        for row in rows[:12]
+    ]  # fmt: skip
+    likely = {"kind": "files", "path": "x", "scoring": "likelihood"}
+    suites = (
+        suite("written"),
+        SuiteJob.model_validate({"label": "labels", "source": likely | {"choices": "labels"}}),
+    )
+    kept = (
+        suite("before"),
+        SuiteJob.model_validate({"label": "texts", "source": likely | {"choices": "texts"}}),
+    )
+    tests = {"written": rows[:12], "labels": rows[:12], "before": rows[:12], "texts": options}
+    found = {}
+    for shots in (0, 1):
+        found[shots] = evaluate(
+            EvalJob(task="t", suites=suites, forgetting=kept, shots=shots, max_length=64),
+            train_record=train_record(checkpoint),
+            suite_folders={label: write_suite(tmp_path / label, test) for label, test in tests.items()},
+            rows_folder=write_train(tmp_path / "rows", rows[20:22]),
+            out=tmp_path / f"{shots}.json",
+            batch_size=8,
+        )
+    scores = {shots: {score.suite: score for score in record.scores} for shots, record in found.items()}
+    plain, shot = scores[0], scores[1]
+    assert plain["labels"].correct >= 11
+    assert plain["labels"].correct_normalised == plain["labels"].correct
+    assert plain["labels"].unparsed == plain["texts"].unparsed == 0
+    assert plain["labels"].chance == plain["texts"].chance == 0.25
+    assert plain["labels"].heldout_loss == plain["written"].heldout_loss
+    assert (plain["texts"].heldout_loss, plain["texts"].heldout_tokens) == (None, 0)
+    assert "asks otherwise" in str(plain["texts"].heldout_loss_why)
+    assert [score.correct_normalised for score in (plain["written"], plain["before"])] == [None, None]
+    # worked examples: in the task's own suites, in their name, never in the loss, never in forgetting
+    assert [shot[label].protocol != plain[label].protocol for label in tests] == [True, True, False, False]
+    assert shot["written"].protocol == "llm-adapters (greedy), 1-shot"
+    assert shot["before"] == plain["before"]
+    assert shot["texts"] == plain["texts"]
+    assert shot["written"].heldout_loss == plain["written"].heldout_loss
+    settings = found[1].decoding["suites"]
+    assert settings["written"]["first_question"].count("How many apples") == 2
+    assert settings["before"]["first_question"] == evaluation_prompt(rows[0]["instruction"])
+    assert settings["texts"]["first_answers"] == ["0", "1", "2", "3"]
+    assert settings["texts"]["first_question"] == f"Question: {rows[0]['instruction'].split(chr(10))[0]}\nAnswer:"
+    assert (found[1].decoding["prompt"], found[1].decoding["shots"]) == ("llm-adapters", 1)
+    assert found[1].decoding["stop_strings"] == ["Below is an instruction that describes a task"]
+    table = pd.read_parquet(tmp_path / "0.parquet")
+    chosen = table[table["suite"] == "labels"]
+    assert int(chosen["correct"].sum()) == plain["labels"].correct
+    assert set(chosen["prediction"]) <= {"answer1", "answer2", "answer3", "answer4"}
+    assert table[table["suite"] == "written"]["correct_normalised"].isna().all()
+
+
+def test_likelihoods_are_those_of_the_model(tmp_path: Path, checkpoint: Path, rows: list[Row]) -> None:
+    """Summed log-probability of prompt and answer in one piece, the prompt's taken off."""
+    model, tokenizer = loaded(checkpoint)
+    lm = wrap(model, tokenizer, batch_size=4)
+    file = write_suite(tmp_path, rows[:5]) / "test.json"
+    found = likelihood_suite(lm, file=file, rows=rows[:5], choices="labels", asking=ASKING)
+
+    def likelihood(text: str) -> float:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            steps = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        return float(steps.gather(1, ids[0, 1:, None]).sum())
+
+    for row, outcome in zip(rows, found.outcomes, strict=False):
+        prompt = evaluation_prompt(row["instruction"])
+        labels = [f"answer{n}" for n in range(1, 5)]
+        best = max(labels, key=lambda label: likelihood(f"{prompt}the correct answer is {label}"))
+        assert (outcome.prediction, outcome.correct) == (best, best == row["answer"])
 
 
 def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
 from harness.study.spec import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite
-from harness.tasks.protocol import check_gold
+from harness.tasks.protocol import check_row
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")
@@ -292,7 +292,7 @@ def test_an_answer_that_no_prediction_can_equal_stops_the_suite_with_its_row(tmp
     source = FileSuite(kind="files", path=str(path), limit=2, scoring="number", max_new_tokens=8)
     job = SuiteJob(label="t", source=source)
     with pytest.raises(UserError, match=r"t\.json, row 2: answer '1,000' is not a number.*: write '1000'; correct"):
-        make_suite(job, tmp_path / "suite", check=partial(check_gold, "number"))
+        make_suite(job, tmp_path / "suite", check=partial(check_row, job.source))
     assert not (tmp_path / "suite" / "manifest.json").exists()
 
 

@@ -130,7 +130,8 @@ def test_an_unknown_kind_lists_the_kinds(tmp_path: Path) -> None:
     assert said == "mine.yaml:6: models.tiny.kind: must be one of 'pretrain', 'local', 'hub', not 'wrong'"
     said = complaint(tmp_path, ("two-step: {kind: generated", "two-step: {kind: file"))
     assert (
-        said == "mine.yaml:21: tasks.sums.suites.two-step.kind: must be one of 'generated', 'files', 'hub', not 'file'"
+        said == "mine.yaml:21: tasks.sums.suites.two-step.kind: must be one of 'generated', 'files', 'hub', 'lm-eval', "
+        "not 'file'"
     )
     said = complaint(tmp_path, ("    kind: pretrain\n", ""))
     assert said == "mine.yaml:5: models.tiny.kind: this key is missing; it is one of hub, local, pretrain"
