@@ -96,6 +96,10 @@ RUNS: dict[str, Column] = {
 }
 """One row a run. Bytes by phase are maxima over all phases except eval, which is not part of training."""
 
+LEFT_OUT: dict[str, str] = {"empty_rows": "Int64", "overlapping_rows": "Int64"}
+"""Further columns of the runs' table, from the manifest of the task's rows: rows that never entered the split into
+training and validation, since they have no output, or since their text occurs in a test set."""
+
 NOT_SCORED = "not scored: "
 """Beginning of the note on a run whose scoring ran out of memory."""
 
@@ -140,7 +144,7 @@ OBSERVED_COLUMNS: dict[str, str] = {
 layer's own weights on fixed validation rows, and the loss on those rows."""
 
 FRAMES: dict[str, dict[str, str]] = {
-    "runs": {name: column.dtype for name, column in RUNS.items()},
+    "runs": {name: column.dtype for name, column in RUNS.items()} | LEFT_OUT,
     "scores": SCORE_COLUMNS,
     "documents": DOCUMENT_COLUMNS,
     "trials": TRIAL_COLUMNS,
@@ -154,7 +158,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "runs": (
         "timed_steps", "throughput_total_tokens_per_s", "host_pss_bytes", "method_pinned_peak_bytes",
         "device_reserved_peak_bytes", "alloc_retries", "nvml_device_delta_peak_bytes", "nvml_delta_why", "nvml_source",
-        "foreign_why",
+        "foreign_why", *LEFT_OUT,
     ),
     "scores": ("accuracy_normalised",),
     "documents": ("correct_normalised",),

@@ -9,8 +9,9 @@ import pandas as pd
 
 from harness.records.columns import DOCUMENT_COLUMNS, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
-from harness.records.run import EvalRecord, SearchRecord, TrainRecord
+from harness.records.run import EvalRecord, RowsRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, read_table, rows_to_frame
+from harness.study.jobs import ROWS
 from harness.study.paths import Paths
 from harness.study.plan import Plan
 
@@ -21,10 +22,12 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         name: [] for name in ("runs", "scores", "trials", "steps", "believed", "observed")
     }
     documents: list[pd.DataFrame] = []
-    for name in plan.runs:
+    for name, job in plan.runs.items():
         folder = paths.run(name)
         record = read(folder / "train.json", TrainRecord)
-        rows["runs"].append({column: source.of(record) for column, source in RUNS.items()})
+        made = read(paths.output(ROWS, job.training.rows.name), RowsRecord)
+        left_out = {"empty_rows": made.dropped_rows, "overlapping_rows": made.overlapping_rows}
+        rows["runs"].append({column: source.of(record) for column, source in RUNS.items()} | left_out)
         rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
         rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
         rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]

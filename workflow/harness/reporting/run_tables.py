@@ -259,7 +259,7 @@ def run_table(frames: Frames, study: Study) -> Table:
     columns = [
         "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "notes", "lr", "lr_searched",
         "recipe_changes", "steps", "train_loss", "validation_loss", "train_rows", "truncated_rows", "dropped_rows",
-        "prepare_s", "train_s", "stale", "git_commit", "platform", "device",
+        "empty_rows", "overlapping_rows", "prepare_s", "train_s", "stale", "git_commit", "platform", "device",
     ]  # fmt: skip
     order = {name: i for names in (study.models, study.tasks, study.methods) for i, name in enumerate(names)}
     runs = frames.runs.sort_values(
@@ -285,6 +285,15 @@ def run_table(frames: Frames, study: Study) -> Table:
         "Rows cut: longer than the recipe's max_length; rows dropped: no token of their answer was left. "
         "stale: the code that made the record has changed since. id: first 8 digits of the resolved spec's sha256."
     )
+    for task in study.tasks:
+        counts = runs[runs["task"] == task][["empty_rows", "overlapping_rows"]].max().fillna(0)
+        left_out = {
+            "had no output": int(counts["empty_rows"]),
+            "occur in a file named by `without`, numbers apart": int(counts["overlapping_rows"]),
+        }
+        if any(left_out.values()):
+            listed = " and ".join(f"{count:,} that {why}" for why, count in left_out.items() if count)
+            notes.add(f"{task}: left out before the split into training and validation rows: {listed}.")
     return Table(
         name="runs",
         caption="Every run of the study with its outcome. Only runs with status ok count in any average.",

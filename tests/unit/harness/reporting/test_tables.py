@@ -171,6 +171,20 @@ def test_every_run_is_listed(frames: Frames, folder: Path) -> None:
     assert listed[0]["method"] == "base", "in the order of the config"
 
 
+def test_rows_that_never_entered_the_split_are_counted_by_task(frames: Frames, tmp_path: Path) -> None:
+    of_task = frames.runs["task"] == "arithmetic"
+    counted = frames.runs.assign(
+        empty_rows=pd.array([0] * len(frames.runs), dtype="Int64"),
+        overlapping_rows=pd.array([1364 if mine else 0 for mine in of_task], dtype="Int64"),
+    )
+    write_tables(replace(frames, runs=counted), data.study(), tmp_path)
+    text = (tmp_path / "runs.md").read_text(encoding="utf-8")
+    wanted = "arithmetic: left out before the split into training and validation rows: 1,364 that occur in a file"
+    assert wanted in text
+    assert "choice: left out" not in text
+    assert {r["overlapping_rows"] for r in rows(tmp_path, "runs", task="arithmetic")} == {"1364"}
+
+
 def test_csv_has_full_precision(frames: Frames, folder: Path) -> None:
     (row,) = rows(folder, "heldout_loss", method="base", suite="two-step")
     (run,) = runs_of(frames, "arithmetic", "base")
