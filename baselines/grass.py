@@ -6,7 +6,8 @@ the paper lacks: LISA's draws with persistent state.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -18,6 +19,7 @@ from baselines.method import (
     ModelFacts,
     Options,
     StepFacts,
+    later,
     moment_bytes,
     tied_conflict,
 )
@@ -38,7 +40,10 @@ class GrassOptions(Options):
     sample_every: int | None = Field(default=None, gt=0, description="T_s; null: 50, or 25 under 1,000 steps")
     refresh_every: int | None = Field(default=None, gt=0, description="T_u, a multiple of T_s; null: T_s")
     probe_steps: int = Field(default=50, gt=0, description="T_p, batches of the probe, beside the training steps")
-    temperature: float = Field(default=1.0, gt=0, description="tau")
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        default="auto", description="tau: a number (the paper's plain softmax), or auto: so that `target` is met (ours)"
+    )
+    target: float = later(0.7, gt=0, lt=1, description="temperature auto: effective layers wanted, a share of all")
     norm: Literal["none", "mean", "sum", "max", "zscore"] = "mean"
     ema: float = Field(default=0.5, ge=0, le=1, description="alpha, weight of the new measurement")
     sampler: Literal["importance", "uniform", "inverse", "topk", "fixed", "static", "age", "cyclic"] = "importance"
@@ -64,9 +69,9 @@ class GrassMethod(Method):
     EXAMPLES = (
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2},
         {"active_layers": 1, "sample_every": 3, "refresh_every": 6, "probe_steps": 2, "state": "reset"},
-        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static"},
+        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static", "temperature": 1.0},
         {"active_layers": 2, "sample_every": 3, "sampler": "uniform", "train_embedding": False, "train_head": False},
-        {"active_layers": 1, "sample_every": 2, "probe_steps": 2, "reprobe": True, "offload": "move"},
+        {"active_layers": 1, "sample_every": 2, "probe_steps": 2, "reprobe": True, "offload": "move", "target": 0.5},
         {"active_layers": 1, "sample_every": 3, "sampler": "cyclic", "state": "reset", "offload": "move"},
     )
     options: GrassOptions
@@ -97,6 +102,7 @@ class GrassMethod(Method):
             sample_every=self.sample_every,
             refresh_every=self.options.refresh_every,
             temperature=self.options.temperature,
+            target=self.options.target,
             norm=self.options.norm,
             ema=self.options.ema,
             sampler=self.options.sampler,
@@ -140,6 +146,7 @@ class GrassMethod(Method):
             active=opt.active,
             importance=None if opt.importance is None else tuple(opt.importance.values),
             probability=tuple(opt.probability),
+            temperature=opt.temperature if opt.temperature != math.inf else None,
             age_steps=opt.age_steps,
         )
 

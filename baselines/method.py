@@ -155,6 +155,8 @@ class LayerTrace:
     probability: tuple[float, ...] | None = None
     age_steps: tuple[int, ...] | None = None
     """Steps since each layer's importance was last measured."""
+    temperature: float | None = None
+    """Of the softmax that gave `probability`; None if there is none, or if it is uniform whatever the importance."""
 
 
 @dataclass(frozen=True, kw_only=True)

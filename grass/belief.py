@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from grass.host import current
-from grass.importance import Importance, effective_layers
+from grass.importance import Importance, effective_layers, temperature_for
 from grass.options import Options
-from grass.sampling import LayerSampler, warn_if_not_adaptive
+from grass.sampling import BY_TEMPERATURE, LayerSampler, warn_if_not_adaptive
 
 
 class Belief:
@@ -29,6 +30,8 @@ class Belief:
         )
         self.importance: Importance | None = None
         """None before probing, and always None with a sampler that measures nothing."""
+        self.temperature: float | None = None
+        """Tau in use, infinite if draws are uniform; None before probing, and with a sampler that uses none."""
         self._warned = False
         self._window: dict[int, tuple[Tensor, int]] = {}
         """By layer: the sum of r over its active steps since the last refresh, and the number of these steps."""
@@ -76,13 +79,32 @@ class Belief:
 
     def _warn_once(self, when: str) -> None:
         if not self._warned:
-            self._warned = warn_if_not_adaptive(self.sampler, self.effective_layers, when=when)
+            target = self._options.target if self._options.temperature == "auto" else None
+            self._warned = warn_if_not_adaptive(self.sampler, self.effective_layers, target=target, when=when)
 
     def _follow(self) -> None:
-        """Recompute the sampler's probabilities from importance."""
+        """Recompute the sampler's probabilities from importance.
+
+        Under `temperature="auto"` tau is solved anew each time. A tau held since the probe would not do: as norms fall
+        where layers train, values that were apart come together, and draws drift to uniform ones; where norms rise,
+        the layers that trained pull away, and draws collapse. The price is that a real change of how far layers are
+        apart does not change how sharply they are drawn.
+        """
         assert self.importance is not None
-        options = self._options
-        self.sampler.follow(self.importance.values, temperature=options.temperature, norm=options.norm)
+        options, values, layers = self._options, self.importance.values, self.sampler.layers
+        tau = math.inf
+        if self.sampler.kind in BY_TEMPERATURE:
+            tau = self.temperature = (
+                temperature_for(
+                    values,
+                    effective=options.wanted_layers(layers),
+                    norm=options.norm,
+                    inverse=self.sampler.kind == "inverse",
+                )
+                if options.temperature == "auto"
+                else options.temperature
+            )
+        self.sampler.follow(values, temperature=tau, norm=options.norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that later draws depend on."""
@@ -91,11 +113,25 @@ class Belief:
             "importance": None if values is None else (list(values.values), list(values.measured_at)),
             "window": {layer: (total.clone(), steps) for layer, (total, steps) in self._window.items()},
             "sampler": self.sampler.state_dict(),
+            "temperature": self.temperature,
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Inverse of `state_dict`; the window goes to `device`."""
+        """Inverse of `state_dict`; the window goes to `device`.
+
+        Raises:
+            ValueError: saved before `temperature="auto"` existed, and this run has it: it would go on otherwise.
+        """
         values = state["importance"]
+        tau = None
+        if values is not None and self.sampler.kind in BY_TEMPERATURE:
+            tau = state.get("temperature", self._options.temperature)
+            if tau == "auto":
+                raise ValueError(
+                    "this state was saved by a version without temperature='auto': build Grass with that run's own "
+                    "temperature, a number (1.0 where it set none)"
+                )
+        self.temperature = tau
         self.importance = None if values is None else Importance(*(list(part) for part in values))
         self._window = {
             int(layer): (total.to(device, copy=True), steps) for layer, (total, steps) in state["window"].items()

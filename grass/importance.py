@@ -2,7 +2,8 @@
 
 The paper gives the root mean square gradient per layer, its mean over the probing steps, softmax(m / tau) and an
 exponential moving average. It gives neither tau nor the scaling of m. For raw values, which are 1e-6 to 1e-3,
-softmax(m / 1) is uniform to three digits, so scaling m by its mean is *our* default, named in every record.
+softmax(m / 1) is uniform to three digits, so scaling m by its mean is *our* default, named in every record. Scaled
+so, a fixed tau still fits no two models, so our default tau is the one that gives a wanted effective number of layers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from grass.host import current
 
 Norm = Literal["none", "mean", "sum", "max", "zscore"]
+
+SAME = 1e-6
+"""Mean gradient norms that differ by less, relative to the largest, are equal: rounding of fp32 norms reaches that."""
 
 
 def gradient_square(parameters: Sequence[nn.Parameter]) -> Tensor | None:
@@ -68,6 +72,46 @@ def probabilities(values: Sequence[float], *, temperature: float, norm: Norm) ->
 def effective_layers(probability: Sequence[float]) -> float:
     """exp(H(p)): L if p is uniform over L layers, 1 if one layer has all the probability."""
     return math.exp(-math.fsum(p * math.log(p) for p in probability if p > 0))
+
+
+def temperature_for(values: Sequence[float], *, effective: float, norm: Norm, inverse: bool = False) -> float:
+    """Temperature at which softmax of the scaled values has the wanted effective number of layers (ours).
+
+    exp(H(p)) rises with tau, strictly unless all values are equal: from the number of layers that share the largest
+    value, as tau goes to 0, to the number of all layers, as tau goes to infinity. So one tau gives the wanted number,
+    found by bisection in float64. It does not change the result whether all gradients are multiplied by a factor, or
+    which `norm` scales them: tau changes by that factor, the probabilities do not.
+
+    Args:
+        values: one mean gradient norm a layer, all finite, none negative.
+        effective: wanted exp(H(p)), from 1 to the number of layers.
+        norm: scaling before the softmax; it sets the unit of the temperature.
+        inverse: solve for softmax(-m / tau).
+
+    Returns:
+        Temperature above 0. Infinite, so that probabilities are uniform, if all layers are wanted or all values are
+        equal up to the rounding of fp32. If more layers than wanted share the largest value, a temperature at which
+        these have all the probability in equal parts: no softmax has fewer effective layers.
+    """
+    if effective >= len(values) or max(values) - min(values) <= SAME * max(values):
+        return math.inf
+    scaled = [-v if inverse else v for v in normalise(values, norm)]
+    below = [max(scaled) - v for v in scaled]  # softmax is the same for values shifted by a constant
+    # at these ends p is that of the limits, to the precision of float64
+    low, high = (math.log(end) for end in (min(d for d in below if d > 0) / 64, max(below) * 2**20))
+    # logarithms, because the ends may be hundreds of decades apart; 100 halvings leave less than a rounding of that
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _effective_at(below, math.exp(middle)) < effective else (low, middle)
+    return math.exp(high)
+
+
+def _effective_at(below: Sequence[float], temperature: float) -> float:
+    """exp(H(p)) of softmax(-below / temperature); the smallest entry of `below` is 0."""
+    exponents = [max(-d / temperature, -745.0) for d in below]  # exp(-745) is the smallest number above 0
+    weights = [math.exp(x) for x in exponents]
+    total = math.fsum(weights)
+    return total * math.exp(-math.fsum(w * x for w, x in zip(weights, exponents, strict=True)) / total)
 
 
 @dataclass

@@ -56,7 +56,8 @@ class Grass(Optimizer):
         sample_every: int = 50,
         refresh_every: int | None = None,
         probe_steps: int = 0,
-        temperature: float = 1.0,
+        temperature: float | Literal["auto"] = "auto",
+        target: float = 0.7,
         norm: Norm = "mean",
         ema: float = 0.5,
         train_embedding: bool = True,
@@ -138,6 +139,13 @@ class Grass(Optimizer):
     def probability(self) -> list[float]:
         """Probability p of the next single draw, one entry per decoder layer."""
         return self.belief.sampler.probability
+
+    @property
+    def temperature(self) -> float | None:
+        """Tau in use, in the unit of the option `norm`, infinite if draws are uniform; None before probing, and with
+        samplers that use no temperature.
+        """
+        return self.belief.temperature
 
     @property
     def effective_layers(self) -> float:
@@ -327,6 +335,7 @@ class Grass(Optimizer):
             age=self.age_steps,
             probability=tuple(self.probability),
             effective_layers=self.effective_layers,
+            temperature=self.temperature,
             mode=self.states.mode,
             moved_bytes=moved_bytes,
             exposed_copy_s=None,

@@ -40,8 +40,12 @@ class Options:
     """[T_p] Probing steps taken *inside* `step()`: the first T_p calls measure all layers and update nothing. They
     consume training data and steps of the learning-rate schedule, warm-up included. 0 (ours): call `probe(batches)`
     before training instead, outside data and schedule."""
-    temperature: float = 1.0
-    """[tau] Temperature of the softmax over the scaled mean gradient norms (paper)."""
+    temperature: float | Literal["auto"] = "auto"
+    """[tau] Temperature of the softmax over the scaled mean gradient norms: a number (paper), or `auto` (ours): after
+    probing, and again at every refresh, the one that gives the effective number of layers asked for by `target`."""
+    target: float = 0.7
+    """`temperature="auto"`: wanted effective number of layers exp(H(p)) as a share of all layers, above 0 and below 1;
+    at least `active_layers` + 1 layers, since fewer would draw nearly the same set for ever (ours)."""
     norm: Norm = "mean"
     """Scaling of the mean gradient norms before the softmax (ours; the paper names none, but raw values of 1e-6 to
     1e-3 would make the softmax uniform)."""
@@ -107,8 +111,10 @@ class Options:
             raise ValueError(
                 f"refresh_every must be a multiple of sample_every ({self.sample_every}), not {self.refresh}"
             )
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, not {self.temperature}")
+        if self.temperature != "auto" and (isinstance(self.temperature, str) or not self.temperature > 0):
+            raise ValueError(f"temperature must be above 0 or 'auto', not {self.temperature!r}")
+        if not 0 < self.target < 1:
+            raise ValueError(f"target must be above 0 and below 1 (a share of all layers), not {self.target}")
         if not 0 <= self.ema <= 1:
             raise ValueError(f"ema must be from 0 to 1, not {self.ema}")
         for name in ("lr", "eps", "weight_decay"):
@@ -132,6 +138,11 @@ class Options:
     def refresh(self) -> int:
         """T_u, resolved."""
         return self.sample_every if self.refresh_every is None else self.refresh_every
+
+    def wanted_layers(self, layers: int) -> float:
+        """Effective number of layers, of `layers`, that `temperature="auto"` aims at; `layers` means uniform draws."""
+        # a hair more than active_layers + 1, so that rounding does not read as a collapse
+        return min(float(layers), max(self.target * layers, (self.active_layers + 1) * (1 + 1e-9)))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -28,6 +28,8 @@ NEEDS_PROBE = frozenset({"importance", "inverse", "topk", "static"})
 """Samplers that need mean gradient norms before their first draw."""
 REFRESHES = frozenset({"importance", "inverse", "topk"})
 """Samplers whose probabilities are refreshed from the gradients of training."""
+BY_TEMPERATURE = frozenset({"importance", "inverse", "static"})
+"""Samplers whose probabilities are a softmax over a temperature."""
 
 
 def draw_layers(probability: Sequence[float], count: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -151,15 +153,33 @@ class LayerSampler:
         self._queue = list(state["queue"])
 
 
-def warn_if_not_adaptive(sampler: LayerSampler, effective: float, *, when: str) -> bool:
-    """Warn if drawing by importance amounts to uniform draws or to a fixed set; return whether it warned."""
-    if sampler.kind not in ("importance", "static", "inverse"):
+def warn_if_not_adaptive(sampler: LayerSampler, effective: float, *, target: float | None, when: str) -> bool:
+    """Warn if drawing by importance amounts to uniform draws or to a fixed set; return whether it warned.
+
+    Args:
+        sampler: with its current probabilities.
+        effective: their effective number of layers.
+        target: the option, if it sets the temperature; None with a temperature of the user's.
+        when: end of the sentence that says what was found.
+    """
+    if sampler.kind not in BY_TEMPERATURE:
         return False
-    if effective > 0.95 * sampler.layers:
-        found, mend = f"is near uniform: {effective:.2f} of {sampler.layers} layers effective", "lower"
-    elif effective < sampler.active_layers + 1 and sampler.layers > sampler.active_layers:
-        found, mend = f"has collapsed: {effective:.2f} effective layers, {sampler.active_layers} active", "raise"
+    layers, active = sampler.layers, sampler.active_layers
+    if effective > 0.95 * layers:
+        found = f"is near uniform: {effective:.2f} of {layers} layers effective"
+        if target is None:
+            mend = "lower `temperature`, or set it to 'auto'"
+        elif target > 0.95:
+            mend = "lower `target`"
+        elif active + 1 > 0.95 * layers:
+            mend = "lower `active_layers`, which leaves nothing to choose,"
+        else:
+            warnings.warn(f"GRASS {found} {when}: all layers have the same mean gradient norm", stacklevel=4)
+            return True
+    elif effective < active + 1 and layers > active:
+        found = f"has collapsed: {effective:.2f} effective layers, {active} active"
+        mend = "raise `temperature`, or set it to 'auto'"
     else:
         return False
-    warnings.warn(f"GRASS {found} {when}; {mend} `temperature` to change that", stacklevel=4)
+    warnings.warn(f"GRASS {found} {when}; {mend} to change that", stacklevel=4)
     return True

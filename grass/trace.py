@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -53,6 +53,9 @@ class Record:
     exposed_copy_s: float | None
     """Seconds that computation waited for those copies (paper: the time that overlapping computation and communication
     does not hide); None if unknown."""
+    temperature: float | None = None
+    """Tau, the temperature in use in this step, infinite if draws are uniform (paper; solved for with
+    `temperature="auto"`, ours); None before probing, with a sampler that uses none, and in files of version 0.1."""
 
 
 @dataclass(frozen=True)
@@ -218,13 +221,15 @@ def _decode(line: str) -> Record:
     if not isinstance(row, dict):
         raise ValueError("a record is a JSON object with one key a field")
     names = [field.name for field in fields(Record)]
-    for wrong, which in (("missing", set(names) - set(row)), ("unknown", set(row) - set(names))):
+    needed = {field.name for field in fields(Record) if field.default is MISSING}
+    for wrong, which in (("missing", needed - set(row)), ("unknown", set(row) - set(names))):
         if which:
             raise ValueError(f"{wrong} field {', '.join(sorted(which))}")
     values = {}
     for name in names:
         try:
-            values[name] = _FIELDS[name](row[name])
+            if name in row:
+                values[name] = _FIELDS[name](row[name])
         except (ValueError, OverflowError) as error:
             raise ValueError(f"{name}: {error}") from error
     record = Record(**values)
@@ -287,5 +292,6 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "mode": _text,
     "moved_bytes": _integer,
     "exposed_copy_s": _or_none(_number),
+    "temperature": _or_none(_number),
 }
 """How each field of `Record` is read from parsed JSON."""

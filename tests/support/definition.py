@@ -103,7 +103,7 @@ def grass_differs(case: Case) -> str | None:
             window = {}
         if not _close(seen.importance, importance):
             return f"step {step}: importance {seen.importance}, by hand {importance}"
-        expected = _softmax([m / (math.fsum(importance) / len(importance)) / options.temperature for m in importance])
+        expected = _probabilities(importance, options)
         if not _close(seen.probability, expected):
             return f"step {step}: probability {seen.probability}, by hand {expected}"
         if len(set(seen.active)) != options.active_layers:
@@ -198,6 +198,20 @@ def _weights_differ(look: Onlooker, *, forget: bool) -> str | None:
         if gap > 2e-5:
             return f"{name} ended {gap:.1e} away from AdamW with one step count a layer"
     return None
+
+
+def _probabilities(importance: list[float], options: Any) -> list[float]:
+    """By hand; with `auto`, tau by bisection until the entropy is the wanted one."""
+    scaled = [m * len(importance) / math.fsum(importance) for m in importance]
+    if options.temperature != "auto":
+        return _softmax([m / options.temperature for m in scaled])
+    wanted = math.log(max(options.target * len(scaled), options.active_layers + 1))
+    low, high = 1e-6, 1e6
+    while high / low > 1 + 1e-12:
+        tau = math.sqrt(low * high)
+        p = _softmax([m / tau for m in scaled])
+        low, high = (tau, high) if -math.fsum(x * math.log(x) for x in p if x > 0) < wanted else (low, tau)
+    return _softmax([m / high for m in scaled])
 
 
 def _softmax(values: list[float]) -> list[float]:

@@ -242,6 +242,7 @@ def disagreements(rank: int) -> dict[str, str | None]:
         "what is compared": asking([{"steps": 0}, {"batches": 2, "micro-batches": 1}][rank]),
         "seed": differently(seed=rank),
         "temperature": differently(temperature=0.2 + rank),
+        "target": differently(temperature="auto", target=0.6 + rank / 4),
         "active_layers": differently(active_layers=2 + rank),
         "sampler": refused(lambda: built([rank], sampler=["importance", "uniform"][rank]), RuntimeError),
         "reprobe": differently(reprobe=bool(rank)),

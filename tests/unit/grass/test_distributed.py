@@ -212,6 +212,7 @@ MEND = "give Grass the same model, weights, options, seed and state dict on ever
     [
         ("seed", "seed (here 0), layers (here [0, 3])", "seed (here 1), layers (here [1, 2])"),
         ("temperature", "temperature (here 0.2)", "temperature (here 1.2)"),
+        ("target", "target (here 0.6)", "target (here 0.85)"),
         (
             "active_layers",
             "active_layers (here 2), layers (here [0, 3])",

@@ -117,8 +117,11 @@ def test_a_step_before_the_probe_is_refused() -> None:
         ({"sample_every": 0}, "sample_every must be at least 1, not 0"),
         ({"refresh_every": 4}, "refresh_every must be a multiple of sample_every (3), not 4"),
         ({"refresh_every": 0}, "refresh_every must be a multiple of sample_every (3), not 0"),
-        ({"temperature": 0.0}, "temperature must be above 0, not 0.0"),
-        ({"temperature": math.nan}, "temperature must be above 0, not nan"),
+        ({"temperature": 0.0}, "temperature must be above 0 or 'auto', not 0.0"),
+        ({"temperature": math.nan}, "temperature must be above 0 or 'auto', not nan"),
+        ({"temperature": "warm"}, "temperature must be above 0 or 'auto', not 'warm'"),
+        ({"target": 1.0}, "target must be above 0 and below 1 (a share of all layers), not 1.0"),
+        ({"target": 0.0}, "target must be above 0 and below 1 (a share of all layers), not 0.0"),
         ({"ema": 1.1}, "ema must be from 0 to 1, not 1.1"),
         ({"norm": "median"}, "norm must be one of none, mean, sum, max, zscore, not 'median'"),
         (
@@ -162,7 +165,8 @@ def test_a_collapse_that_comes_with_a_refresh_is_a_warning_too_and_only_once() -
             belief.note({0: torch.tensor(9.0)})
             belief.refresh(steps=steps)
     assert [str(w.message) for w in said] == [
-        "GRASS has collapsed: 1.00 effective layers, 1 active after 5 steps; raise `temperature` to change that"
+        "GRASS has collapsed: 1.00 effective layers, 1 active after 5 steps; "
+        "raise `temperature`, or set it to 'auto' to change that"
     ]
 
 

@@ -133,7 +133,7 @@ STEP_COLUMNS: dict[str, str] = {
 
 BELIEVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "active": "boolean", "importance": "Float64",
-    "probability": "Float64", "age_steps": "Int64",
+    "probability": "Float64", "age_steps": "Int64", "temperature": "Float64",
 }  # fmt: skip
 """What a layer-wise method believed, one row a layer: at step 0 and at each change of anything but the age."""
 
@@ -163,5 +163,6 @@ ADDED: dict[str, tuple[str, ...]] = {
     "scores": ("accuracy_normalised",),
     "documents": ("correct_normalised",),
     "steps": ("total_tokens",),
+    "believed": ("temperature",),
 }  # fmt: skip
 """Columns that the tables under results/published/ lack, by table; they are read as null."""

@@ -76,7 +76,7 @@ def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
     layers = next((len(row[key]) for key in ("importance", "probability", "age_steps") if row[key] is not None), None)
     if layers is None:
         # a method without beliefs about layers: only its draws are known
-        unknown = dict.fromkeys(("importance", "probability", "age_steps"))
+        unknown = dict.fromkeys(("importance", "probability", "age_steps", "temperature"))
         known = {"run": run, "step": row["step"], "active": True}
         return [{**known, "layer": layer, **unknown} for layer in row["active"]]
     return [
@@ -88,6 +88,7 @@ def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
             "importance": row["importance"] and row["importance"][layer],
             "probability": row["probability"] and row["probability"][layer],
             "age_steps": row["age_steps"] and row["age_steps"][layer],
+            "temperature": row.get("temperature"),  # runs made before it was logged have none
         }
         for layer in range(layers)
     ]

@@ -223,7 +223,8 @@ def agreement_curves(frames: Frames, study: Study, model: str) -> Drawing:
         caption=f"Is the belief true, and how choosy is it? Model {model}, one line a seed. Above: Spearman's "
         "rank correlation over the layers between believed importance and the observed gradient's root mean square "
         "(1: same order, 0: unrelated). Below: exp of the entropy of the sampling probabilities; the dashed line is "
-        "uniform sampling. Methods that keep no importance or no probabilities have no line.",
+        "uniform sampling. GRASS with `temperature: auto` keeps that number level, by its choice of temperature. "
+        "Methods that keep no importance or no probabilities have no line.",
         alt=f"Line charts of rank correlation and effective number of layers over training, model {model}.",
         figure=figure,
     )

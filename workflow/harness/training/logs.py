@@ -67,6 +67,8 @@ class Log:
         for key in ("importance", "probability", "age_steps"):
             value = getattr(trace, key)
             row[key] = None if value is None else list(value)
+        row["temperature"] = trace.temperature
+        row["effective_layers"] = None if trace.probability is None else effective_layers(trace.probability)
         last = self.believed[-1] if self.believed else None
         if last is None or any(row[key] != last[key] for key in ("active", "importance", "probability")):
             self.believed.append(row)
