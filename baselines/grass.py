@@ -66,9 +66,17 @@ class GrassMethod(Method):
 
     Config = GrassOptions
     PAPER = "arXiv 2604.07808"
+    # a random model's layers differ by noise, which `auto` turns into draws, other ones with other micro-batches
     EXAMPLES = (
-        {"active_layers": 2, "sample_every": 3, "probe_steps": 2},
-        {"active_layers": 1, "sample_every": 3, "refresh_every": 6, "probe_steps": 2, "state": "reset"},
+        {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "temperature": 1.0},
+        {
+            "active_layers": 1,
+            "sample_every": 3,
+            "refresh_every": 6,
+            "probe_steps": 2,
+            "state": "reset",
+            "temperature": 1.0,
+        },
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "sampler": "static", "temperature": 1.0},
         {"active_layers": 2, "sample_every": 3, "sampler": "uniform", "train_embedding": False, "train_head": False},
         {"active_layers": 1, "sample_every": 2, "probe_steps": 2, "reprobe": True, "offload": "move", "target": 0.5},

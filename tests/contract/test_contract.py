@@ -86,9 +86,13 @@ def test_every_method_keeps_its_promises_under_every_recipe(
     ],
     ids=str,
 )
+@pytest.mark.parametrize("temperature", [1.0, "auto"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_grass_is_the_papers_algorithm(options: dict[str, Any], inputs: Inputs, tmp_path: Path) -> None:
-    assert grass_differs(Case("grass", {**options, "ema": 0.3}, inputs, tmp_path)) is None
+def test_grass_is_the_papers_algorithm(
+    options: dict[str, Any], temperature: Any, inputs: Inputs, tmp_path: Path
+) -> None:
+    case = Case("grass", {**options, "ema": 0.3, "temperature": temperature}, inputs, tmp_path)
+    assert grass_differs(case) is None
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
