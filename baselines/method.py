@@ -65,6 +65,11 @@ class Recipe(Strict):
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property
+    def autocast(self) -> bool:
+        """Whether forward passes run in bf16 autocast, which is for fp32 weights: bf16 ones need none."""
+        return self.compute_dtype == "bf16" and self.weight_dtype == "fp32"
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
         return self.batch_size // self.micro_batch_size

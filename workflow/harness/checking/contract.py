@@ -24,9 +24,9 @@ from harness.records.reading import read, read_jsonl
 from harness.records.run import TrainRecord
 from harness.step.attach import attach, method_class, new_method
 from harness.study.spec import Observation
-from harness.training.batches import fixed_batches, mean_loss
 from harness.training.loading import Inputs
 from harness.training.loop import train
+from harness.training.validation import mean_loss
 
 STANDARD = "standard"
 
@@ -168,7 +168,7 @@ def export_is_what_was_trained(case: Case) -> str | None:
         max_length=record.recipe["max_length"],
         loss_on="answer",
     )
-    loss = mean_loss(model, fixed_batches(rows, size=64, pad_id=tokenizer.pad_token_id, device="cpu"))
+    loss = mean_loss(model, rows, tokens_at_once=4096, pad_id=tokenizer.pad_token_id)
     assert record.validation_loss is not None
     gap = abs(loss - record.validation_loss)
     return None if gap < 1e-4 else f"validation loss {record.validation_loss:.6f} in training, {loss:.6f} after export"

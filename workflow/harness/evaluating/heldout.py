@@ -18,7 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.inputs.prompts import Prompt, Row
-from harness.inputs.tokens import IGNORED, Encoded, collate, encode
+from harness.inputs.tokens import IGNORED, encode
+from harness.training.validation import losses_of_rows
+
+TOKENS_AT_ONCE = 4096
+"""Tokens in a forward pass, padding included: memory must not grow with the rows that generation takes at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +63,14 @@ class HeldoutLoss:
 def heldout_loss(model: Any, prompt: Prompt, rows: Sequence[Row], *, max_length: int, batch_size: int) -> HeldoutLoss:
     """Loss of every row's reference output.
 
-    Rows are sorted by length before they are batched, to reduce padding; padding is masked, so the batch size changes
-    results only by rounding.
+    How rows are batched changes results only by rounding (`training.validation`).
 
     Args:
         model: a causal language model in evaluation mode.
         prompt: as in training, with that model's tokenizer.
         rows: test rows.
         max_length: tokens of prompt and output a row is cut to, as in training.
-        batch_size: rows per forward pass.
+        batch_size: of such rows in a forward pass, at most; passes are also bounded by `TOKENS_AT_ONCE`.
     """
     encoded = {
         number: encode(prompt, row, max_length=max_length, loss_on="answer")
@@ -75,28 +78,14 @@ def heldout_loss(model: Any, prompt: Prompt, rows: Sequence[Row], *, max_length:
         if row["output"].strip()
     }
     answered = [number for number, row in encoded.items() if any(label != IGNORED for label in row.labels[1:])]
-    order = sorted(answered, key=lambda number: len(encoded[number].input_ids))
+    found = losses_of_rows(
+        model,
+        [encoded[number] for number in answered],
+        tokens_at_once=min(TOKENS_AT_ONCE, batch_size * max_length),
+        pad_id=prompt.tokenizer.pad_token_id or 0,
+    )
     documents = [DocumentLoss(loss=None, tokens=0)] * len(rows)
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        losses = _losses(model, [encoded[number] for number in batch], pad_id=prompt.tokenizer.pad_token_id or 0)
-        for number, loss in zip(batch, losses, strict=True):
-            documents[number] = loss
+    for number, (nats, tokens) in zip(answered, found, strict=True):
+        mean = nats / tokens
+        documents[number] = DocumentLoss(loss=mean if math.isfinite(mean) else None, tokens=tokens)
     return HeldoutLoss(documents=tuple(documents), truncated_rows=sum(row.truncated for row in encoded.values()))
-
-
-def _losses(model: Any, rows: Sequence[Encoded], *, pad_id: int) -> list[DocumentLoss]:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    batch = {key: value.to(model.device) for key, value in collate(rows, pad_id).items()}
-    labels = batch.pop("labels")[:, 1:]
-    found = []
-    with torch.inference_mode():
-        logits = model(**batch, use_cache=False).logits
-        # Row by row: the float32 copy is of one row's answer tokens only, which matters for large vocabularies.
-        for row, wanted in zip(logits, labels, strict=True):
-            answer = wanted != IGNORED
-            loss = float(cross_entropy(row[:-1][answer].float(), wanted[answer]))
-            found.append(DocumentLoss(loss=loss if math.isfinite(loss) else None, tokens=int(answer.sum())))
-    return found

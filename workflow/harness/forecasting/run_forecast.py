@@ -47,6 +47,7 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
             weight_dtype=recipe.weight_dtype, state_dtype=recipe.state_dtype, max_grad_norm=recipe.max_grad_norm
         ),
         micro_batches=recipe.accumulation_steps,
+        autocast=recipe.autocast,
     )
     try:
         found, why = forecast(cell), None

@@ -141,7 +141,8 @@ OBSERVED_COLUMNS: dict[str, str] = {
     "run": "string", "step": "Int64", "layer": "Int64", "gradient_rms": "Float64", "validation_loss": "Float64",
 }  # fmt: skip
 """What the observer probe saw after `step` optimizer steps: root mean square of the gradient entries of each decoder
-layer's own weights on fixed validation rows, and the loss on those rows."""
+layer's own weights, mean over batches of fixed validation rows, and the loss on those rows. (In runs whose
+observed.jsonl has no `batches`, it is that of the mean gradient over all batches.)"""
 
 FRAMES: dict[str, dict[str, str]] = {
     "runs": {name: column.dtype for name, column in RUNS.items()} | LEFT_OUT,

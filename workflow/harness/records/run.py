@@ -243,6 +243,7 @@ class TrainRecord(Record):
     validation_loss: float | None = Field(
         default=None, description="mean nats per answer token, whole split, at the end"
     )
+    validation_why: str | None = Field(default=None, description="why an `ok` run has no validation loss")
     clipped_share: float | None = None
     data: DataUse | None = None
     timing: Timing | None = None

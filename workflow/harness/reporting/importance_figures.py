@@ -68,7 +68,8 @@ def importance_map(frames: Frames, study: Study, model: str, method: str) -> Dra
         caption=f"Importance of the layers over time, {method} on {model} "
         f"({'; '.join(seeds)}, the lowest ok seed). "
         "Left: what the method believes, and the layers it trained (bars). Middle: root mean square of the true "
-        "gradient of each layer on fixed validation rows, in the same run. Right: the same under full fine-tuning. "
+        "gradient of each layer, mean over batches of fixed validation rows, in the same run. Right: the same under "
+        "full fine-tuning. "
         "All maps show the ratio to the mean over the layers of that step, on one shared scale, 1/4 to 4 at most "
         "(pointed ends: values beyond). A grey panel: the method keeps no importance. Layer 0 is the lowest.",
         alt=f"Heat maps of layer importance over training steps for {method} on {model}, believed beside observed.",

@@ -69,6 +69,8 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
         refusal=refusal_of(args.forecast),
     )
     atomic.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
-    shutil.rmtree(state, ignore_errors=True)
+    if record.checkpoint is not None or record.status != "ok":
+        # a trained model that could not be exported stays there
+        shutil.rmtree(state, ignore_errors=True)
     announce(f"train {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,9 +68,9 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
 class RandomBatches:
     """Batches of random tokens, all of them targets, no padding; also serves as `baselines.method.Calibration`."""
 
-    def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, device: str, seed: int) -> None:
+    def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, autocast: bool, device: str, seed: int) -> None:
         self._shape, self._vocabulary, self._device, self._seed = shape, vocabulary, device, seed
-        self._loss = chunked_token_loss if chunked else token_loss
+        self._loss = partial(chunked_token_loss if chunked else token_loss, autocast=autocast)
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Batch `number`, the same one at every call."""
@@ -127,7 +128,12 @@ class CellRun:
         self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
         vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.batches = RandomBatches(
-            cell.shape, vocabulary=vocabulary, chunked=cell.settings.chunked_loss, device=device, seed=cell.seed
+            cell.shape,
+            vocabulary=vocabulary,
+            chunked=cell.settings.chunked_loss,
+            autocast=recipe.autocast,
+            device=device,
+            seed=cell.seed,
         )
         self.method.calibration = self.batches
         with using(self.draws):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from baselines import find_method
-from baselines.method import Method, Recipe, Strict
+from baselines.method import Method, Recipe, Strict, later
 from harness.errors import UserError
 
 
@@ -75,6 +75,7 @@ class Cell(Strict):
     shape: Shape
     numerics: Numerics
     micro_batches: int = Field(default=1, gt=0, description="a step; two stand for any larger number")
+    autocast: bool = later(False, description="bf16 matrix products over fp32 weights, as a run's recipe may ask for")
     lr: float = 1e-5
     seed: int = 0
 
@@ -90,6 +91,7 @@ class Cell(Strict):
             schedule="constant",
             max_grad_norm=self.numerics.max_grad_norm,
             weight_dtype=self.numerics.weight_dtype,
+            compute_dtype="bf16" if self.autocast else None,
             state_dtype=self.numerics.state_dtype,
             activation_checkpointing=self.settings.activation_checkpointing,
             device=device,

@@ -73,6 +73,12 @@ def recipe_of(study: spec.Study, task: str, label: str, source: Source | None = 
     for kept, one, rule, other in (
         (recipe.batch_size % recipe.micro_batch_size == 0, "micro_batch_size", "does not divide", "batch_size"),
         (recipe.warmup_steps < recipe.steps, "warmup_steps", "must be below", "steps"),
+        (
+            (recipe.compute_dtype, recipe.weight_dtype) != ("fp32", "bf16"),
+            "compute_dtype",
+            "needs fp32 weights: leave it out, or change",
+            "weight_dtype",
+        ),
     ):
         if not kept:  # report the line of the last change: the study's own recipe may be valid
             at = next(((*p, k) for p in places for k in (one, other) if (*p, k) in source.lines), ("recipe", one))

@@ -137,7 +137,7 @@ def _file_bytes(found: Iterable[Iterable[Path]]) -> int:
 
 
 def _rate(recipe: Recipe) -> float:
-    return _FLOP_PER_S[recipe.device, recipe.weight_dtype]
+    return _FLOP_PER_S[recipe.device, recipe.compute_dtype or recipe.weight_dtype]
 
 
 def _needs(*, held_bytes: float, seconds: float, gpus: int = 0) -> Needs:

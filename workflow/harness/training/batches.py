@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from harness.inputs.tokens import Encoded, collate
@@ -64,10 +63,15 @@ class Batches:
 
 
 class CalibrationBatches:
-    """`baselines.method.Calibration` over a run's batches; it does not change which rows training sees."""
+    """`baselines.method.Calibration` over a run's batches; it does not change which rows training sees.
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+    Args:
+        batches: of the run.
+        autocast: as in training (`Recipe.autocast`).
+    """
+
+    def __init__(self, batches: Batches, *, autocast: bool = False) -> None:
+        self._batches, self._autocast = batches, autocast
 
     def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
         """The first `count` calibration batches."""
@@ -75,25 +79,13 @@ class CalibrationBatches:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss per label token."""
-        return token_loss(model, batch) / label_tokens(batch)
+        return token_loss(model, batch, autocast=self._autocast) / label_tokens(batch)
 
 
 def fixed_batches(rows: Sequence[Encoded], *, size: int, pad_id: int, device: str) -> list[dict[str, Tensor]]:
-    """All `rows` sorted by length, `size` per batch: for losses that are only evaluated, not trained on."""
+    """All `rows` sorted by length, `size` per batch: for what is measured and not trained on."""
     ordered = sorted(rows, key=lambda row: len(row.input_ids))
     return [on_device(collate(ordered[i : i + size], pad_id), device) for i in range(0, len(ordered), size)]
-
-
-@torch.no_grad()
-def mean_loss(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Mean nats per label token over all batches, in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        total = sum(float(token_loss(model, batch)) for batch in batches)
-        return total / sum(label_tokens(batch) for batch in batches)
-    finally:
-        model.train(training)
 
 
 def on_device(batch: dict[str, Tensor], device: str) -> dict[str, Tensor]:

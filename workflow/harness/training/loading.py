@@ -12,16 +12,14 @@ from grass.layers import find_layers
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
-from harness.inputs.tokens import encode_rows
+from harness.inputs.tokens import Encoded, encode_rows
 from harness.records.run import DataUse
 from harness.step.attach import Attached, attach, new_method
+from harness.step.observer import Observer
 from harness.study.jobs import Training
 from harness.study.spec import Observation
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
-from harness.training.observer import Observer
-
-VALIDATION_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class Loaded(Attached):
     watch: Watch
     observer: Observer
     batches: Batches
-    validation: list[dict[str, Tensor]]
+    validation: list[Encoded]
+    pad_id: int
     observed: list[dict[str, Tensor]]
     """Fixed validation rows of the observer probe."""
     data: DataUse
@@ -71,7 +70,6 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     batches = Batches(
         rows, batch_size=recipe.batch_size, micro_batch_size=recipe.micro_batch_size, seed=seed, **on_device
     )
-    validation = fixed_batches(held, size=VALIDATION_ROWS_AT_ONCE, **on_device)
     observed = fixed_batches(held[: observation.rows if observation else 0], size=recipe.micro_batch_size, **on_device)
     layers, own = find_layers(model), list(model.parameters())
     # from here on every new tensor that stays alive counts as the method's
@@ -82,9 +80,10 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
         **vars(attached),
         own_parameters=own,
         watch=watch,
-        observer=Observer(layers.layer_parameters()),
+        observer=Observer(layers),
         batches=batches,
-        validation=validation,
+        validation=held,
+        pad_id=tokenizer.pad_token_id,
         observed=observed,
         data=data,
     )

@@ -27,11 +27,12 @@ from harness.step.run import run_step
 from harness.study.jobs import Training
 from harness.study.spec import Observation
 from harness.training import resume
-from harness.training.batches import CalibrationBatches, mean_loss
+from harness.training.batches import CalibrationBatches
 from harness.training.engagement import Period
 from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.schedule import lr_factor
+from harness.training.validation import mean_loss
 from harness.training.verdict import verdict
 from harness.training.watched_step import WatchedStep
 
@@ -64,7 +65,7 @@ def train(
         inputs: folders of model and rows.
         folder: where logs and the exported model go; None keeps nothing (a trial of a search).
         state_folder: where resume state lives; None cannot resume.
-        checkpoint_every: steps between two writes of the resume state.
+        checkpoint_every: steps between two writes of the resume state; it is also written after the last step.
         observation: the observer probe; None switches it off.
         refusal: reason, known beforehand, why the run must not start; the record is then `skipped` with this reason.
     """
@@ -97,11 +98,12 @@ def train(
         lr_searched=lr_searched,
         steps_done=len(run.log.steps),
         checkpoint=run.checkpoint,
-        checkpoint_why=None if run.checkpoint else (why or "nothing is kept of a trial"),
+        checkpoint_why=None if run.checkpoint else (why or run.export_why or "nothing is kept of a trial"),
         parameters=loaded.facts.total_parameters if loaded else None,
         trainable_parameters=loaded.promise.trainable_parameters if loaded else None,
         train_loss=run.log.train_loss,
         validation_loss=run.validation_loss,
+        validation_why=run.validation_why,
         clipped_share=run.log.clipped_share,
         data=loaded.data if loaded else None,
         timing=run.log.timing(
@@ -137,6 +139,8 @@ class _Run:
         self.loaded: Loaded | None = None
         self.load_s = 0.0
         self.validation_loss: float | None = None
+        self.validation_why: str | None = None
+        self.export_why: str | None = None
         self.checkpoint: str | None = None
         self.checks: list[Check] = []
         self._phase = "load"
@@ -152,16 +156,13 @@ class _Run:
                 started = time.perf_counter()
                 run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
                 self.loaded, self.load_s = run, time.perf_counter() - started
-            run.method.calibration = CalibrationBatches(run.batches)
+            run.method.calibration = CalibrationBatches(run.batches, autocast=self.recipe.autocast)
             first_step = self._resume(run, state_folder)
             if first_step == 0:
                 self._prepare(run)
             self._train(run, first_step, state_folder, checkpoint_every)
-            with self._in_phase(EVALUATION):
-                self._validate(run)
-            self.meters.empty_cache()
-            with self._in_phase("save"):
-                self._export(run, folder)
+            self._validate(run)
+            self._export(run, folder)
         except CannotRunError as error:
             return "skipped", str(error)
         except DivergedError as error:
@@ -214,7 +215,8 @@ class _Run:
                     self.meters.pinned(run.method.pinned_bytes())
                 if self.observation and (done % self.observation.every_steps == 0 or done == total):
                     self._observe(run, done)
-                if state_folder is not None and done % checkpoint_every == 0 and done < total:
+                # after the last step too: what fails later is then done again without training
+                if state_folder is not None and (done % checkpoint_every == 0 or done == total):
                     self._save(run, state_folder, done)
                 progress.advance(f"loss {loss:.3f}")
         coarse = self.recipe.weight_dtype == "bf16"
@@ -239,7 +241,8 @@ class _Run:
         if self.observation is not None:
             rms, loss = run.observer.observe(run.module, run.observed)
             self.meters.empty_cache()
-            self.log.observed.append({"step": done, "gradient_rms": rms, "validation_loss": loss})
+            row = {"step": done, "gradient_rms": rms, "batches": len(run.observed), "validation_loss": loss}
+            self.log.observed.append(row)
 
     def _save(self, run: Loaded, folder: Path, done: int) -> None:
         frozen = run.own_parameters if run.promise.base_frozen else []
@@ -249,11 +252,30 @@ class _Run:
     # ------------------------------------------------------------ after the last step
 
     def _validate(self, run: Loaded) -> None:
-        """Mean nats per answer token over the whole validation split."""
-        loss = mean_loss(run.module, run.validation)
-        if not math.isfinite(loss):
-            raise DivergedError(f"the validation loss is {loss}")
-        self.validation_loss = loss
+        """Mean nats per answer token over the whole validation split; too little memory for it costs no trained model.
+
+        A forward pass has no more tokens than one of training may have, and keeps no activations.
+        """
+        try:
+            with self._in_phase(EVALUATION):
+                loss = mean_loss(
+                    run.module,
+                    run.validation,
+                    tokens_at_once=self.recipe.micro_batch_size * self.recipe.max_length,
+                    pad_id=run.pad_id,
+                    on_halved=lambda tokens: self.log.notes.append(
+                        f"validation ran out of memory and went on with {tokens} tokens at once"
+                    ),
+                )
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.validation_why = out_of_memory_why(error, EVALUATION)
+        else:
+            if not math.isfinite(loss):
+                raise DivergedError(f"the validation loss is {loss}")
+            self.validation_loss = loss
+        self.meters.empty_cache()
 
     def _export(self, run: Loaded, folder: Path | None) -> None:
         """Write a plain model folder; if the model was not trained, the record names its original folder."""
@@ -262,10 +284,16 @@ class _Run:
         if not run.method.TRAINS:
             self.checkpoint = self.inputs.model_text or str(self.inputs.model)
             return
-        with atomic.whole_folder(folder / "model") as temporary:
-            run.method.export(temporary)
-            load_tokenizer(self.inputs.model).save_pretrained(temporary)
-        self.checkpoint = str(folder / "model")
+        try:
+            with self._in_phase("save"), atomic.whole_folder(folder / "model") as temporary:
+                run.method.export(temporary)
+                load_tokenizer(self.inputs.model).save_pretrained(temporary)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.export_why = out_of_memory_why(error, "save")
+        else:
+            self.checkpoint = str(folder / "model")
 
     # ------------------------------------------------------------ small
 

@@ -60,7 +60,7 @@ class WatchedStep(StepContext):
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
         """The micro-batch's share of the step's mean loss per label token."""
-        return token_loss(module, batch) / self._targets
+        return token_loss(module, batch, autocast=self._run.method.recipe.autocast) / self._targets
 
     def after_backward(self, loss: Tensor) -> None:
         """Add up the step's loss."""

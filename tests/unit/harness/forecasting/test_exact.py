@@ -70,6 +70,17 @@ def test_a_forecast_equals_real_tensors_to_the_byte(method: str, settings: str) 
     assert figures(small_forecast(method, settings)) == figures(small_forecast(method, settings, "real"))
 
 
+@pytest.mark.parametrize("method", ["full", "lora-fp32", "grass-move"])
+def test_it_does_so_in_autocast_too(method: str) -> None:
+    """Copies of weights in bf16 are made, kept for backward and counted."""
+    plain = small(method, "plain")
+    plain = plain.model_copy(update={"numerics": plain.numerics.model_copy(update={"weight_dtype": "fp32"})})
+    rounded = plain.model_copy(update={"autocast": True})
+    fake = forecast(rounded)
+    assert figures(fake) == figures(forecast(rounded, tensors="real"))
+    assert fake.by_phase["forward"] != forecast(plain).by_phase["forward"]
+
+
 # ------------------------------------------------------------ defects that the comparison must see
 
 

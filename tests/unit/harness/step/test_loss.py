@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from grass_tiny import batch, llama
-from harness.step.loss import chunked_token_loss, token_loss
+from harness.step.loss import chunked_token_loss, label_tokens, logits_are_plain, row_losses, token_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -72,13 +72,17 @@ def test_a_model_has_the_same_loss_and_gradients_either_way(tied: bool, wrapped:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_model_that_caps_its_logits_is_refused() -> None:
+def capped() -> Any:
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    model: Any = Gemma2ForCausalLM(
+    return Gemma2ForCausalLM(
         Gemma2Config(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                      num_key_value_heads=1, head_dim=8)
     )  # fmt: skip
+
+
+def test_a_model_that_caps_its_logits_is_refused() -> None:
+    model = capped()
     with pytest.raises(ValueError, match="changes its logits after the head"):
         chunked_token_loss(model, labelled(0))
     token_loss(model, labelled(0)).backward()
@@ -89,3 +93,69 @@ def test_a_head_that_is_no_plain_linear_layer_is_refused() -> None:
     model.lm_head = nn.Sequential(model.lm_head)
     with pytest.raises(ValueError, match="not a Sequential"):
         chunked_token_loss(model, labelled(0))
+
+
+# ------------------------------------------------------------ autocast
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("compute", [chunked_token_loss, token_loss])
+def test_autocast_multiplies_in_bf16_and_keeps_weights_gradients_and_loss_in_fp32(
+    compute: Any, checkpointing: bool
+) -> None:
+    model = llama().train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    products: list[torch.dtype] = []
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda _m, _a, made: products.append(made.dtype))
+    found = []
+    for autocast in (False, True):
+        model.zero_grad()
+        value = compute(model, labelled(0), autocast=autocast)
+        value.backward()
+        assert value.dtype == torch.float32
+        assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+        found.append([value.detach(), *(p.grad for p in model.parameters())])
+    assert set(products[: len(products) // 2]) == {torch.float32}
+    # recomputed in backward, which is outside autocast: in bf16 all the same
+    assert products[len(products) // 2 :] == [torch.bfloat16] * (2 if checkpointing else 1)
+    assert float(found[0][0]) != float(found[1][0])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-3, atol=0)
+    for exact, rounded in zip(*found, strict=True):
+        assert float((exact - rounded).norm()) < 0.02 * float(exact.norm())
+
+
+# ------------------------------------------------------------ losses of rows
+
+
+def test_a_rows_loss_is_its_own_and_few_logits_are_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.step.loss.CHUNK_ROWS", 3)
+    model, rows = llama(), labelled(0)
+    labels = rows["labels"].clone()
+    labels[0, :5] = -100
+    rows = {**rows, "labels": labels}
+    largest: list[int] = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a, **k: _noted(linear(*a, **k), largest))
+    with torch.no_grad():
+        chunks, whole = row_losses(model, rows), row_losses(model, rows, in_chunks=False)
+        alone = [float(token_loss(model, {k: v[n : n + 1] for k, v in rows.items()})) for n in (0, 1)]
+    assert [tokens for _, tokens in chunks] == [3, 7]
+    assert label_tokens(rows) == 10
+    for found in (chunks, whole):
+        assert [loss for loss, _ in found] == pytest.approx(alone, rel=1e-5)
+    assert 3 in largest, "tokens that get logits at once"
+
+
+def _noted(made: Tensor, largest: list[int]) -> Tensor:
+    if made.shape[-1] == 32 and made.dim() == 2:
+        largest.append(len(made))
+    return made
+
+
+def test_whether_logits_may_be_made_in_chunks_is_known_beforehand() -> None:
+    assert logits_are_plain(llama(), labelled(0))
+    assert not logits_are_plain(capped(), labelled(0))
+    model = llama()
+    model.lm_head = nn.Sequential(model.lm_head)
+    assert not logits_are_plain(model, labelled(0))

@@ -273,6 +273,12 @@ def test_warm_up_must_end_before_the_run_does(tmp_path: Path) -> None:
     )
 
 
+def test_weights_in_bf16_cannot_be_computed_with_in_fp32(tmp_path: Path) -> None:
+    said = complaint(tmp_path, ("warmup_steps: 2", "warmup_steps: 2\n  weight_dtype: bf16\n  compute_dtype: fp32"))
+    rule = "compute_dtype fp32 needs fp32 weights: leave it out, or change weight_dtype bf16"
+    assert said == f"mine.yaml:35: recipe.compute_dtype: {rule} (task sums, method full)"
+
+
 def test_a_recipe_made_wrong_by_a_method_is_named_at_that_method(tmp_path: Path) -> None:
     changed = "{module: lora, recipe: {batch_size: 6}, options: {rank: 4, alpha: 8}}"
     said = complaint(tmp_path, ("{module: lora, options: {rank: 4, alpha: 8}}", changed))

@@ -1,0 +1,120 @@
+"""After the last step nothing costs the trained model: not validation, not export. And what computes in bf16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.checking.tiny import LR, tiny_inputs, tiny_training
+from harness.records.reading import read_jsonl
+from harness.records.run import TrainRecord
+from harness.study.spec import Observation
+from harness.training import loop
+from harness.training.loading import Inputs
+from safetensors.torch import load_file
+
+from baselines.full import Full
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def train(inputs: Inputs, folder: Path, module: str = "full", options: Any = None, **recipe: Any) -> TrainRecord:
+    return loop.train(
+        tiny_training(module, options or {}, steps=6, **recipe),
+        name="late", lr=LR, lr_searched=False, seed=0, inputs=inputs, folder=folder, state_folder=folder / "state",
+        observation=Observation(every_steps=3, rows=8),
+    )  # fmt: skip
+
+
+def full(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_a_validation_without_room_is_a_reason_and_the_model_is_kept(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.training.validation.row_losses", full)
+    record = train(inputs, tmp_path)
+    assert (record.status, record.validation_loss) == ("ok", None)
+    assert record.validation_why == "in phase eval: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert record.checkpoint == str(tmp_path / "model")
+    assert load_file(tmp_path / "model" / "model.safetensors")
+    assert any(note.startswith("validation ran out of memory and went on with ") for note in record.notes)
+
+
+def test_an_export_without_room_is_a_reason(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Full, "export", full)
+    record = train(inputs, tmp_path)
+    assert (record.status, record.checkpoint) == ("ok", None)
+    assert record.checkpoint_why == "in phase save: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert record.validation_loss is not None
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_that_dies_is_made_again_without_training(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(inputs, tmp_path / "straight")
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("the generation config is invalid")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Full, "export", broken)
+        with pytest.raises(ValueError, match="generation config"):
+            train(inputs, tmp_path / "again")
+    with monkeypatch.context() as patched:
+        patched.setattr(Full, "end_step", full)  # a step would be noticed
+        again = train(inputs, tmp_path / "again")
+    assert (again.status, again.steps_done, again.validation_loss) == ("ok", 6, straight.validation_loss)
+    assert "resumed after step 6" in again.notes
+    assert [c.ok for c in again.engagement] == [c.ok for c in straight.engagement]
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "again"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("module", "options"), [("full", {}), ("grass", {"active_layers": 2, "sample_every": 3, "probe_steps": 2})]
+)
+def test_training_and_probe_compute_in_bf16_and_what_is_only_looked_at_in_fp32(
+    module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast would round away updates below half a bf16 unit in every loss that is only looked at."""
+    seen: set[tuple[bool, bool]] = set()
+    usual = loop.load
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        loaded = usual(*args, **kwargs)
+        loaded.module.register_forward_pre_hook(
+            lambda module, _: seen.add((module.training, torch.is_autocast_enabled("cpu")))
+        )
+        return loaded
+
+    monkeypatch.setattr(loop, "load", watched)
+    plain = train(inputs, tmp_path / "plain", module, options)
+    assert seen == {(True, False), (False, False)}
+    seen.clear()
+    record = train(inputs, tmp_path / "bf16", module, options, compute_dtype="bf16")
+    assert seen == {(True, True), (False, False)}
+    assert record.status == "ok"
+    assert record.recipe["compute_dtype"] == "bf16"
+    losses = [[row["loss"] for row in read_jsonl(tmp_path / n / "steps.jsonl")] for n in ("plain", "bf16")]
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert record.validation_loss == pytest.approx(plain.validation_loss, rel=2e-2)
+    weights = load_file(tmp_path / "bf16" / "model" / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+
+
+def test_compute_dtype_that_the_weights_have_already_needs_no_autocast() -> None:
+    recipes = {
+        (weights, compute): tiny_training("full", {}, weight_dtype=weights, compute_dtype=compute).recipe.autocast
+        for weights in ("fp32", "bf16")
+        for compute in ("fp32", "bf16", None)
+    }
+    assert [pair for pair, autocast in recipes.items() if autocast] == [("fp32", "bf16")]
