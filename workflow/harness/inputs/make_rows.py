@@ -128,6 +128,9 @@ def _named(source: Read) -> str:
 def _others(path: Path, columns: Columns | None) -> list[Row]:
     """Rows of a file that training rows must not repeat: with the training rows' columns where it has them."""
     values = read_values(path)
+    if columns is not None and columns.instruction is not None:
+        # only what is asked is compared: a test set need not have the column that training is to write
+        columns = columns.model_copy(update={"output": columns.instruction, "answer": None})
     return rows_of(values, columns if columns is not None and fits(columns, values) else None)
 
 
@@ -137,7 +140,7 @@ def _shuffled_split(rows: Sequence[Row], source: FileRows | HubRows, *, overlapp
         more = f" ({overlapping} more occur in `without`)" if overlapping else ""
         raise UserError(
             f"{_named(source)}: {len(rows)} rows with an output{more}, but train_rows and validation_rows ask for "
-            f"{'at least ' if source.train_rows is None else ''}{wanted}; ask for fewer"
+            f"{'at least ' if source.train_rows is None else ''}{wanted}; ask for fewer, or give more rows"
         )
     order = np.random.default_rng(source.seed).permutation(len(rows))
     shuffled = [rows[i] for i in order]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.study.paths import Paths
+    from harness.study.plan import Plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 SHOWN = 12
 """Files named in the summary of what made records stale."""
+SHOWN_CHARACTERS = 400
+"""Of a task's prompt."""
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if output.kind is TRAIN or args.all:
             print(f"  {state:<6} {output.kind.name:<9}{detail:<11}{output.name}")
     print()
+    for line in _prompts(plan, paths):
+        print(f"  prompt   {line}")
     for kind, counter in counts.items():
         print(f"  {kind:<9}" + ", ".join(f"{number} {state}" for state, number in sorted(counter.items())))
     folders = {output.path.parent for output in outputs(plan, paths) if output.kind is not EVALUATE}
@@ -58,6 +68,39 @@ def run(args: argparse.Namespace) -> int:
         )
         print(f"  what differs, with the number of records: {_summary(changed)}")
     return 0
+
+
+def _prompts(plan: Plan, paths: Paths) -> Iterator[str]:
+    """Every task's prompt with its first row, or with the names of the fields while there are no rows yet.
+
+    The text of a chat template is known once the model is here; `transformers` is imported for it alone.
+    """
+    from harness.inputs.prompts import Prompt, Row
+    from harness.inputs.rows import read_rows
+    from harness.records.reading import read
+    from harness.records.run import ModelRecord
+    from harness.study.jobs import MODEL
+
+    for job in plan.rows.values():
+        name = plan.study.tasks[job.label].prompt
+        file = paths.rows(job.name) / "train.json"
+        row = read_rows(file)[0] if file.is_file() else Row(instruction="{instruction}", input="", output="", answer="")
+        if name != "chat":
+            yield f"{job.label}: {name}, {_shown(Prompt(name, None).evaluation(row))}"
+            continue
+        for model in plan.models.values():
+            manifest = paths.output(MODEL, model.name)
+            if manifest.is_file():
+                from harness.inputs.models import load_tokenizer, model_folder
+
+                prompt = Prompt(name, load_tokenizer(model_folder(read(manifest, ModelRecord))))
+                yield f"{job.label}: {name}, {model.label}: {_shown(prompt.evaluation(row))}"
+            else:
+                yield f"{job.label}: {name}, {model.label}: its tokenizer's own template, shown once the model is here"
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + " ...")
 
 
 def _summary(changed: Counter[str]) -> str:

@@ -249,7 +249,7 @@ def test_rows_that_occur_in_other_files_are_left_out_and_counted(tmp_path: Path)
         tmp_path / "own.json", [{"text": text, "out": "x"} for text in [*own, *map("more {}".format, "abcd")]]
     )
     test = written(tmp_path / "test.json", [row(1, instruction="ann has 12 Apples."), row(2, instruction="lost")])
-    raw = written(tmp_path / "raw.json", [{"text": "Ann 's 20 pears ?", "out": ""}])
+    raw = written(tmp_path / "raw.json", [{"text": "Ann 's 20 pears ?"}])
     source = FileRows(
         kind="files", paths=(str(path),), seed=0, validation_rows=1, without=(str(test), str(raw)),
         columns=Columns(instruction="text", output="out"),
