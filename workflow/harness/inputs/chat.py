@@ -151,7 +151,7 @@ class Chat:
                     list(messages), tokenize=False, add_generation_prompt=opened, strftime_now=_TODAY.strftime
                 )
             )
-        except TemplateError as error:
+        except (TemplateError, ValueError) as error:  # ValueError: several templates, and none is the default
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"{self._tokenizer.name_or_path}: its chat template refuses a conversation of {roles} "

@@ -147,7 +147,8 @@ class Prompt:
         """`evaluation` as tokens, the tokenizer's own beginning of text included; what a row spells stays text."""
         if self._chat is not None:
             return self._chat.tokens(self._chat.question(_conversation(row)[:-1]))[0]
-        return list(self.tokenizer(self.evaluation(row), split_special_tokens=True)["input_ids"])
+        ids = list(self.tokenizer(self.evaluation(row), split_special_tokens=True)["input_ids"])
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids  # some tokenizers append it themselves
 
 
 _STOPS: dict[str, tuple[str, ...]] = {

@@ -14,6 +14,7 @@ from harness.study.spec import PromptName
 from house import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 NAMES: tuple[PromptName, ...] = get_args(PromptName)
@@ -90,6 +91,18 @@ def test_a_text_begins_once(name: PromptName) -> None:
     assert encode(prompt, row(), max_length=10_000, loss_on="all").input_ids.count(begin) == 1
     assert prompt.evaluation_tokens(row()).count(begin) == 1
     assert prompt.evaluation_tokens(row())[0] == begin
+
+
+def test_a_tokenizer_that_ends_texts_itself_does_not_end_a_question() -> None:
+    ending = byte_tokenizer()
+    ends = [("<s>", ending.bos_token_id), ("</s>", ending.eos_token_id)]
+    ending.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
+    for name in NAMES:
+        mine, other = Prompt(name, ending), Prompt(name, BYTES)
+        assert mine.evaluation_tokens(row()) == other.evaluation_tokens(row())
+        assert encode(mine, row(), max_length=999, loss_on="answer") == encode(
+            other, row(), max_length=999, loss_on="answer"
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
