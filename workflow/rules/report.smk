@@ -1,5 +1,5 @@
 # Tables, figures and one page from the records. Each can be remade separately.
-FRAMES = ["runs", "scores", "documents", "trials", "steps", "believed", "observed"]
+FRAMES = ["runs", "scores", "documents", "lm_eval", "lm_eval_documents", "trials", "steps", "believed", "observed"]
 
 
 rule collect:

@@ -17,15 +17,16 @@ from harness.errors import UserError
 from harness.evaluating.asking import Asking
 from harness.evaluating.heldout import DocumentLoss, HeldoutLoss, heldout_loss
 from harness.evaluating.lm import SuiteOutcome, decoding, likelihood_suite, protocol, score_suite, wrap
+from harness.evaluating.stock import score_stock
 from harness.inputs.choices import question
 from harness.inputs.overlap import normalised
 from harness.inputs.prompts import Prompt, Row, user_text
 from harness.inputs.rows import read_rows
 from harness.records.atomic import whole_file, write_json
 from harness.records.code import EVALUATION
-from harness.records.columns import DOCUMENT_COLUMNS
+from harness.records.columns import DOCUMENT_COLUMNS, LM_EVAL_SAMPLE_COLUMNS
 from harness.records.provenance import provenance
-from harness.records.run import EvalRecord, SuiteScore, TrainRecord
+from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, SuiteScore, TrainRecord
 from harness.step.outcomes import is_out_of_memory, out_of_memory_why
 from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
@@ -63,7 +64,7 @@ def evaluate(
     Args:
         job: the suites and the length rows are cut to in the held-out loss.
         train_record: of the run; its checkpoint is relative to the current folder, or has `${NAME}` in it.
-        suite_folders: folder with test.json, by suite label.
+        suite_folders: folder with test.json, or with the data of a task of lm-eval, by suite label.
         rows_folder: the training rows (train.json), against which leaked test rows are counted.
         out: path of the record; the table gets its suffix `.parquet` and `columns.DOCUMENT_COLUMNS`.
         batch_size: rows per forward pass, in generation and loss.
@@ -96,6 +97,11 @@ def evaluate(
     if job.shots > len(train_rows):
         raise UserError(f"{job.shots} worked examples: task {job.task} has {len(train_rows)} training rows only")
     inputs = {f"suite:{label}": suite_folders[label] / "test.json" for label in tests}
+    inputs |= {
+        f"suite:{suite.label}": suite_folders[suite.label] / "manifest.json"
+        for suite in job.all_suites
+        if suite.label not in tests
+    }
     inputs |= {"rows:train": rows_folder / "train.json"}
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
@@ -108,17 +114,22 @@ def evaluate(
     scorer = _Scorer(lm, job, run=train_record.name, asking=asking, trained={_key(row) for row in train_rows})
     record = partial(
         EvalRecord, name=job.name, run=train_record.name, decoding=scorer.settings, scores=scorer.scores,
-        provenance=origin,
+        lm_eval=scorer.lm_eval, provenance=origin,
     )  # fmt: skip
     for suite in job.all_suites:
         try:
-            scorer.score(suite, tests[suite.label], suite_folders[suite.label] / "test.json")
+            if suite.label in tests:
+                scorer.score(suite, tests[suite.label], suite_folders[suite.label] / "test.json")
+            else:
+                scorer.score_lm_eval(suite, suite_folders[suite.label])
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             why = f"{out_of_memory_why(error, suite.label)} (lower runtime.eval_batch_size, {batch_size} here)"
             seconds = time.perf_counter() - started
+            _write_samples(out, scorer.samples, job)
             return _write(out, scorer.documents, record(status="oom", status_why=why, wall_s=seconds))
+    _write_samples(out, scorer.samples, job)
     return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
 
 
@@ -137,7 +148,9 @@ class _Scorer:
         self.lm, self.job, self.run, self.asking, self.trained = lm, job, run, asking, trained
         self.settings: dict[str, Any] = decoding(lm, asking) | {"suites": {}}
         self.scores: list[SuiteScore] = []
+        self.lm_eval: list[LmEvalScore] = []
         self.documents: list[dict[str, Any]] = []
+        self.samples: list[dict[str, Any]] = []
 
     def score(self, suite: SuiteJob, rows: Sequence[Row], file: Path) -> None:
         """Score one suite of test rows.
@@ -169,6 +182,13 @@ class _Scorer:
         self.settings["suites"][suite.label] = _settings(suite, rows, asking, loss, self.job.max_length)
         self.scores.append(_suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
         self.documents += _document_rows(self.run, suite.label, rows, answered, loss)
+
+    def score_lm_eval(self, suite: SuiteJob, folder: Path) -> None:
+        """Score one suite of kind lm-eval, whose data lie in `folder`."""
+        found = score_stock(self.lm, suite, folder)
+        self.settings["suites"][suite.label] = found.settings
+        self.lm_eval += found.scores
+        self.samples += [{"run": self.run} | row for row in found.documents]
 
 
 def _settings(
@@ -272,6 +292,14 @@ def _document_rows(
         }
         for number, (row, outcome, document) in enumerate(zip(rows, answered.outcomes, losses, strict=True))
     ]  # fmt: skip
+
+
+def _write_samples(out: Path, samples: list[dict[str, Any]], job: EvalJob) -> None:
+    """Write `columns.LM_EVAL_SAMPLE_COLUMNS`, if the job has a suite of kind lm-eval."""
+    if any(isinstance(suite.source, LmEvalSuite) for suite in job.all_suites):
+        table = pd.DataFrame(samples, columns=list(LM_EVAL_SAMPLE_COLUMNS)).astype(LM_EVAL_SAMPLE_COLUMNS)
+        with whole_file(out.with_suffix(LM_EVAL_SAMPLES)) as temporary:
+            table.to_parquet(temporary, index=False, compression="zstd")
 
 
 def _write(out: Path, documents: list[dict[str, Any]], record: EvalRecord) -> EvalRecord:

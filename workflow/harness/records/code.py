@@ -23,6 +23,7 @@ Roots = tuple[str, ...]
 ROWS: Roots = ("harness.inputs.make_rows",)
 FOUND_MODEL: Roots = ("harness.inputs.make_models",)
 PRETRAINED_MODEL: Roots = ("harness.inputs.pretrain",)
+STOCK_SUITE: Roots = ("harness.evaluating.stock_data",)
 EVALUATION: Roots = ("harness.evaluating.score",)
 
 

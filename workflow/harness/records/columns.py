@@ -118,6 +118,22 @@ DOCUMENT_COLUMNS: dict[str, str] = {
 }  # fmt: skip
 """One row a run, suite and test item; `loss` is the mean over the item's answer tokens."""
 
+LM_EVAL_COLUMNS: dict[str, str] = {
+    "run": "string", "suite": "string", "lm_task": "string", "metric": "string", "filter": "string",
+    "value": "Float64", "stderr": "Float64", "higher_is_better": "boolean", "version": "string",
+    "num_fewshot": "Int64", "chat_template": "boolean", "items": "Int64", "limited": "boolean",
+}  # fmt: skip
+"""One row a run and metric of a task or group of lm-eval; `value` and `stderr` as lm-eval gives them."""
+
+LM_EVAL_DOCUMENT_COLUMNS: dict[str, str] = {
+    "run": "string", "suite": "string", "lm_task": "string", "metric": "string", "filter": "string",
+    "document": "Int64", "value": "Float64",
+}  # fmt: skip
+"""One row a run, metric and item of a task of lm-eval; null where the item has no number of its own."""
+
+LM_EVAL_SAMPLE_COLUMNS = LM_EVAL_DOCUMENT_COLUMNS | {"target": "string", "answers": "string", "prompt_sha256": "string"}
+"""The same as it lies beside a run's scores: with the right answer, the model's as JSON, and what it was asked."""
+
 TRIAL_COLUMNS: dict[str, str] = {
     "search": "string", "model": "string", "task": "string", "method": "string", "lr": "Float64", "seed": "Int64",
     "status": "string", "validation_loss": "Float64", "extension": "boolean", "selected": "boolean",
@@ -148,12 +164,17 @@ FRAMES: dict[str, dict[str, str]] = {
     "runs": {name: column.dtype for name, column in RUNS.items()} | LEFT_OUT,
     "scores": SCORE_COLUMNS,
     "documents": DOCUMENT_COLUMNS,
+    "lm_eval": LM_EVAL_COLUMNS,
+    "lm_eval_documents": LM_EVAL_DOCUMENT_COLUMNS,
     "trials": TRIAL_COLUMNS,
     "steps": STEP_COLUMNS,
     "believed": BELIEVED_COLUMNS,
     "observed": OBSERVED_COLUMNS,
 }
 """The tables that `collect` writes as results/<study>/<name>.parquet; reports are made from these alone."""
+
+ADDED_TABLES = ("lm_eval", "lm_eval_documents")
+"""Tables that the folders under results/published/ may lack; they are read as empty."""
 
 ADDED: dict[str, tuple[str, ...]] = {
     "runs": (

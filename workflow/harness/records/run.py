@@ -16,6 +16,9 @@ SCHEMA_VERSION = 1
 EVALUATION = "eval"
 """The phase of a run that is not part of training: its memory does not count in a run's peaks."""
 
+LM_EVAL_SAMPLES = ".lm-eval.parquet"
+"""Suffix of the outcomes of lm-eval's own tasks by document, beside a run's scores."""
+
 Status = Literal["ok", "oom", "diverged", "disengaged", "skipped"]
 
 
@@ -75,7 +78,7 @@ class RowsRecord(Record):
 
     name: str
     files_sha256: dict[str, str]
-    rows: dict[str, int] = Field(description="by split")
+    rows: dict[str, int] = Field(description="by split; of lm-eval's own tasks, items scored by task")
     dropped_rows: int = 0
     dropped_why: str | None = None
     overlapping_rows: int = Field(default=0, description="left out: their text occurs in a file named by `without`")
@@ -304,6 +307,25 @@ class SuiteScore(Record):
     leaked_rows: int = Field(description="test instructions that occur word for word in the training rows")
 
 
+class LmEvalScore(Record):
+    """One metric of one task or group of a suite of kind lm-eval, as lm-eval gives it."""
+
+    suite: str
+    task: str = Field(description="of lm-eval; a group where it has an average of its own")
+    metric: str
+    filter: str = Field(description="what lm-eval did to the answer before the metric; none: nothing")
+    value: float | None
+    value_why: str | None = None
+    stderr: float | None
+    stderr_why: str | None = None
+    higher_is_better: bool | None
+    version: str = Field(description="of the task")
+    num_fewshot: int | None
+    chat_template: bool
+    items: int
+    limited: bool = Field(description="not all items of the task")
+
+
 class EvalRecord(Record):
     """Scores of one run (eval/<name>.json); per-document outcomes lie beside it as parquet."""
 
@@ -313,5 +335,8 @@ class EvalRecord(Record):
     status_why: str | None = None
     decoding: dict[str, Any]
     scores: list[SuiteScore]
+    lm_eval: list[LmEvalScore] = Field(
+        default_factory=list, description="suites of kind lm-eval, a protocol of its own"
+    )
     wall_s: float
     provenance: Provenance

@@ -7,21 +7,29 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.columns import DOCUMENT_COLUMNS, NOT_SCORED, RUNS
+from harness.records.columns import FRAMES, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
-from harness.records.run import EvalRecord, RowsRecord, SearchRecord, TrainRecord
+from harness.records.run import (
+    LM_EVAL_SAMPLES,
+    EvalRecord,
+    LmEvalScore,
+    RowsRecord,
+    SearchRecord,
+    TrainRecord,
+)
 from harness.reporting.frames import Frames, read_table, rows_to_frame
 from harness.study.jobs import ROWS
 from harness.study.paths import Paths
 from harness.study.plan import Plan
+from harness.study.spec import LmEvalSuite
 
 
 def collect(plan: Plan, paths: Paths) -> Frames:
     """All records of a study as frames; every record is checked against its schema while it is read."""
     rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("runs", "scores", "trials", "steps", "believed", "observed")
+        name: [] for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed")
     }
-    documents: list[pd.DataFrame] = []
+    tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
     for name, job in plan.runs.items():
         folder = paths.run(name)
         record = read(folder / "train.json", TrainRecord)
@@ -36,18 +44,25 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         score_file = paths.score(name, plan.evaluation_of[name])
         score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
+        rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
         if score.status == "oom":
             noted = rows["runs"][-1]
             noted["notes"] = "; ".join(filter(None, [noted["notes"], f"{NOT_SCORED}{score.status_why}"]))
         if score.status != "skipped":
-            table = read_table(score_file.with_suffix(".parquet"), mend=f"delete {score_file} and run again")
-            documents.append(table.reindex(columns=list(DOCUMENT_COLUMNS)))  # older tables lack the newest
+            kinds = {"documents": ".parquet"}
+            if any(isinstance(suite.source, LmEvalSuite) for suite in plan.evals[score.name].all_suites):
+                kinds["lm_eval_documents"] = LM_EVAL_SAMPLES
+            for kind, suffix in kinds.items():
+                table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
+                # older tables lack the newest columns; samples have more than are reported
+                tables[kind].append(table.reindex(columns=list(FRAMES[kind])))
     for name in plan.searches:
         search = read(paths.search(name) / "search.json", SearchRecord)
         rows["trials"] += _trial_rows(search)
     frames = {name: rows_to_frame(name, values) for name, values in rows.items()}
-    joined = pd.concat(documents, ignore_index=True) if documents else pd.DataFrame()
-    frames["documents"] = rows_to_frame("documents", joined.to_dict("records"))  # type: ignore[arg-type]
+    for kind, found in tables.items():
+        joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+        frames[kind] = rows_to_frame(kind, joined.to_dict("records"))  # type: ignore[arg-type]
     return Frames(**frames)
 
 
@@ -70,6 +85,11 @@ def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:
         "unparsed_share": score["unparsed"] / rows if rows else None,
         **{key: score[key] for key in ("heldout_loss", "heldout_tokens", "truncated_rows", "leaked_rows")},
     }
+
+
+def _lm_eval_row(run: str, score: LmEvalScore) -> dict[str, Any]:
+    known = score.model_dump(exclude={"task", "value_why", "stderr_why"})
+    return {"run": run, "lm_task": score.task, **known}
 
 
 def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:

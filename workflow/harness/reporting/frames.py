@@ -1,4 +1,4 @@
-"""The seven flat tables of a study: built from rows, written, and read back with their columns checked."""
+"""The flat tables of a study: built from rows, written, and read back with their columns checked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pandas import DataFrame
 
 from harness.errors import UserError, first_line
 from harness.records.atomic import whole_file
-from harness.records.columns import ADDED, FRAMES
+from harness.records.columns import ADDED, ADDED_TABLES, FRAMES
 
 _COLLECT = "delete it and let Snakemake make it anew"
 
@@ -28,6 +28,8 @@ class Frames:
     runs: DataFrame
     scores: DataFrame
     documents: DataFrame
+    lm_eval: DataFrame
+    lm_eval_documents: DataFrame
     trials: DataFrame
     steps: DataFrame
     believed: DataFrame
@@ -99,6 +101,8 @@ def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
 
 
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:
+    if path.stem in ADDED_TABLES and not path.exists():
+        return rows_to_frame(path.stem, [])
     table = read_table(path)
     for column, dtype in columns.items():
         if column not in table and column in added:

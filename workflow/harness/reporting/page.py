@@ -183,7 +183,8 @@ def _methods(study: Study) -> list[dict[str, str]]:
 def _provenance(frames: Frames, folder: Path) -> dict[str, str]:
     runs = frames.runs
     stale = int(runs["stale"].fillna(False).sum())
-    files = {f"{name}.parquet": sha256(folder / f"{name}.parquet")[:16] for name in FRAMES}
+    paths = [folder / f"{name}.parquet" for name in FRAMES]
+    files = {path.name: sha256(path)[:16] for path in paths if path.exists()}
     names = hashlib.sha256("\n".join(sorted(map(str, runs["run"]))).encode()).hexdigest()[:16]
     commits = sorted(set(runs["git_commit"].dropna()))
     return {

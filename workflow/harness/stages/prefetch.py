@@ -24,11 +24,18 @@ def run(args: argparse.Namespace) -> int:
 
         make_rows(read(args.spec, RowsJob), folder)
     elif args.kind == "suite":
-        from harness.inputs.make_rows import make_suite
-        from harness.tasks.protocol import check_row
+        from harness.study.spec import LmEvalSuite
 
         suite = read(args.spec, SuiteJob)
-        make_suite(suite, folder, check=partial(check_row, suite.source))
+        if isinstance(suite.source, LmEvalSuite):
+            from harness.evaluating.stock_data import fetch
+
+            fetch(suite, folder)
+        else:
+            from harness.inputs.make_rows import make_suite
+            from harness.tasks.protocol import check_row
+
+            make_suite(suite, folder, check=partial(check_row, suite.source))
     else:
         from harness.inputs.make_models import make_model
 

@@ -15,6 +15,7 @@ from harness.records import code
 from harness.records.code import Roots
 from harness.study.spec import (
     Label,
+    LmEvalSuite,
     ModelSource,
     Observation,
     PretrainedHere,
@@ -70,7 +71,7 @@ class RowsJob(SourcedJob):
 
 
 class SuiteJob(SourcedJob):
-    """Test rows of one suite, as a file."""
+    """Test rows of one suite, or the data of a task of lm-eval, as files."""
 
     source: SuiteSource
 
@@ -225,7 +226,7 @@ SUITE = Kind(
     spec_file="inputs/suites/{name}/spec.json",
     output="inputs/suites/{name}/manifest.json",
     weight=lambda job: _ROWS_WEIGHT,
-    roots=lambda job: code.ROWS,
+    roots=lambda job: code.STOCK_SUITE if isinstance(job.source, LmEvalSuite) else code.ROWS,
 )
 FORECAST = Kind(
     name="forecast",
