@@ -21,7 +21,7 @@ from harness.forecasting.fake_device import CountingHost, ForecastHost, tensors_
 from harness.forecasting.tracker import Kind, Span, Tracker
 from harness.measuring.census import state_bytes, state_tensors
 from harness.step.cell import CellRun, Phase
-from harness.step.spec import Cell
+from harness.step.spec import Cell, Shape
 from harness.step.worst_case import run_worst_case
 
 NO_VALUES = (
@@ -41,8 +41,14 @@ DEFAULT_KIND: dict[Phase, Kind] = {
     # backward begins with the gradient of the loss
     "backward": "loss",
     "update": "other",
+    "observe": "activations",
+    "evaluate": "activations",
 }
 """Default kind of the storages allocated in a phase; the phases are in the order in which they are shown."""
+
+
+OWN = ("observe", "evaluate")
+"""Phases of the harness itself, which only the forecast of a run has."""
 
 
 class NoForecastError(ValueError):
@@ -76,12 +82,29 @@ class Forecast:
     wall_s: float
 
 
-def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal["fake", "real"] = "fake") -> Forecast:
+@dataclass(frozen=True, kw_only=True)
+class Looks:
+    """What the harness does in a run besides steps: the largest batch of each."""
+
+    observed: Shape
+    """Of the observer's probe."""
+    evaluated: Shape
+    """Of validation."""
+
+
+def forecast(
+    cell: Cell,
+    *,
+    capacity_bytes: int | None = None,
+    looks: Looks | None = None,
+    tensors: Literal["fake", "real"] = "fake",
+) -> Forecast:
     """Run a cell step by step under every candidate for the worst draw.
 
     Args:
         cell: what to forecast.
         capacity_bytes: memory of the card, by which `offload: auto` decides; with None it always offloads.
+        looks: of the run that the cell stands for; None: of the steps alone.
         tensors: `fake` only counts; `real` also computes, on the CPU, for tests of the count.
 
     Raises:
@@ -105,6 +128,8 @@ def forecast(cell: Cell, *, capacity_bytes: int | None = None, tensors: Literal[
         try:
             run = _Watched(cell, tracker)
             run.all_steps()
+            if looks is not None:
+                run.look(looks)
         except ValueError as error:
             raise NoForecastError(str(error)) from error
         except (RuntimeError, AssertionError) as error:
@@ -143,6 +168,12 @@ class _Watched:
             raise NoForecastError(
                 "it draws layers by itself: draw through grass.sampling.draw_layers, which can be told what to draw"
             )
+        self._enter("load")
+
+    def look(self, looks: Looks) -> None:
+        """The harness's own work, when every state that is ever kept is there."""
+        assert self._run is not None
+        self._run.look(observed=looks.observed, evaluated=looks.evaluated)
         self._enter("load")
 
     # ------------------------------------------------------------ what is made
@@ -202,7 +233,9 @@ class _Watched:
         spans = [span for span in tracker.spans if span.phase != "load"]
         worst = max(spans, key=lambda span: span.peak_bytes)
         by_phase = {
-            name: max((s.peak_bytes for s in tracker.spans if s.phase == name), default=0) for name in DEFAULT_KIND
+            name: max((s.peak_bytes for s in tracker.spans if s.phase == name), default=0)
+            for name in DEFAULT_KIND
+            if name not in OWN or any(s.phase == name for s in tracker.spans)
         }
         return Forecast(
             peak_bytes=worst.peak_bytes,

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from harness.forecasting.advise import needed_bytes
-from harness.forecasting.forecast import NoForecastError, forecast
+from harness.forecasting.forecast import Looks, NoForecastError, forecast
 from harness.inputs.models import load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
@@ -25,6 +25,8 @@ from harness.study.jobs import Training
 def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> RunForecast:
     """Forecast the largest step of a run: full micro-batches whose rows are all as long as the longest row.
 
+    The harness's own probe and validation are forecast with it.
+
     Args:
         training: specification of the run.
         name: of the record.
@@ -33,10 +35,16 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
     """
     recipe = training.recipe
     prompt = Prompt(training.prompt, load_tokenizer(model))
-    encoded, _ = encode_rows(
-        prompt, read_rows(rows / "train.json"), max_length=recipe.max_length, loss_on=recipe.loss_on
+    longest, longest_held = (
+        max(len(row.input_ids) for row in encode_rows(
+            prompt, read_rows(rows / f"{split}.json"), max_length=recipe.max_length, loss_on=recipe.loss_on
+        )[0])
+        for split in ("train", "validation")
+    )  # fmt: skip
+    looks = Looks(
+        observed=Shape(batch=recipe.micro_batch_size, length=max(2, longest_held)),
+        evaluated=Shape(batch=recipe.micro_batch_size, length=recipe.max_length),
     )
-    longest = max(len(row.input_ids) for row in encoded)
     cell = Cell(
         model=model,
         module=training.module,
@@ -50,7 +58,7 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
         autocast=recipe.autocast,
     )
     try:
-        found, why = forecast(cell), None
+        found, why = forecast(cell, looks=looks), None
     except (CannotRunError, NoForecastError) as error:
         found, why = None, str(error)
     return RunForecast(

@@ -17,15 +17,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
 from grass.host import current, using
+from grass.layers import find_layers
 from harness.errors import first_line
 from harness.step.attach import attach, new_method
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
-from harness.step.loss import chunked_token_loss, token_loss
+from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
+from harness.step.observer import Observer
 from harness.step.run import Batch, Part, StepContext, run_step
 from harness.step.spec import Cell, Geometry, Shape
 from harness.study.strict_yaml import ConfigError
 
-Phase = Literal["load", "probe", "resample", "forward", "backward", "update"]
+Phase = Literal["load", "probe", "resample", "forward", "backward", "update", "observe", "evaluate"]
+"""The last two are the harness's own: the observer's probe and validation."""
 STEPS_PER_DRAW = 2
 """Steps between two draws in a cell: in the first a method observes memory, in the second it acts on what it saw (see
 `grass.offload.headroom`). The period in the method's config entry does not change peak memory, and would make it slow
@@ -126,16 +129,11 @@ class CellRun:
         self.draws = ForcedDraws(current(), policy=policy, on_draw=lambda: enter("resample"))
         enter("load")
         self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
-        vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
-        self.batches = RandomBatches(
-            cell.shape,
-            vocabulary=vocabulary,
-            chunked=cell.settings.chunked_loss,
-            autocast=recipe.autocast,
-            device=device,
-            seed=cell.seed,
-        )
+        self._cell = cell
+        self._vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        self.batches = self._random(cell.shape)
         self.method.calibration = self.batches
+        self._observer = Observer(find_layers(self.model))
         with using(self.draws):
             self._attached = attach(self.method, self.model)
         self.module, self.facts = self._attached.module, self._attached.facts
@@ -175,6 +173,32 @@ class CellRun:
             self._enter("update")
             self._then(then)
             self.method.end_step(lambda: (self.batches.loss(self.module, b) for b in (batch,)))
+
+    def look(self, *, observed: Shape, evaluated: Shape) -> None:
+        """What the harness does besides training: the observer's probe on one batch, and one batch of validation."""
+        self._enter("observe")
+        batch = self._random(observed).batch(0)
+        self._observer.observe(self.module, [batch])
+        self._enter("evaluate")
+        self.module.eval()
+        with torch.no_grad():
+            if logits_are_plain(self.module, batch):
+                chunked_token_loss(self.module, self._random(evaluated).batch(0))
+            else:
+                row = Shape(batch=1, length=evaluated.length)
+                token_loss(self.module, self._random(row).batch(0))
+        self.module.train()
+
+    def _random(self, shape: Shape) -> RandomBatches:
+        """Batches of `shape`."""
+        return RandomBatches(
+            shape,
+            vocabulary=self._vocabulary,
+            chunked=self._cell.settings.chunked_loss,
+            autocast=self.method.recipe.autocast,
+            device=self.method.recipe.device,
+            seed=self._cell.seed,
+        )
 
     def _then(self, policy: Policy | None) -> None:
         """Set the policy of the draws that the step makes at its end."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from baselines.method import host_number
 from grass.loss import CHUNK_ROWS, NO_TARGET, chunked_cross_entropy
 
 
@@ -106,7 +107,7 @@ def _before_head(model: nn.Module, batch: Mapping[str, Tensor], autocast: bool) 
 
 def label_tokens(batch: Mapping[str, Tensor]) -> int:
     """Number of label tokens that enter the loss."""
-    return int((batch["labels"][:, 1:] != NO_TARGET).sum())
+    return int(host_number((batch["labels"][:, 1:] != NO_TARGET).sum()))
 
 
 def _logits(model: nn.Module, batch: Mapping[str, Tensor], autocast: bool) -> Tensor:

@@ -25,7 +25,7 @@ from forecast_cells import (
     small_forecast,
 )
 from harness.forecasting.fake_device import CountingHost
-from harness.forecasting.forecast import Forecast, forecast
+from harness.forecasting.forecast import OWN, Forecast, Looks, forecast
 from harness.forecasting.tracker import Tracker
 from harness.step.cell import CellRun
 from harness.step.draws import top
@@ -68,6 +68,21 @@ LIKE_OTHERS = {("lora-fp32", "lean"), ("lisa", "lean"), ("grass-resident", "plai
 @pytest.mark.parametrize(("method", "settings"), sorted({*product(METHODS, ("plain", "lean"))} - LIKE_OTHERS))
 def test_a_forecast_equals_real_tensors_to_the_byte(method: str, settings: str) -> None:
     assert figures(small_forecast(method, settings)) == figures(small_forecast(method, settings, "real"))
+
+
+@pytest.mark.parametrize("settings", ["plain", "lean"])
+@pytest.mark.parametrize("method", ["full", "lora", "lisa", "decoder-move"])
+def test_the_harness_needs_no_more_than_the_method_it_measures(method: str, settings: str) -> None:
+    """Observer and validation, on batches of the step's own size."""
+    cell, looks = small(method, settings), Looks(observed=SHAPE, evaluated=SHAPE)
+    found, alone = forecast(cell, looks=looks), small_forecast(method, settings)
+    assert figures(found) == figures(forecast(cell, looks=looks, tensors="real"))
+    own = {phase: found.by_phase[phase] for phase in OWN}  # type: ignore[index]
+    steps = {phase: peak for phase, peak in alone.by_phase.items() if phase != "load"}
+    assert steps.items() < found.by_phase.items(), "the steps are the same"
+    assert found.peak_bytes == alone.peak_bytes
+    weights = 2 * PARAMETERS
+    assert weights < own["evaluate"] < own["observe"] < alone.peak_bytes
 
 
 @pytest.mark.parametrize("method", ["full", "lora-fp32", "grass-move"])

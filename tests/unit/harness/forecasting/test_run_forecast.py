@@ -58,6 +58,11 @@ def test_rows_are_taken_as_long_as_the_longest_of_them(inputs: Inputs) -> None:
     assert (short.peak_bytes or 0) < (long.peak_bytes or 0)
 
 
+def test_a_run_in_autocast_is_forecast_in_autocast(inputs: Inputs) -> None:
+    plain, rounded = (forecast_of(inputs, tiny_training("full", {}, compute_dtype=dtype)) for dtype in (None, "bf16"))
+    assert plain.peak_bytes != rounded.peak_bytes
+
+
 def test_what_cannot_be_forecast_has_its_reason_and_is_not_refused(inputs: Inputs) -> None:
     record = forecast_of(inputs, tiny_training("lisa", {"active_layers": 9}))
     assert (record.peak_bytes, record.peak_why) == (None, "active_layers 9 is above the model's 4 layers")
