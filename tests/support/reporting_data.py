@@ -196,6 +196,6 @@ def _course(rng: np.random.Generator, rows: dict[str, list[dict[str, Any]]], run
         rows["believed"] += [
             {"run": run, "step": t, "layer": layer, "active": layer in active,
              "importance": None if method == "lisa" else float(belief[layer]), "probability": float(p[layer]),
-             "age_steps": None}
+             "age_steps": None, "temperature": None if method == "lisa" else 1.0}
             for layer in range(LAYERS)
         ]  # fmt: skip
