@@ -145,12 +145,14 @@ def _scores(
         tokens = 5 + np.arange(DOCUMENTS) % 4
         for d in range(DOCUMENTS):
             rows["documents"].append(
-                {"run": run, "suite": suite, "document": d, "correct": bool(correct[d]), "parsed": bool(parsed[d]),
+                {"run": run, "suite": suite, "document": d, "correct": bool(correct[d]), "correct_normalised": None,
+                 "parsed": bool(parsed[d]),
                  "prediction": "7", "gold": "7", "loss": float(loss[d]), "tokens": int(tokens[d])}
             )  # fmt: skip
         rows["scores"].append(
             {"run": run, "suite": suite, "scoring": "number", "protocol": "llm-adapters", "rows": DOCUMENTS,
              "limited": suite == "held-out", "correct": int(correct.sum()), "accuracy": float(correct.mean()),
+             "accuracy_normalised": None,
              "unparsed_share": float(1 - parsed.mean()), "chance": 0.25 if task == "choice" else None,
              "heldout_loss": float((loss * tokens).sum() / tokens.sum()), "heldout_tokens": int(tokens.sum()),
              "truncated_rows": 0, "leaked_rows": 4 if suite == "two-step" else 0}

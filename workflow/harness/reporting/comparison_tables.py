@@ -8,7 +8,7 @@ from pandas import DataFrame
 
 from harness.records.units import MIB
 from harness.reporting.frames import Frames
-from harness.reporting.layout import cells, method_name, of_method, part
+from harness.reporting.layout import VALIDATION, loss_cells, method_name, of_method, part, protocol
 from harness.reporting.run_tables import efficiency_numbers, search_rule
 from harness.reporting.score_tables import (
     ACCURACY,
@@ -17,6 +17,7 @@ from harness.reporting.score_tables import (
     cell_numbers,
     cell_text,
     difference,
+    scores_of,
 )
 from harness.reporting.stats import Difference, judge
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate, signed
@@ -28,18 +29,22 @@ def comparison_table(frames: Frames, study: Study, label: str) -> Table:
     comparison, chosen, notes = study.comparisons[label], part(study, label), Footnotes()
     notes.add(comparison.reading)
     first, *others = chosen.methods
+    scores = scores_of(frames, study, HELDOUT_LOSS)
+    # likelihood and lm-eval have tables of their own
+    shown_cells = [(task, suite) for task, suite in loss_cells(study) if protocol(study, task, suite) == "written"]
     raw: list[dict[str, Any]] = []
     display: list[dict[str, str]] = []
     for model in study.models:
-        for task, suite in cells(study):
+        for task, suite in shown_cells:
             found = [difference(frames, (model, task), (other, first), suite, HELDOUT_LOSS) for other in others]
             judged: dict[str, Difference] = dict(zip(others, judge(found), strict=True))
             for method in chosen.methods:
                 keys = {"model": model, "task": task, "suite": suite, "method": method}
-                numbers = _numbers(frames, keys, judged.get(method))
+                mine, runs = _of(frames, scores, keys)
+                numbers = _numbers(mine, runs, judged.get(method))
                 raw.append(keys | numbers)
                 shown = keys | {"method": method_name(study, frames, method, notes)}
-                display.append(shown | _text(frames, keys, numbers, judged.get(method), notes))
+                display.append(shown | _text(mine, runs, numbers, judged.get(method), notes, suite))
     alike = [key for key in ("model", "task", "suite") if len({row[key] for row in display}) == 1]
     where = ", ".join(f"{key} {display[0][key]}" for key in alike)
     notes.add(f"Difference: held-out loss minus that of {first}, paired by seed and document. {VERDICT_RULE}")
@@ -55,8 +60,7 @@ def comparison_table(frames: Frames, study: Study, label: str) -> Table:
     )
 
 
-def _numbers(frames: Frames, keys: dict[str, str], result: Difference | None) -> dict[str, Any]:
-    scores, runs = _of(frames, keys)
+def _numbers(scores: DataFrame, runs: DataFrame, result: Difference | None) -> dict[str, Any]:
     accuracy, loss = (cell_numbers(scores, runs, measure) for measure in (ACCURACY, HELDOUT_LOSS))
     ok = runs[runs["status"] == "ok"]
     cost = efficiency_numbers(ok, ok.iloc[:0])
@@ -77,12 +81,21 @@ def _numbers(frames: Frames, keys: dict[str, str], result: Difference | None) ->
 
 
 def _text(
-    frames: Frames, keys: dict[str, str], numbers: dict[str, Any], result: Difference | None, notes: Footnotes
+    scores: DataFrame,
+    runs: DataFrame,
+    numbers: dict[str, Any],
+    result: Difference | None,
+    notes: Footnotes,
+    suite: str,
 ) -> dict[str, str]:
-    scores, runs = _of(frames, keys)
     share, state = numbers["trainable_share"], numbers["state_peak_bytes"]
+    accuracy = (
+        UNKNOWN + notes.mark("the task has no suite; the loss is that on its validation rows.")
+        if suite == VALIDATION
+        else cell_text(cell_numbers(scores, runs, ACCURACY), runs, ACCURACY, notes)
+    )
     return {
-        "accuracy (%)": cell_text(cell_numbers(scores, runs, ACCURACY), runs, ACCURACY, notes),
+        "accuracy (%)": accuracy,
         "held-out loss (nats/token)": cell_text(cell_numbers(scores, runs, HELDOUT_LOSS), runs, HELDOUT_LOSS, notes),
         "difference": "reference" if result is None else signed(result.mean, 4),
         "verdict": "" if result is None else result.verdict,
@@ -93,7 +106,6 @@ def _text(
     }
 
 
-def _of(frames: Frames, keys: dict[str, str]) -> tuple[DataFrame, DataFrame]:
-    scores = frames.ok_scores()
+def _of(frames: Frames, scores: DataFrame, keys: dict[str, str]) -> tuple[DataFrame, DataFrame]:
     at = (keys["model"], keys["task"], keys["method"])
     return of_method(scores[scores["suite"] == keys["suite"]], *at), of_method(frames.runs, *at)

@@ -10,7 +10,7 @@ from harness.records.atomic import write_json
 from harness.reporting.frames import Frames
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part
-from harness.reporting.result_figures import efficiency_bars, result_dots
+from harness.reporting.result_figures import efficiency_bars, result_cells, result_dots
 from harness.reporting.style import Drawing, save, styled
 from harness.reporting.training_figures import loss_curves, rate_curves
 from harness.study.spec import Study
@@ -35,7 +35,8 @@ def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
 
 
 def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
-    yield result_dots(frames, study, model)
+    if result_cells(study):
+        yield result_dots(frames, study, model)
     yield rate_curves(frames, study, model)
     yield loss_curves(frames, study, model)
     if layerwise_methods(frames, study, model):

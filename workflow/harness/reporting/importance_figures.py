@@ -11,6 +11,7 @@ from matplotlib import patheffects
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.lines import Line2D
+from matplotlib.ticker import AutoLocator
 from pandas import DataFrame
 
 from harness.reporting.frames import Frames
@@ -168,7 +169,10 @@ def _shade(figure: Any, axes: Any, maps: list[Map]) -> None:
         # a method without beliefs may never have drawn the top layer; the observer measured all layers
         m.panel.set_ylim(layers[0] - 0.5, layers[-1] + 0.5)
         m.panel.grid(visible=False)
-        m.panel.yaxis.get_major_locator().set_params(integer=True)
+        # a locator of our own: a panel that says why it is empty has taken the ticks of all that share its axis
+        locator = AutoLocator()
+        locator.set_params(integer=True)
+        m.panel.yaxis.set_major_locator(locator)
     bar = figure.colorbar(ScalarMappable(norm=norm, cmap="cividis"), ax=axes, shrink=0.8, pad=0.015, extend=extend)
     ticks = [t for t in (0.25, 0.35, 0.5, 0.7, 1, 1.5, 2, 3, 4) if low <= t <= high]
     bar.set_ticks(ticks, labels=[f"{t:g}" for t in ticks])

@@ -22,6 +22,7 @@ from harness.records.reading import read_json
 from harness.reporting.answer import answer
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
+from harness.reporting.score_tables import MEASURES
 from harness.reporting.stats import effective_layers, layer_matrix
 from harness.reporting.table import signed
 from harness.study.spec import Study
@@ -56,8 +57,11 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),
         tables={name: _trusted(table) for name, table in tables.items()},
-        accuracy_verdicts=verdict_sentences(folder / "tables" / "difference_accuracy.csv"),
-        loss_verdicts=verdict_sentences(folder / "tables" / "difference_heldout_loss.csv"),
+        verdicts={
+            measure: verdict_sentences(folder / "tables" / f"difference_{measure.name}.csv")
+            for measure in MEASURES
+            if f"difference_{measure.name}" in tables
+        },
         figures={kind: [f for f in figures if str(f["name"]).startswith(kind)] for kind in _KINDS},
         compared={label: [f for f in figures if str(f["name"]).endswith(f"--{label}")] for label in study.comparisons},
         methods=_methods(study),

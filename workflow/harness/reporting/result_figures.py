@@ -8,18 +8,29 @@ import numpy as np
 
 from harness.records.units import MIB
 from harness.reporting.frames import Frames
-from harness.reporting.layout import cells, of_method, trained
+from harness.reporting.layout import VALIDATION, loss_cells, of_method, protocol, trained
+from harness.reporting.score_tables import HELDOUT_LOSS, scores_of
 from harness.reporting.style import Drawing, empty, grid, looks
 from harness.study.spec import Study
 
 
+def result_cells(study: Study) -> list[tuple[str, str]]:
+    """(task, suite) that have a row of panels: what is scored otherwise has tables alone."""
+    return [(task, suite) for task, suite in loss_cells(study) if protocol(study, task, suite) == "written"]
+
+
 def result_dots(frames: Frames, study: Study, model: str) -> Drawing:
-    """One row of panels a suite: accuracy left, held-out loss right; a dot a seed, a bar at the mean."""
-    suites = cells(study)
+    """One row of panels a suite: accuracy left, held-out loss right; a dot a seed, a bar at the mean.
+
+    Raises ValueError if the study has no suite whose answers are written, and no task without suites.
+    """
+    suites = result_cells(study)
+    if not suites:
+        raise ValueError("no suite to draw")
     methods = trained(study)
     style = looks(study)
     figure, axes = grid(len(suites), 2, height=(0.24 * len(methods) + 0.75) * len(suites) + 0.2, sharey=True)
-    scores = frames.ok_scores()
+    scores = scores_of(frames, study, HELDOUT_LOSS)
     for row, (task, suite) in zip(axes, suites, strict=True):
         of_suite = scores[scores["suite"] == suite]
         for place, method in enumerate(methods):
@@ -27,6 +38,8 @@ def result_dots(frames: Frames, study: Study, model: str) -> Drawing:
             for panel, column, scale in ((row[0], "accuracy", 100.0), (row[1], "heldout_loss", 1.0)):
                 values = scale * mine[column].dropna().to_numpy(dtype=np.float64)
                 _dots(panel, values, place, style[method])
+        if suite == VALIDATION:
+            empty(row[0], "no suite: the loss alone")
         chance = of_suite.loc[(of_suite["task"] == task), "chance"].dropna()
         if len(chance):
             row[0].axvline(100 * float(chance.iloc[0]), color="#777777", linestyle=(0, (4, 3)), linewidth=0.9)

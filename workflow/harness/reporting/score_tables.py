@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import pandas as pd
 from pandas import DataFrame
 
 from harness.records.columns import NOT_SCORED
 from harness.reporting.frames import Frames
 from harness.reporting.layout import (
     SUBJECT,
+    VALIDATION,
     cells,
     groups,
+    loss_cells,
+    losses_on_validation,
     method_name,
     of_method,
     other_outcomes,
     trained,
 )
-from harness.reporting.stats import Difference, judge, pair_documents, paired_difference, summarise
+from harness.reporting.stats import Difference, judge, pair_documents, paired_difference, seed_difference, summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 from harness.study.spec import Study
 
@@ -27,8 +32,12 @@ from harness.study.spec import Study
 class Measure:
     """A score of a run on a suite, and how it is displayed."""
 
-    column: Literal["accuracy", "heldout_loss"]
-    document_column: Literal["correct", "loss"]
+    name: str
+    """Of its table."""
+    column: Literal["accuracy", "accuracy_normalised", "heldout_loss"]
+    document_column: Literal["correct", "correct_normalised", "loss"]
+    cells: Callable[[Study], list[tuple[str, str]]]
+    """The tasks and suites that have it."""
     title: str
     unit: str
     """Unit of the displayed numbers."""
@@ -36,20 +45,46 @@ class Measure:
     """Suffix of the csv columns."""
     scale: float
     digits: int
+    written: bool = False
+    """Rests on what the model writes, which may hold no answer."""
+
+    @property
+    def is_share(self) -> bool:
+        """A share of right answers, which has a chance level."""
+        return self.raw_unit == "share"
 
 
+_SHARE: dict[str, Any] = {"unit": "%", "raw_unit": "share", "scale": 100, "digits": 1}
 ACCURACY = Measure(
+    name="accuracy",
     column="accuracy",
     document_column="correct",
+    cells=lambda study: cells(study, "written"),
     title="Accuracy",
-    unit="%",
-    raw_unit="share",
-    scale=100,
-    digits=1,
+    written=True,
+    **_SHARE,
+)
+LIKELIHOOD = Measure(
+    name="likelihood",
+    column="accuracy",
+    document_column="correct",
+    cells=lambda study: cells(study, "likelihood"),
+    title="Accuracy by likelihood (the likeliest of the allowed answers; nothing is written)",
+    **_SHARE,
+)
+NORMALISED = Measure(
+    name="likelihood_normalised",
+    column="accuracy_normalised",
+    document_column="correct_normalised",
+    cells=lambda study: cells(study, "likelihood"),
+    title="Accuracy by likelihood per character of the answer (lm-eval's acc_norm)",
+    **_SHARE,
 )
 HELDOUT_LOSS = Measure(
+    name="heldout_loss",
     column="heldout_loss",
     document_column="loss",
+    cells=loss_cells,
     title="Held-out loss",
     unit="nats per answer token",
     raw_unit="nats_per_token",
@@ -57,32 +92,44 @@ HELDOUT_LOSS = Measure(
     digits=4,
 )
 
+MEASURES = (ACCURACY, LIKELIHOOD, NORMALISED, HELDOUT_LOSS)
+"""In the order of the page; a study has those with cells."""
+
+
+def scores_of(frames: Frames, study: Study, measure: Measure) -> DataFrame:
+    """Scores of the runs that count, with model, task, method and seed beside them."""
+    scores = frames.ok_scores()
+    if measure is HELDOUT_LOSS:
+        validation = losses_on_validation(frames, study)
+        scores = pd.concat([scores, validation], ignore_index=True) if len(validation) else scores
+    return scores
+
 
 def score_table(frames: Frames, study: Study, measure: Measure) -> Table:
     """Rows = models and methods, columns = tasks and suites; mean ± sample sd over the ok seeds."""
     notes = Footnotes()
-    scores = frames.ok_scores()
+    scores = scores_of(frames, study, measure)
     raw: list[dict[str, Any]] = []
     display: list[dict[str, str]] = []
     for model in study.models:
         for method in study.methods:
             shown = {"model": model, "method": method_name(study, frames, method, notes)}
-            for task, suite in cells(study):
+            for task, suite in measure.cells(study):
                 runs = of_method(frames.runs, model, task, method)
                 mine = of_method(scores[scores["suite"] == suite], model, task, method)
                 numbers = cell_numbers(mine, runs, measure)
                 raw.append({"model": model, "method": method, "task": task, "suite": suite, **numbers})
                 shown[f"{task} / {suite}"] = cell_text(numbers, runs, measure, notes)
             display.append(shown)
-        if measure is ACCURACY:
-            display.append(_chance_row(scores, study, model))
+        if measure.is_share:
+            display.append(_chance_row(scores, study, model, measure))
     _suite_notes(frames, study, measure, notes)
     parts = f"mean ± sample standard deviation over seeds (number of ok runs), {measure.unit}"
-    if measure is ACCURACY:
+    if measure.written:
         parts += "; in brackets the share of answers from which nothing could be read, % (they count as wrong)"
     caption = f"{measure.title}: {parts}. Only runs with status ok count."
     return Table(
-        name=measure.column, caption=caption, raw=DataFrame(raw), display=DataFrame(display), footnotes=notes.lines()
+        name=measure.name, caption=caption, raw=DataFrame(raw), display=DataFrame(display), footnotes=notes.lines()
     )
 
 
@@ -95,9 +142,10 @@ def cell_numbers(scores: DataFrame, runs: DataFrame, measure: Measure) -> dict[s
         f"{measure.column}_mean_{measure.raw_unit}": summary.mean,
         f"{measure.column}_sd_{measure.raw_unit}": summary.sd,
     }
-    if measure is ACCURACY:
+    if measure.is_share:
         known = scores["chance"].dropna()
         numbers["chance_share"] = float(known.iloc[0]) if len(known) else None
+    if measure.written:
         numbers["unparsed_mean_share"] = summarise([float(v) for v in scores["unparsed_share"].dropna()]).mean
     return numbers
 
@@ -117,7 +165,7 @@ def cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes:
     if sd is None:
         spread += notes.mark("a single run has no standard deviation.")
     text = f"{number(mean * measure.scale, measure.digits)} ± {spread} ({n})"
-    if measure is ACCURACY:
+    if measure.written:
         unparsed = numbers["unparsed_mean_share"]
         text += f" [{number(None if unparsed is None else 100 * unparsed, 1)}]"
     unscored = int((runs["status"] == "ok").sum()) - n
@@ -128,9 +176,9 @@ def cell_text(numbers: dict[str, Any], runs: DataFrame, measure: Measure, notes:
     return f"{text}; {outcomes}" if outcomes else text
 
 
-def _chance_row(scores: DataFrame, study: Study, model: str) -> dict[str, str]:
+def _chance_row(scores: DataFrame, study: Study, model: str, measure: Measure) -> dict[str, str]:
     row = {"model": model, "method": "chance level"}
-    for task, suite in cells(study):
+    for task, suite in measure.cells(study):
         mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
         known = mine["chance"].dropna()
         row[f"{task} / {suite}"] = number(100 * float(known.iloc[0]), 1) if len(known) else "none"
@@ -139,7 +187,12 @@ def _chance_row(scores: DataFrame, study: Study, model: str) -> dict[str, str]:
 
 def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnotes) -> None:
     scores = frames.ok_scores()
-    for task, suite in cells(study):
+    for task, suite in measure.cells(study):
+        if suite == VALIDATION:
+            notes.add(
+                f"{task} / {VALIDATION}: the task has no suite; this is the loss on its validation rows"
+                + (", which the search of the learning rates saw too." if study.search else ".")
+            )
         mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
         if mine.empty:
             continue
@@ -147,7 +200,7 @@ def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnote
         what = f"{task} / {suite}: {rows} test items"
         protocols = sorted(set(mine["protocol"].dropna()))
         if protocols:
-            what += f", protocol {', '.join(protocols)}"
+            what += f", protocol {' and '.join(protocols)}"
         if bool(mine["limited"].fillna(False).any()):
             what += ", not the whole test file"
         for column, text in (
@@ -174,6 +227,10 @@ VERDICT_RULE = (
     "Seeds and documents are resampled together; with a few seeds the bootstrap interval alone is too narrow, "
     "the t interval (one degree of freedom less than seeds) carries the noise between seeds."
 )
+SEEDS_ALONE = (
+    "On validation rows, whose losses are not kept one by one, the t interval alone decides: "
+    "it takes those rows as given."
+)
 
 
 def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
@@ -186,7 +243,7 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
         notes.add(f"The study has no method labelled {SUBJECT!r}, so there is nothing to compare.")
         rivals = []
     for model, task in groups(study):
-        for suite in study.tasks[task].suites:
+        for suite in (suite for one, suite in measure.cells(study) if one == task):
             differences = [difference(frames, (model, task), (SUBJECT, rival), suite, measure) for rival in rivals]
             for rival, result in zip(rivals, judge(differences), strict=True):
                 keys = {"model": model, "task": task, "suite": suite, "rival": rival}
@@ -194,9 +251,11 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
                 shown = {"rival": method_name(study, frames, rival, notes)}
                 display.append(keys | shown | _difference_text(result, measure, notes))
     notes.add(VERDICT_RULE)
-    unit = "percentage points" if measure is ACCURACY else measure.unit
+    if any(suite == VALIDATION for _, suite in measure.cells(study)):
+        notes.add(SEEDS_ALONE)
+    unit = "percentage points" if measure.is_share else measure.unit
     return Table(
-        name=f"difference_{measure.column}",
+        name=f"difference_{measure.name}",
         caption=f"{measure.title}, {SUBJECT} minus each rival, paired by seed and document, {unit}; 95 % intervals.",
         raw=DataFrame(raw),
         display=DataFrame(display),
@@ -207,6 +266,9 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
 def difference(frames: Frames, at: tuple[str, str], pair: tuple[str, str], suite: str, measure: Measure) -> Difference:
     """The first method of `pair` minus the second, on one suite of the model and task `at`."""
     runs_of = [of_method(frames.ok_runs(), *at, method) for method in pair]
+    if suite == VALIDATION:
+        losses = [runs.dropna(subset="validation_loss").set_index("seed")["validation_loss"] for runs in runs_of]
+        return seed_difference(*(dict(zip(map(int, one.index), map(float, one), strict=True)) for one in losses))
     by_seed = [dict(zip(map(int, runs["seed"]), map(str, runs["run"]), strict=True)) for runs in runs_of]
     scored = set(frames.scores.loc[frames.scores["suite"] == suite, "run"])
     first, second = ({seed: run for seed, run in runs.items() if run in scored} for runs in by_seed)
@@ -233,6 +295,8 @@ def _difference_numbers(result: Difference, measure: Measure) -> dict[str, Any]:
 
 def _difference_text(result: Difference, measure: Measure, notes: Footnotes) -> dict[str, str]:
     def interval(ends: tuple[float, float] | None) -> str:
+        if ends is None and result.seeds_alone and result.seeds > 1:
+            return UNKNOWN + notes.mark("losses of single validation rows are not kept.")
         if ends is None:
             return UNKNOWN + notes.mark("not defined: fewer than 2 seeds in common, or no spread between them.")
         return " to ".join(signed(end * measure.scale, measure.digits) for end in ends)
@@ -243,6 +307,6 @@ def _difference_text(result: Difference, measure: Measure, notes: Footnotes) -> 
         "bootstrap interval": interval(result.bootstrap),
         "seed-level t interval": interval(result.seed_t),
         "p (Holm)": number(result.p_holm, 3),
-        "seeds × documents": f"{result.seeds} × {result.documents}",
+        "seeds × documents": f"{result.seeds} × {UNKNOWN if result.seeds_alone else result.documents}",
         "verdict": result.verdict,
     }

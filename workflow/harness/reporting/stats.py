@@ -81,6 +81,8 @@ class Difference:
     p: float | None = None
     """The larger of the bootstrap's and the t test's two-sided p value."""
     p_holm: float | None = None
+    seeds_alone: bool = False
+    """One number a run was known and none of its documents: there is no bootstrap, and the t interval decides."""
     verdict: str = ""
     """"higher", "lower" or "no claim (why)"."""
 
@@ -91,7 +93,7 @@ def pair_documents(
     first: Mapping[int, str],
     second: Mapping[int, str],
     suite: str,
-    value: Literal["correct", "loss"],
+    value: Literal["correct", "correct_normalised", "loss", "value"],
 ) -> Pairs:
     """Line up two methods' documents.
 
@@ -100,7 +102,7 @@ def pair_documents(
         first: the runs of one method, by seed; only seeds that both have are used.
         second: the runs of the other.
         suite: the suite.
-        value: `correct` (0 or 1, every document weighs the same) or `loss` (weighed by the answer's tokens, so that
+        value: `correct` and its like (every document weighs 1) or `loss` (weighed by the answer's tokens, so that
             the weighted mean is the held-out loss per token).
 
     Only documents with a value in all of these runs are used.
@@ -150,13 +152,37 @@ def paired_difference(pairs: Pairs) -> Difference:
     tail = min(int((replicates <= 0).sum()), int((replicates >= 0).sum()))
     p_bootstrap = min(1.0, 2 * (tail + 1) / (RESAMPLES + 1))
     result = replace(result, bootstrap=(float(low), float(high)))
+    by_t = _seed_t(by_seed)
+    return result if by_t is None else replace(result, seed_t=by_t[0], p=max(p_bootstrap, by_t[1]))
+
+
+def seed_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference:
+    """Difference of two methods of which one number a seed is known, with the seed-level t interval alone."""
+    seeds = sorted(first.keys() & second.keys())
+    by_seed = np.array([first[seed] - second[seed] for seed in seeds])
+    result = Difference(mean=float(by_seed.mean()) if seeds else None, seeds=len(seeds), documents=0, seeds_alone=True)
+    by_t = _seed_t(by_seed) if len(seeds) > 1 else None
+    return result if by_t is None else replace(result, seed_t=by_t[0], p=by_t[1])
+
+
+def _seed_t(by_seed: Array) -> tuple[tuple[float, float], float] | None:
+    """The t interval of two or more differences and its p value; None without a spread between them."""
+    seeds = len(by_seed)
     error = float(by_seed.std(ddof=1)) / math.sqrt(seeds)
     if error < 1e-12:  # no spread between seeds: a t interval of width 0 would claim a certainty nobody has
-        return result
+        return None
     mean = float(by_seed.mean())
     reach = float(scipy_stats.t.ppf(1 - ALPHA / 2, seeds - 1)) * error
-    p_t = 2 * float(scipy_stats.t.sf(abs(mean) / error, seeds - 1))
-    return replace(result, seed_t=(mean - reach, mean + reach), p=max(p_bootstrap, p_t))
+    return (mean - reach, mean + reach), 2 * float(scipy_stats.t.sf(abs(mean) / error, seeds - 1))
+
+
+def document_interval(pairs: Pairs) -> tuple[float, float] | None:
+    """95 % bootstrap interval of first minus second over documents alone, with the seeds as they are."""
+    if not pairs.first.size:
+        return None
+    delta = (pairs.first - pairs.second).mean(axis=0) * pairs.weights
+    low, high = np.quantile(_replicates(delta[None, :], pairs.weights), [ALPHA / 2, 1 - ALPHA / 2])
+    return float(low), float(high)
 
 
 def _replicates(weighted: Array, weights: Array) -> Array:
@@ -196,9 +222,10 @@ def _verdict(d: Difference) -> str:
         return "no claim (no seeds or no documents in common)"
     if d.seeds < MIN_SEEDS:
         return f"no claim ({d.seeds} seed{'s' * (d.seeds != 1)} in common, {MIN_SEEDS} are needed)"
-    if d.bootstrap is None or d.seed_t is None or d.p_holm is None:
+    if (d.bootstrap is None and not d.seeds_alone) or d.seed_t is None or d.p_holm is None:
         return "no claim (all seeds show the very same difference: no spread to judge by)"
-    covers = [n for n, (low, high) in (("bootstrap", d.bootstrap), ("seed-level t", d.seed_t)) if low <= 0 <= high]
+    intervals = {"bootstrap": d.bootstrap, "seed-level t": d.seed_t}
+    covers = [name for name, ends in intervals.items() if ends is not None and ends[0] <= 0 <= ends[1]]
     if covers:
         return f"no claim ({' and '.join(covers)} interval{'s' * (len(covers) > 1)} cover{'s' * (len(covers) == 1)} 0)"
     if d.p_holm >= ALPHA:

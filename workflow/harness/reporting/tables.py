@@ -7,22 +7,26 @@ from pathlib import Path
 from harness.records.atomic import write_json
 from harness.reporting.answer import answer_table
 from harness.reporting.comparison_tables import comparison_table
+from harness.reporting.forgetting_table import forgetting_table
 from harness.reporting.frames import Frames
+from harness.reporting.layout import cells
+from harness.reporting.lm_eval_table import lm_eval_table
 from harness.reporting.published import load_published, published_table
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
-from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, difference_table, score_table
+from harness.reporting.score_tables import MEASURES, difference_table, score_table
 from harness.reporting.table import Table
 from harness.study.spec import Study
 
 
 def make_tables(frames: Frames, study: Study) -> list[Table]:
     """Every table, in the order of the page."""
-    made = [] if study.question is None else [answer_table(frames, study, study.question)]
-    made += [
-        score_table(frames, study, ACCURACY),
-        score_table(frames, study, HELDOUT_LOSS),
-        difference_table(frames, study, ACCURACY),
-        difference_table(frames, study, HELDOUT_LOSS),
+    scored = [measure for measure in MEASURES if measure.cells(study)]
+    made = [
+        *([answer_table(frames, study, study.question)] if study.question is not None else []),
+        *(score_table(frames, study, measure) for measure in scored),
+        *([lm_eval_table(frames, study)] if cells(study, "lm-eval") else []),
+        *([forgetting_table(frames, study)] if study.forgetting else []),
+        *(difference_table(frames, study, measure) for measure in scored),
         efficiency_table(frames, study),
         learning_rate_table(frames, study),
         run_table(frames, study),
