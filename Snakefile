@@ -13,7 +13,7 @@ from snakemake.exceptions import WorkflowError
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
-from harness.study.jobs import EVALUATE, FORECAST, MODEL, ROWS, SEARCH, SUITE, TRAIN
+from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study
 

@@ -20,6 +20,7 @@ STAGES = {
     "plan": "list a study's runs, their state and their disk",
     "prefetch": "make rows, suites and fetched models ready",
     "pretrain": "pretrain a study's own small model",
+    "probe": "measure the importance of an untrained model's layers",
     "search": "choose a learning rate",
     "train": "one training run",
     "evaluate": "score a trained model",

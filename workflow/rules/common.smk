@@ -14,10 +14,11 @@ def rows_files(source):
     return local_files([*(path for path, _ in getattr(source, "files", ())), *getattr(source, "without", ())])
 
 
-def inputs_of(training):
+def inputs_of(job):
+    """Files that a training or a probe reads."""
     return [
-        PATHS.output(MODEL, training.model.name),
-        PATHS.output(ROWS, training.rows.name),
+        PATHS.output(MODEL, job.model.name),
+        PATHS.output(ROWS, job.rows.name),
     ]
 
 
@@ -41,6 +42,11 @@ def forecast_argument(training):
 @cache
 def model_needs(model):
     return needs.of_model(PLAN.models[model], PATHS)
+
+
+@cache
+def probe_needs(probe):
+    return needs.of_probe(PLAN.probes[probe], PATHS)
 
 
 @cache

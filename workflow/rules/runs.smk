@@ -1,4 +1,24 @@
-# Searches, training runs and their scores. A job declares one output; this file names all other files of the job.
+# Probes of untrained models, searches, training runs and their scores. A job declares one output; this file names all
+# other files of the job.
+
+
+rule probe:
+    input:
+        lambda wildcards: inputs_of(PLAN.probes[wildcards.probe]),
+    output:
+        PATHS.output(PROBE, "{probe}"),
+    log:
+        "results/logs/probe/{probe}.log",
+    priority: 12
+    threads: RUNTIME.threads
+    resources:
+        mem_mb=lambda wildcards: probe_needs(wildcards.probe).mem_mb,
+        runtime=lambda wildcards: probe_needs(wildcards.probe).minutes,
+        gpu=lambda wildcards: probe_needs(wildcards.probe).gpus,
+    params:
+        spec=str(PATHS.spec(PROBE, "{probe}")),
+    shell:
+        "{PYTHON} -m harness probe --spec {params.spec} --threads {threads} --log {log}"
 
 
 rule forecast:

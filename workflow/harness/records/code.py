@@ -25,6 +25,7 @@ FOUND_MODEL: Roots = ("harness.inputs.make_models",)
 PRETRAINED_MODEL: Roots = ("harness.inputs.pretrain",)
 STOCK_SUITE: Roots = ("harness.evaluating.stock_data",)
 EVALUATION: Roots = ("harness.evaluating.score",)
+PROBE: Roots = ("harness.training.probe",)
 
 
 def training(module: str) -> Roots:

@@ -286,6 +286,41 @@ class SearchRecord(Record):
     provenance: Provenance
 
 
+class ProbedBatch(Record):
+    """Gradients of the mean loss of one batch, reduced to root mean squares (r in the paper)."""
+
+    loss: float | None = Field(description="mean nats per label token; null if it is not finite")
+    tokens: int = Field(description="without padding")
+    label_tokens: int
+    gradient_rms: list[float | None] = Field(
+        description="of all parameters of each decoder layer, lowest first; null if it is not finite"
+    )
+    gradient_rms_by_kind: dict[str, list[float | None]] = Field(
+        description="of each layer's norms, and of each of its other blocks; null where a layer has no such block"
+    )
+
+
+class ProbeRecord(Record):
+    """Importance of an untrained model's layers on one task (probe.json)."""
+
+    name: str
+    status: Literal["ok", "oom", "diverged", "skipped"]
+    status_why: str | None = None
+    model: str
+    task: str
+    probes: dict[str, Any]
+    prompt: str
+    max_length: int
+    loss_on: str
+    weight_dtype: str
+    layer_parameters: list[int] | None = Field(description="of each decoder layer")
+    parameters_by_kind: dict[str, list[int]] | None = Field(description="the same by block; 0 where there is none")
+    data: DataUse | None = Field(description="of all rows of the task; the batches take some of them")
+    batches: list[ProbedBatch]
+    wall_s: float
+    provenance: Provenance
+
+
 class SuiteScore(Record):
     """One suite of one run."""
 

@@ -61,15 +61,22 @@ def method_of(study: spec.Study, label: str, source: Source | None = None) -> tu
     return method, options.model_dump(mode="json")
 
 
+def task_recipe(study: spec.Study, task: str, source: Source | None = None) -> Recipe:
+    """The study's recipe, overridden by the task's changes: what does not depend on a method."""
+    return _laid_over(study.recipe, study.tasks[task].recipe, source, ("tasks", task, "recipe"))
+
+
+def _laid_over(recipe: Recipe, change: dict[str, Any], source: Source | None, key: KeyPath) -> Recipe:
+    merged = recipe.model_dump(mode="json") | change  # shallow merge: lists are replaced whole
+    laid: Recipe = validate(Recipe, merged, source or Source(Path("study"), {}, {}), key)
+    return laid
+
+
 def recipe_of(study: spec.Study, task: str, label: str, source: Source | None = None) -> Recipe:
     """The study's recipe, overridden by the task's changes, then by the method entry's changes."""
     source = source or Source(Path("study"), {}, {})
-    merged = study.recipe.model_dump(mode="json")
-    recipe = study.recipe
     places: list[KeyPath] = [("methods", label, "recipe"), ("tasks", task, "recipe"), ("recipe",)]
-    for key, change in ((places[1], study.tasks[task].recipe), (places[0], study.methods[label].recipe)):
-        merged |= change  # shallow merge: lists are replaced whole
-        recipe = validate(Recipe, merged, source, key)
+    recipe = _laid_over(task_recipe(study, task, source), study.methods[label].recipe, source, places[0])
     for kept, one, rule, other in (
         (recipe.batch_size % recipe.micro_batch_size == 0, "micro_batch_size", "does not divide", "batch_size"),
         (recipe.warmup_steps < recipe.steps, "warmup_steps", "must be below", "steps"),

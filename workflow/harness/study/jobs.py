@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
@@ -19,6 +19,7 @@ from harness.study.spec import (
     ModelSource,
     Observation,
     PretrainedHere,
+    Probes,
     PromptName,
     RowSource,
     Search,
@@ -136,6 +137,25 @@ class ForecastJob(Job):
         return f"{t.model.label}--{t.rows.label}--{t.label}--{digest(self.body())}"
 
 
+class ProbeJob(Job):
+    """Gradient norms of all layers of an untrained model on one task's rows; no method and no step enter it."""
+
+    model: ModelJob
+    rows: RowsJob
+    probes: Probes
+    prompt: PromptName = later("llm-adapters")
+    max_length: int = Field(description="this and what follows: as in the task's recipe")
+    loss_on: Literal["answer", "all"]
+    weight_dtype: Literal["fp32", "bf16"]
+    compute_dtype: Literal["fp32", "bf16"] | None = later(None)
+    device: Literal["cpu", "cuda"]
+
+    @property
+    def name(self) -> str:
+        """`<model>--<task>--<hash of the spec>`."""
+        return f"{self.model.label}--{self.rows.label}--{digest(self.body())}"
+
+
 class EvalJob(Job):
     """How a trained model is scored: every suite of its task, and those of `forgetting`, in one process."""
 
@@ -228,6 +248,15 @@ SUITE = Kind(
     weight=lambda job: _ROWS_WEIGHT,
     roots=lambda job: code.STOCK_SUITE if isinstance(job.source, LmEvalSuite) else code.ROWS,
 )
+PROBE = Kind(
+    name="probe",
+    spec=ProbeJob,
+    plural="probes",
+    spec_file="probes/{name}/spec.json",
+    output="probes/{name}/probe.json",
+    weight=lambda job: START_WEIGHT + job.probes.batches,
+    roots=lambda job: code.PROBE,
+)
 FORECAST = Kind(
     name="forecast",
     spec=ForecastJob,
@@ -266,5 +295,5 @@ EVALUATE = Kind(
 )
 """The one kind whose spec is shared: several runs are scored by one spec, and each run has its own scores."""
 
-KINDS: tuple[Kind[Any], ...] = (MODEL, ROWS, SUITE, FORECAST, SEARCH, TRAIN, EVALUATE)
+KINDS: tuple[Kind[Any], ...] = (MODEL, ROWS, SUITE, PROBE, FORECAST, SEARCH, TRAIN, EVALUATE)
 """All kinds, each after the kinds that it depends on."""

@@ -18,7 +18,7 @@ from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.records.units import GIB
-from harness.study.jobs import EvalJob, ModelJob, SearchJob, SuiteJob, Training
+from harness.study.jobs import EvalJob, ModelJob, ProbeJob, SearchJob, SuiteJob, Training
 from harness.study.paths import Paths, resolve
 from harness.study.spec import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
 
@@ -85,6 +85,19 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
         held_bytes=(3 * weight + 2 * state) * count,
         seconds=runs * recipe.steps * step_s,
         gpus=int(recipe.device == "cuda"),
+    )
+
+
+def of_probe(job: ProbeJob, paths: Paths) -> Needs:
+    """Forward and backward passes of a probe; at most one gradient is alive at a time."""
+    count = parameters(job.model, paths)
+    batch_s = (
+        STEP_S + _TRAIN_FLOP * count * job.probes.rows * job.max_length / _FLOP_PER_S[job.device, job.weight_dtype]
+    )
+    return _needs(
+        held_bytes=2 * _BYTES[job.weight_dtype] * count,
+        seconds=job.probes.batches * batch_s,
+        gpus=int(job.device == "cuda"),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.records import atomic
-from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of
+from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of, task_recipe
 from harness.study.jobs import (
     EVALUATE,
     KINDS,
@@ -18,6 +18,7 @@ from harness.study.jobs import (
     Job,
     Kind,
     ModelJob,
+    ProbeJob,
     RowsJob,
     RunJob,
     SearchJob,
@@ -25,7 +26,7 @@ from harness.study.jobs import (
     Training,
 )
 from harness.study.paths import Paths
-from harness.study.spec import UNTRAINED, PretrainedHere, Study, SuiteSource
+from harness.study.spec import UNTRAINED, PretrainedHere, Probes, Study, SuiteSource
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Plan:
     models: dict[str, ModelJob]
     rows: dict[str, RowsJob]
     suites: dict[str, SuiteJob]
+    probes: dict[str, ProbeJob]
+    """None if the study asks for no probes."""
     searches: dict[str, SearchJob]
     forecasts: dict[str, ForecastJob]
     """Forecasts for the runs on a GPU; on a CPU there is no device memory to forecast."""
@@ -71,13 +74,16 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
 
 def resolve_study(study: Study) -> Plan:
     """The grid models x tasks x methods x seeds, and the jobs that those runs depend on."""
-    plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {})
+    plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {}, {})
     for model_label, source in study.models.items():
         model = ModelJob(label=model_label, source=source)
         plan.models[model.name] = model
         for task_label, task in study.tasks.items():
             rows = RowsJob(label=task_label, source=task.train)
             plan.rows[rows.name] = rows
+            if study.probes is not None:
+                probe = probe_job(study, model, rows, study.probes)
+                plan.probes[probe.name] = probe
             for method_label in study.methods:
                 _add_runs(plan, study, model, rows, method_label)
     return plan
@@ -142,6 +148,22 @@ def _evaluation(study: Study, training: Training) -> EvalJob | None:
 
 def _suite_jobs(suites: Mapping[str, SuiteSource]) -> tuple[SuiteJob, ...]:
     return tuple(SuiteJob(label=label, source=source) for label, source in suites.items())
+
+
+def probe_job(study: Study, model: ModelJob, rows: RowsJob, probes: Probes) -> ProbeJob:
+    """The probe of a model on a task: as the task's recipe reads rows and computes the loss."""
+    recipe = task_recipe(study, rows.label)
+    return ProbeJob(
+        model=model,
+        rows=rows,
+        probes=probes,
+        prompt=study.tasks[rows.label].prompt,
+        max_length=recipe.max_length,
+        loss_on=recipe.loss_on,
+        weight_dtype=recipe.weight_dtype,
+        compute_dtype=recipe.compute_dtype,
+        device=recipe.device,
+    )
 
 
 def forecast_job(training: Training) -> ForecastJob | None:

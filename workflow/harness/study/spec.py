@@ -278,6 +278,14 @@ class Observation(Strict):
     rows: int = Field(gt=0)
 
 
+class Probes(Strict):
+    """Gradient norms of all layers of every model before training, on batches of every task's training rows."""
+
+    batches: int = Field(ge=4, description="measured one by one; half of them against the other half is the noise")
+    rows: int = Field(gt=0, description="training rows in a batch")
+    seed: int = Field(default=0, ge=0, description="of the order in which rows are taken")
+
+
 class Runtime(Strict):
     """How runs are carried out. It does not change their results, so it never enters a job's name."""
 
@@ -328,6 +336,7 @@ class Study(Strict):
     recipe: Recipe
     search: Search | None = None
     observation: Observation
+    probes: Probes | None = Field(default=None, description="null: importance before training is not measured")
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")

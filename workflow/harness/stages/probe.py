@@ -1,0 +1,50 @@
+"""`python -m harness probe`: importance of an untrained model's layers on one task, from its resolved spec."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from harness.study.jobs import ProbeJob
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the stage's command line."""
+    parser.add_argument("--spec", type=Path, required=True, help="results/probes/<probe>/spec.json")
+    parser.add_argument("--threads", type=int, required=True, help="torch threads")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write probe.json beside the spec; a probe that went out of memory or diverged is a record too."""
+    from harness.measuring.gpu import lease_for
+    from harness.records.reading import read
+    from harness.study.jobs import ProbeJob
+
+    job = read(args.spec, ProbeJob)
+    # before torch is imported: the lease says which GPU it will see
+    with lease_for(job.device):
+        return _probe(args, job)
+
+
+def _probe(args: argparse.Namespace, job: ProbeJob) -> int:
+    import torch
+
+    from harness.inputs.models import model_folder
+    from harness.records import atomic
+    from harness.records.reading import read
+    from harness.records.run import ModelRecord
+    from harness.study.paths import Paths
+    from harness.study.progress import announce
+    from harness.training.loading import Inputs
+    from harness.training.probe import probe
+
+    torch.set_num_threads(args.threads)
+    folder: Path = args.spec.parent
+    paths = Paths(folder.parents[1])
+    manifest = read(paths.model(job.model.name) / "manifest.json", ModelRecord)
+    record = probe(job, Inputs(model_folder(manifest), paths.rows(job.rows.name), manifest.folder))
+    atomic.write_json(folder / "probe.json", record.model_dump(mode="json"))
+    announce(f"probe {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
+    return 0

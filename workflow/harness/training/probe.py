@@ -1,0 +1,193 @@
+"""Importance before training: gradient norms of an untrained model's layers on batches of a task's training rows.
+
+Measured by GRASS's own prober (`grass.probing`), one batch at a time, so that the spread over batches is known: it says
+how far two measurements of the same task lie apart. Within a layer, norms and its other blocks are told apart as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from grass.layers import find_layers
+from grass.probing import Prober
+from harness.errors import UserError, first_line
+from harness.inputs.models import load_model, load_tokenizer
+from harness.inputs.rows import read_rows
+from harness.inputs.tokens import encode_rows
+from harness.measuring.device import AllocatorMeter
+from harness.progress import Progress
+from harness.records.code import PROBE
+from harness.records.provenance import provenance
+from harness.records.run import DataUse, ProbedBatch, ProbeRecord
+from harness.step.loss import label_tokens
+from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
+from harness.study.jobs import ProbeJob
+from harness.training.batches import Batches, CalibrationBatches
+from harness.training.loading import Inputs
+
+NORM = "norm"
+"""The kind of all parameters in modules that hold vectors only: a layer's norms, and those of queries and keys."""
+
+
+def probe(job: ProbeJob, inputs: Inputs) -> ProbeRecord:
+    """Measure every batch and return the record; bad outcomes are recorded, bugs raise.
+
+    Raises:
+        UserError: the task has fewer training rows than the probe takes.
+    """
+    started = time.perf_counter()
+    run = _Probe(job)
+    status, why = run.attempt(inputs)
+    return ProbeRecord(
+        name=job.name,
+        status=status,
+        status_why=why,
+        model=job.model.label,
+        task=job.rows.label,
+        probes=job.probes.model_dump(mode="json"),
+        prompt=job.prompt,
+        max_length=job.max_length,
+        loss_on=job.loss_on,
+        weight_dtype=job.weight_dtype,
+        layer_parameters=[sum(map(_size, kinds.values())) for kinds in run.layers] or None,
+        parameters_by_kind={kind: [_size(kinds.get(kind, ())) for kinds in run.layers] for kind in run.kinds} or None,
+        data=run.data,
+        batches=run.batches,
+        wall_s=time.perf_counter() - started,
+        provenance=provenance(roots=PROBE, inputs=inputs.files(), device=AllocatorMeter(job.device).device_name),
+    )
+
+
+def kinds_of(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Parameters of a decoder layer by kind: norms, and every other block under the name that the model gives it.
+
+    A module that holds vectors only is a norm, wherever it lies. All other parameters belong to the layer's child that
+    contains them, such as `self_attn` and `mlp`.
+    """
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in layer.named_modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            vectors_only = all(p.dim() <= 1 for p in own)
+            found.setdefault(NORM if vectors_only else name.partition(".")[0] or "layer", []).extend(own)
+    return found
+
+
+class _Probe:
+    """The parts of one probe; what was measured before a bad outcome stays."""
+
+    def __init__(self, job: ProbeJob) -> None:
+        self.job = job
+        self.layers: list[dict[str, list[nn.Parameter]]] = []
+        self.kinds: list[str] = []
+        self.data: DataUse | None = None
+        self.batches: list[ProbedBatch] = []
+
+    def attempt(self, inputs: Inputs) -> tuple[Any, str | None]:
+        """Do the whole probe; bad outcomes become a status with its reason."""
+        phase = "load"
+        try:
+            model, batches = self._load(inputs)
+            phase = "probe"
+            self._measure(model, batches)
+        except CannotRunError as error:
+            return "skipped", str(error)
+        except DivergedError as error:
+            return "diverged", str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return "oom", out_of_memory_why(error, phase)
+        return "ok", None
+
+    def _load(self, inputs: Inputs) -> tuple[nn.Module, CalibrationBatches]:
+        job, wanted = self.job, self.job.probes.batches * self.job.probes.rows
+        tokenizer = load_tokenizer(inputs.model)
+        rows, self.data = encode_rows(
+            tokenizer, read_rows(inputs.rows / "train.json"), max_length=job.max_length, loss_on=job.loss_on
+        )
+        if len(rows) < wanted:
+            raise UserError(
+                f"probes: {job.probes.batches} batches of {job.probes.rows} rows are {wanted} rows, but task "
+                f"{job.rows.label} has {len(rows)} training rows that keep an answer; ask for fewer"
+            )
+        model = load_model(inputs.model, weight_dtype=job.weight_dtype).to(job.device)
+        try:
+            found = find_layers(model).layers
+        except ValueError as error:
+            raise CannotRunError(first_line(error)) from error
+        self.layers = [kinds_of(layer) for layer in found]
+        self.kinds = list(dict.fromkeys(kind for kinds in self.layers for kind in kinds))
+        batches = Batches(
+            rows,
+            batch_size=job.probes.rows,
+            micro_batch_size=job.probes.rows,
+            seed=job.probes.seed,
+            pad_id=tokenizer.pad_token_id,
+            device=job.device,
+        )
+        return model, CalibrationBatches(batches)
+
+    def _measure(self, model: nn.Module, calibration: CalibrationBatches) -> None:
+        groups = [(layer, kind) for layer, kinds in enumerate(self.layers) for kind in kinds]
+        prober = Prober(model, [self.layers[layer][kind] for layer, kind in groups], list(model.parameters()))
+        losses: list[float] = []
+
+        def loss_of(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+            loss = calibration.loss(module, batch)
+            losses.append(float(loss.detach()))
+            return loss
+
+        prober.loss = loss_of
+        with Progress(self.job.probes.batches, f"probe {self.job.name}", unit="batch") as progress:
+            for number, batch in enumerate(calibration.batches(self.job.probes.batches)):
+                norms = prober.measure([batch], exact=None, together=1)
+                self._keep(number, batch, losses[-1], dict(zip(groups, norms, strict=True)))
+                progress.advance(f"loss {losses[-1]:.3f}")
+
+    def _keep(
+        self, number: int, batch: Mapping[str, Tensor], loss: float, norms: Mapping[tuple[int, str], float]
+    ) -> None:
+        """Record one batch.
+
+        Raises:
+            DivergedError: its loss or a norm is not finite; the batch is recorded all the same.
+        """
+        by_layer = [
+            _together([(norms[layer, kind], _size(own)) for kind, own in kinds.items()])
+            for layer, kinds in enumerate(self.layers)
+        ]
+        layers = range(len(self.layers))
+        self.batches.append(
+            ProbedBatch(
+                loss=_finite(loss),
+                tokens=int(batch["attention_mask"].sum()),
+                label_tokens=label_tokens(batch),
+                gradient_rms=[_finite(r) for r in by_layer],
+                gradient_rms_by_kind={
+                    kind: [_finite(norms.get((layer, kind), math.nan)) for layer in layers] for kind in self.kinds
+                },
+            )
+        )
+        wrong = next((layer for layer, r in enumerate(by_layer) if not math.isfinite(r)), None)
+        if wrong is not None or not math.isfinite(loss):
+            norm = "" if wrong is None else f", gradient norm {by_layer[wrong]} of layer {wrong}"
+            raise DivergedError(f"in batch {number}: loss {loss}{norm}")
+
+
+def _together(parts: Sequence[tuple[float, int]]) -> float:
+    """Root mean square of all entries, from that of each part and its number of entries."""
+    return math.sqrt(math.fsum(r * r * count for r, count in parts) / sum(count for _, count in parts))
+
+
+def _size(parameters: Sequence[nn.Parameter]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
