@@ -77,11 +77,13 @@ def test_the_study_ends_in_a_page_with_tables_and_figures(study: Study) -> None:
     assert "accuracy" in page.lower()
     # self-contained: nothing is fetched when it is opened
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
-    for name in ("accuracy", "heldout_loss", "runs", "efficiency", "learning_rates"):
+    importance = ("importance_claims", "importance_by_task", "importance_layers", "importance_drift")
+    for name in ("accuracy", "heldout_loss", "runs", "efficiency", "learning_rates", *importance):
         for kind in ("csv", "md", "tex"):
             assert (out / "tables" / f"{name}.{kind}").stat().st_size > 0
     figures = {p.stem for p in (out / "figures").glob("*.svg")}
     assert any(name.startswith("importance--mini--grass") for name in figures)
+    assert {"probe-norms--mini", "probe-blocks--mini", "drift--mini"} <= figures
     assert figures == {p.stem for p in (out / "figures").glob("*.png")}
 
 
@@ -107,6 +109,16 @@ def test_a_number_of_each_table_is_what_the_raw_records_say(study: Study) -> Non
     assert _holds(tables / "efficiency.csv", "grass", "trainable_parameters", record["trainable_parameters"])
     chosen = [row for row in _rows(tables / "learning_rates.csv", "grass") if row["selected"] == "True"]
     assert [float(row["lr"]) for row in chosen] == [record["lr"]]
+
+
+def test_importance_of_a_layer_is_what_the_probe_recorded(study: Study) -> None:
+    (file,) = (study.folder / "results" / "probes").glob("mini--arithmetic--*/probe.json")
+    record = json.loads(file.read_text())
+    assert (record["status"], len(record["batches"])) == ("ok", 6)
+    means = [sum(column) / 6 for column in zip(*(b["gradient_rms"] for b in record["batches"]), strict=True)]
+    with (study.folder / "results" / "micro" / "tables" / "importance_layers.csv").open(newline="") as table:
+        found = [float(row["relative"]) for row in csv.DictReader(table)]
+    assert found == pytest.approx([4 * mean / sum(means) for mean in means])
 
 
 def test_a_cell_of_the_heat_maps_is_what_the_raw_logs_say(study: Study) -> None:

@@ -1,5 +1,17 @@
 # Tables, figures and one page from the records. Each can be remade separately.
-FRAMES = ["runs", "scores", "documents", "lm_eval", "lm_eval_documents", "trials", "steps", "believed", "observed"]
+FRAMES = [
+    "runs",
+    "scores",
+    "documents",
+    "lm_eval",
+    "lm_eval_documents",
+    "trials",
+    "steps",
+    "believed",
+    "observed",
+    "probes",
+    "probed",
+]
 
 
 rule collect:
@@ -7,6 +19,7 @@ rule collect:
         [PATHS.output(TRAIN, run) for run in PLAN.runs],
         [PATHS.score(run, evaluation) for run, evaluation in PLAN.evaluation_of.items()],
         [PATHS.output(SEARCH, search) for search in PLAN.searches],
+        [PATHS.output(PROBE, probe) for probe in PLAN.probes],
     output:
         [STUDY / f"{name}.parquet" for name in FRAMES],
     log:

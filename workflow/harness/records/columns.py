@@ -160,6 +160,26 @@ OBSERVED_COLUMNS: dict[str, str] = {
 layer's own weights, mean over batches of fixed validation rows, and the loss on those rows. (In runs whose
 observed.jsonl has no `batches`, it is that of the mean gradient over all batches.)"""
 
+PROBE_COLUMNS: dict[str, str] = {
+    "probe": "string", "model": "string", "task": "string", "status": "string", "status_why": "string",
+    "batches": "Int64", "batch_rows": "Int64", "seed": "Int64", "prompt": "string", "max_length": "Int64",
+    "weight_dtype": "string", "train_rows": "Int64", "truncated_rows": "Int64", "dropped_rows": "Int64",
+    "wall_s": "Float64", "stale": "boolean",
+}  # fmt: skip
+"""One row a probe of an untrained model on a task; rows are counted over the whole task."""
+
+ALL = "all"
+"""`kind` of a layer as a whole."""
+NORMS = "norm"
+"""`kind` of all parameters in modules that hold vectors only: a layer's norms, and those of queries and keys."""
+
+PROBED_COLUMNS: dict[str, str] = {
+    "probe": "string", "model": "string", "task": "string", "batch": "Int64", "layer": "Int64", "kind": "string",
+    "parameters": "Int64", "gradient_rms": "Float64", "loss": "Float64", "tokens": "Int64", "label_tokens": "Int64",
+}  # fmt: skip
+"""What a probe measured: one row a batch, layer and kind of block (`ALL`: the whole layer); loss and tokens are the
+batch's."""
+
 FRAMES: dict[str, dict[str, str]] = {
     "runs": {name: column.dtype for name, column in RUNS.items()} | LEFT_OUT,
     "scores": SCORE_COLUMNS,
@@ -170,11 +190,10 @@ FRAMES: dict[str, dict[str, str]] = {
     "steps": STEP_COLUMNS,
     "believed": BELIEVED_COLUMNS,
     "observed": OBSERVED_COLUMNS,
+    "probes": PROBE_COLUMNS,
+    "probed": PROBED_COLUMNS,
 }
 """The tables that `collect` writes as results/<study>/<name>.parquet; reports are made from these alone."""
-
-ADDED_TABLES = ("lm_eval", "lm_eval_documents")
-"""Tables that the folders under results/published/ may lack; they are read as empty."""
 
 ADDED: dict[str, tuple[str, ...]] = {
     "runs": (
@@ -188,3 +207,6 @@ ADDED: dict[str, tuple[str, ...]] = {
     "believed": ("temperature",),
 }  # fmt: skip
 """Columns that the tables under results/published/ lack, by table; they are read as null."""
+
+ADDED_TABLES = ("lm_eval", "lm_eval_documents", "probes", "probed")
+"""Tables that studies under results/published/ lack; they are read as empty."""

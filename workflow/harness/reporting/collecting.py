@@ -7,12 +7,14 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.columns import FRAMES, NOT_SCORED, RUNS
+from harness.records.code import PROBE, code_of
+from harness.records.columns import ALL, FRAMES, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
 from harness.records.run import (
     LM_EVAL_SAMPLES,
     EvalRecord,
     LmEvalScore,
+    ProbeRecord,
     RowsRecord,
     SearchRecord,
     TrainRecord,
@@ -27,7 +29,8 @@ from harness.study.spec import LmEvalSuite
 def collect(plan: Plan, paths: Paths) -> Frames:
     """All records of a study as frames; every record is checked against its schema while it is read."""
     rows: dict[str, list[dict[str, Any]]] = {
-        name: [] for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed")
+        name: []
+        for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed", "probes", "probed")
     }
     tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
     for name, job in plan.runs.items():
@@ -59,6 +62,10 @@ def collect(plan: Plan, paths: Paths) -> Frames:
     for name in plan.searches:
         search = read(paths.search(name) / "search.json", SearchRecord)
         rows["trials"] += _trial_rows(search)
+    for name in plan.probes:
+        probe = read(paths.probe(name) / "probe.json", ProbeRecord)
+        rows["probes"].append(_probe_row(probe))
+        rows["probed"] += _probed_rows(probe)
     frames = {name: rows_to_frame(name, values) for name, values in rows.items()}
     for kind, found in tables.items():
         joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
@@ -124,6 +131,37 @@ def _observed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
             "validation_loss": row["validation_loss"],
         }
         for layer, value in enumerate(row["gradient_rms"])
+    ]
+
+
+def _probe_row(probe: ProbeRecord) -> dict[str, Any]:
+    data = probe.data
+    return {
+        "probe": probe.name,
+        **{key: getattr(probe, key) for key in ("model", "task", "status", "status_why", "prompt", "max_length")},
+        "batches": len(probe.batches),
+        "batch_rows": probe.probes["rows"],
+        "seed": probe.probes["seed"],
+        "weight_dtype": probe.weight_dtype,
+        **{key: data and getattr(data, key) for key in ("train_rows", "truncated_rows", "dropped_rows")},
+        "wall_s": probe.wall_s,
+        "stale": probe.provenance.source_sha256 != code_of(PROBE).sha256,
+    }
+
+
+def _probed_rows(probe: ProbeRecord) -> list[dict[str, Any]]:
+    if probe.layer_parameters is None or probe.parameters_by_kind is None:
+        return []
+    sizes = {ALL: probe.layer_parameters, **probe.parameters_by_kind}
+    keys = {"probe": probe.name, "model": probe.model, "task": probe.task}
+    return [
+        keys
+        | {"batch": number, "layer": layer, "kind": kind, "parameters": sizes[kind][layer], "gradient_rms": value}
+        | {"loss": batch.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens}
+        for number, batch in enumerate(probe.batches)
+        for kind, values in {ALL: batch.gradient_rms, **batch.gradient_rms_by_kind}.items()
+        for layer, value in enumerate(values)
+        if sizes[kind][layer]
     ]
 
 

@@ -10,6 +10,7 @@ from harness.records.atomic import write_json
 from harness.reporting.frames import Frames
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part
+from harness.reporting.probe_figures import drift_curves, probe_figures
 from harness.reporting.result_figures import efficiency_bars, result_cells, result_dots
 from harness.reporting.style import Drawing, save, styled
 from harness.reporting.training_figures import loss_curves, rate_curves
@@ -23,6 +24,7 @@ def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
     in one figure would be unreadable.
     """
     for model in study.models:
+        yield from probe_figures(frames, study, model)
         if not study.comparisons:
             yield from _lines(frames, study, model)
         for label, comparison in study.comparisons.items():
@@ -41,6 +43,9 @@ def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
     yield loss_curves(frames, study, model)
     if layerwise_methods(frames, study, model):
         yield agreement_curves(frames, study, model)
+    drift = drift_curves(frames, study, model)
+    if drift is not None:
+        yield drift
 
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:

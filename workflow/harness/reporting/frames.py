@@ -34,6 +34,8 @@ class Frames:
     steps: DataFrame
     believed: DataFrame
     observed: DataFrame
+    probes: DataFrame
+    probed: DataFrame
 
     def ok_runs(self) -> DataFrame:
         """Runs that count in averages: all but those that were disengaged, diverged, skipped or out of memory."""
@@ -79,7 +81,14 @@ def read_frames(folder: Path) -> Frames:
     Raises:
         UserError: a file is missing or damaged, or its columns are not those of `FRAMES`.
     """
-    return Frames(**{name: _read(folder / f"{name}.parquet", FRAMES[name], ADDED.get(name, ())) for name in FRAMES})
+    return Frames(**{name: _read_named(folder, name) for name in FRAMES})
+
+
+def _read_named(folder: Path, name: str) -> DataFrame:
+    path = folder / f"{name}.parquet"
+    if name in ADDED_TABLES and not path.exists():
+        return rows_to_frame(name, [])
+    return _read(path, FRAMES[name], ADDED.get(name, ()))
 
 
 def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
@@ -101,8 +110,6 @@ def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
 
 
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:
-    if path.stem in ADDED_TABLES and not path.exists():
-        return rows_to_frame(path.stem, [])
     table = read_table(path)
     for column, dtype in columns.items():
         if column not in table and column in added:

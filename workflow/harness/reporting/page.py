@@ -72,7 +72,10 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     write_text(out, text)
 
 
-_KINDS = ("results--", "learning-rates--", "loss--", "importance--", "agreement--", "efficiency--")
+_KINDS = (
+    "results--", "learning-rates--", "loss--", "importance--", "agreement--", "efficiency--", "probe-norms--",
+    "probe-blocks--", "probe-correlations--", "drift--",
+)  # fmt: skip
 
 
 def status_summary(frames: Frames) -> str:

@@ -9,6 +9,7 @@ from harness.reporting.answer import answer_table
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.forgetting_table import forgetting_table
 from harness.reporting.frames import Frames
+from harness.reporting.importance_tables import importance_tables
 from harness.reporting.layout import cells
 from harness.reporting.lm_eval_table import lm_eval_table
 from harness.reporting.published import load_published, published_table
@@ -30,6 +31,7 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
         efficiency_table(frames, study),
         learning_rate_table(frames, study),
         run_table(frames, study),
+        *importance_tables(frames, study),
         *(comparison_table(frames, study, label) for label in study.comparisons),
     ]
     if study.published is not None:

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
     from harness.records.reading import Stamp, read
     from harness.study.config import load_study
-    from harness.study.jobs import EVALUATE, TRAIN
+    from harness.study.jobs import EVALUATE, PROBE, TRAIN
     from harness.study.paths import Paths
     from harness.study.plan import folder_bytes, outputs, resolve_study
     from harness.study.stale import changed_files, is_stale
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
                 state = "stale"
                 changed.update(changed_files(record.provenance, output))
         counts.setdefault(output.kind.name, Counter())[state] += 1
-        if output.kind is TRAIN or args.all:
+        if output.kind in (PROBE, TRAIN) or args.all:
             print(f"  {state:<6} {output.kind.name:<9}{detail:<11}{output.name}")
     print()
     for line in _prompts(plan, paths):

@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "efficiency-study": EfficiencyStudy,
         "run-spec": jobs.RunJob,
         "train-record": record.TrainRecord,
+        "probe-record": record.ProbeRecord,
         "eval-record": record.EvalRecord,
         "search-record": record.SearchRecord,
         "forecast-record": record.RunForecast,

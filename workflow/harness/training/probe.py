@@ -17,11 +17,13 @@ from grass.layers import find_layers
 from grass.probing import Prober
 from harness.errors import UserError, first_line
 from harness.inputs.models import load_model, load_tokenizer
+from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
 from harness.measuring.device import AllocatorMeter
 from harness.progress import Progress
 from harness.records.code import PROBE
+from harness.records.columns import NORMS
 from harness.records.provenance import provenance
 from harness.records.run import DataUse, ProbedBatch, ProbeRecord
 from harness.step.loss import label_tokens
@@ -30,8 +32,8 @@ from harness.study.jobs import ProbeJob
 from harness.training.batches import Batches, CalibrationBatches
 from harness.training.loading import Inputs
 
-NORM = "norm"
-"""The kind of all parameters in modules that hold vectors only: a layer's norms, and those of queries and keys."""
+OWN = "own"
+"""The kind of matrices that a layer holds itself, outside its blocks."""
 
 
 def probe(job: ProbeJob, inputs: Inputs) -> ProbeRecord:
@@ -74,7 +76,7 @@ def kinds_of(layer: nn.Module) -> dict[str, list[nn.Parameter]]:
         own = list(module.parameters(recurse=False))
         if own:
             vectors_only = all(p.dim() <= 1 for p in own)
-            found.setdefault(NORM if vectors_only else name.partition(".")[0] or "layer", []).extend(own)
+            found.setdefault(NORMS if vectors_only else name.partition(".")[0] or OWN, []).extend(own)
     return found
 
 
@@ -109,7 +111,10 @@ class _Probe:
         job, wanted = self.job, self.job.probes.batches * self.job.probes.rows
         tokenizer = load_tokenizer(inputs.model)
         rows, self.data = encode_rows(
-            tokenizer, read_rows(inputs.rows / "train.json"), max_length=job.max_length, loss_on=job.loss_on
+            Prompt(job.prompt, tokenizer),
+            read_rows(inputs.rows / "train.json"),
+            max_length=job.max_length,
+            loss_on=job.loss_on,
         )
         if len(rows) < wanted:
             raise UserError(
@@ -144,7 +149,7 @@ class _Probe:
             return loss
 
         prober.loss = loss_of
-        with Progress(self.job.probes.batches, f"probe {self.job.name}", unit="batch") as progress:
+        with Progress(self.job.probes.batches, f"probe {self.job.name}") as progress:
             for number, batch in enumerate(calibration.batches(self.job.probes.batches)):
                 norms = prober.measure([batch], exact=None, together=1)
                 self._keep(number, batch, losses[-1], dict(zip(groups, norms, strict=True)))

@@ -25,7 +25,7 @@ from house import ROOT
 
 NAMES = (
     "accuracy", "heldout_loss", "difference_accuracy", "difference_heldout_loss", "efficiency", "learning_rates",
-    "runs", "published",
+    "runs", "importance_claims", "importance_drift", "published",
 )  # fmt: skip
 
 

@@ -48,6 +48,15 @@ def test_a_search_takes_as_long_as_all_its_trials(paths: Paths) -> None:
     assert asked.mem_mb == needs.of_training(search.training, paths).mem_mb
 
 
+def test_a_probe_takes_as_long_as_its_batches_and_holds_little_beside_the_weights(paths: Paths) -> None:
+    job = next(iter(plan_of("importance").probes.values()))
+    twice = job.model_copy(update={"probes": job.probes.model_copy(update={"batches": 2 * job.probes.batches})})
+    one, two = (needs.of_probe(asked, paths) for asked in (job, twice))
+    assert two.minutes * 60 - needs.START_S == pytest.approx(2 * (one.minutes * 60 - needs.START_S), rel=0.1)
+    assert one.mem_mb * 1e6 > 4 * needs.parameters(job.model, paths)
+    assert (one.gpus, needs.of_probe(job.model_copy(update={"device": "cuda"}), paths).gpus) == (0, 1)
+
+
 def test_the_papers_runs_ask_for_a_gpu_and_room_for_moments_on_the_host(paths: Paths) -> None:
     plan = plan_of("paper")
     for name, run in plan.runs.items():
@@ -88,11 +97,11 @@ def _local(path: str) -> ModelJob:
 def test_every_rule_has_a_log_that_its_stage_writes_and_says_what_it_takes() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "workflow" / "rules").glob("*.smk")))
     rules = re.split(r"^rule (?=\w+:)", text, flags=re.MULTILINE)[1:]
-    assert len(rules) == 12
+    assert len(rules) == 13
     for rule in rules:
         name = rule.partition(":")[0]
         assert f"results/logs/{name}/" in rule
         assert "--log {log}" in rule
         assert "mem_mb=" in rule
         assert "runtime=" in rule
-        assert ("gpu=" in rule) == (name in ("search", "train", "evaluate"))
+        assert ("gpu=" in rule) == (name in ("probe", "search", "train", "evaluate"))

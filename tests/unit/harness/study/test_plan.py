@@ -160,6 +160,41 @@ def test_how_a_run_is_carried_out_is_no_part_of_its_name(tmp_path: Path) -> None
     assert every_name(plan_of(tmp_path, ("runtime: {threads: 1}", other))) == every_name(plan_of(tmp_path))
 
 
+PROBES = ("runtime: {threads: 1}", "runtime: {threads: 1}\nprobes: {batches: 6, rows: 2}")
+
+
+def test_probes_add_a_job_a_model_and_task_and_rename_none(tmp_path: Path) -> None:
+    before, after = plan_of(tmp_path), plan_of(tmp_path, PROBES)
+    assert not before.probes
+    assert every_name(before) == every_name(after)
+    (name,) = after.probes
+    assert name.startswith("tiny--sums--")
+    assert {o.path for o in outputs(after, Paths())} - {o.path for o in outputs(before, Paths())} == {
+        Path("results/probes") / name / "probe.json"
+    }
+
+
+@pytest.mark.parametrize(
+    ("right", "other", "same"),
+    [
+        ("max_length: 48", "max_length: 64", False),
+        ("train_rows: 40", "train_rows: 41", False),
+        ("width: 16", "width: 32", False),
+        ("rows: 2}", "rows: 3}", False),
+        ("rows: 2}", "rows: 2, seed: 1}", False),
+        # an untrained model knows no method and takes no step
+        ("steps: 10", "steps: 11", True),
+        ("rank: 4", "rank: 8", True),
+        ("full: {module: full}", "full: {module: full, recipe: {max_length: 64}}", True),
+    ],
+)
+def test_what_decides_a_probe_decides_its_name(tmp_path: Path, right: str, other: str, same: bool) -> None:
+    edits = (PROBES,) if right not in PROBES[1] else ()
+    told = (PROBES[0], PROBES[1].replace(right, other)) if not edits else (right, other)
+    after = plan_of(tmp_path, *edits, told)
+    assert (after.probes.keys() == plan_of(tmp_path, PROBES).probes.keys()) is same
+
+
 def test_words_for_the_reader_are_no_part_of_a_name(tmp_path: Path) -> None:
     other = plan_of(
         tmp_path,

@@ -1,0 +1,141 @@
+"""Importance before training, from a study's probes: what they measured, and in which pairs of tasks it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+
+import numpy as np
+
+from harness.records.columns import ALL
+from harness.reporting.frames import Frames
+from harness.reporting.importance_stats import (
+    Estimate,
+    between_halves,
+    estimate,
+    halves,
+    moved_share,
+    rank_correlations,
+    relative_means,
+    resampled,
+    same_order_p,
+    sampling_probabilities,
+)
+from harness.reporting.stats import ALPHA, Array, holm
+from harness.study.spec import Study
+
+TEMPERATURES = (1.0, 0.25)
+"""Of the plain softmax over mean-scaled norms: GRASS's former default, and one that is choosier."""
+ALIKE = 0.9
+"""Ours: two tasks have the same order for all purposes if their rank correlation is surely above this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTask:
+    """One task's probe."""
+
+    norms: Array
+    """Root mean square of the gradient's entries, [batches, layers]."""
+    halves: float
+    """Rank correlation of two halves of the batches, mean over random halves: the ceiling of any comparison."""
+    halves_moved: Mapping[float, float]
+    """By temperature: share of draws that move if one half of the batches is used and not the other."""
+
+    @property
+    def relative(self) -> Array:
+        """Mean norms divided by their mean over layers, [layers]."""
+        return relative_means(self.norms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two tasks on one model."""
+
+    first: str
+    second: str
+    rho: Estimate
+    """Rank correlation of the mean norms of all batches."""
+    halves: float
+    """Rank correlation of a half of one task's batches and a half of the other's, to be compared with `ceiling`."""
+    ceiling: float
+    """Mean of both tasks' `OfTask.halves`."""
+    p: float
+    """Of "both tasks have one order"."""
+    moved: Mapping[float, Estimate]
+    """By temperature: share of draws that go to other layers with the other task's probabilities."""
+    halves_moved: Mapping[float, float]
+    """The same of two halves of one task, mean of both tasks."""
+    p_holm: float = 1.0
+    verdict: str = ""
+    """`differ`, `alike` or `cannot tell`."""
+
+
+def probed_norms(frames: Frames, model: str, task: str, kind: str = ALL) -> Array | None:
+    """Norms of one probe, [batches, layers with such a block]; None if there is none that ended ok."""
+    probes = frames.probes
+    ok = probes[(probes["model"] == model) & (probes["task"] == task) & (probes["status"] == "ok")]
+    rows = frames.probed[frames.probed["probe"].isin(list(ok["probe"])) & (frames.probed["kind"] == kind)]
+    if rows.empty:
+        return None
+    return rows.pivot(index="batch", columns="layer", values="gradient_rms").to_numpy(dtype=np.float64)
+
+
+def probed_tasks(frames: Frames, study: Study, model: str) -> dict[str, OfTask]:
+    """Every task of the model whose probe ended ok, in the order of the config."""
+    found = {}
+    for task in study.tasks:
+        norms = probed_norms(frames, model, task)
+        if norms is not None:
+            found[task] = _of_task(norms)
+    return found
+
+
+def _of_task(norms: Array) -> OfTask:
+    one, other = halves(norms)
+    return OfTask(
+        norms=norms,
+        halves=float(rank_correlations(one, other).mean()),
+        halves_moved={tau: float(_moved(tau)(one, other).mean()) for tau in TEMPERATURES},
+    )
+
+
+def compared(tasks: Mapping[str, OfTask]) -> list[Pair]:
+    """Every pair of tasks of one model, p values corrected over all of them."""
+    found = [_pair(first, second, tasks) for first, second in combinations(tasks, 2)]
+    corrected = holm([pair.p for pair in found])
+    return [
+        replace(pair, p_holm=p, verdict="differ" if p < ALPHA else "alike" if pair.rho.low > ALIKE else "cannot tell")
+        for pair, p in zip(found, corrected, strict=True)
+    ]
+
+
+def _pair(first: str, second: str, tasks: Mapping[str, OfTask]) -> Pair:
+    a, b = tasks[first], tasks[second]
+    # every task has a stream of its own, so that one resample of a task serves all its pairs
+    places = list(tasks)
+    drawn = [resampled(task.norms, places.index(name)) for name, task in ((first, a), (second, b))]
+    rho = float(rank_correlations(a.relative, b.relative))
+    moved = {
+        tau: estimate(float(_moved(tau)(a.relative, b.relative)), _moved(tau)(drawn[0], drawn[1]), least=0.0, most=1.0)
+        for tau in TEMPERATURES
+    }
+    return Pair(
+        first=first,
+        second=second,
+        rho=estimate(rho, rank_correlations(drawn[0], drawn[1]), least=-1.0, most=1.0),
+        halves=between_halves(a.norms, b.norms, rank_correlations),
+        ceiling=(a.halves + b.halves) / 2,
+        p=same_order_p(a.norms, b.norms),
+        moved=moved,
+        halves_moved={tau: (a.halves_moved[tau] + b.halves_moved[tau]) / 2 for tau in TEMPERATURES},
+    )
+
+
+def _moved(temperature: float) -> partial[Array]:
+    return partial(_moved_at, temperature)
+
+
+def _moved_at(temperature: float, first: Array, second: Array) -> Array:
+    return moved_share(sampling_probabilities(first, temperature), sampling_probabilities(second, temperature))
