@@ -12,7 +12,7 @@ from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.layout import groups, of_method
-from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, Measure
+from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, LIKELIHOOD, Measure
 from harness.reporting.stats import (
     Difference,
     Pairs,
@@ -50,7 +50,7 @@ class Scale:
 
 _POINTS = Scale(unit="points", factor=100, digits=1)
 _NATS = Scale(unit="nats per token", factor=1, digits=4)
-_MEASURES = (ACCURACY, HELDOUT_LOSS)
+_MEASURES = {"accuracy": ACCURACY, "accuracy by likelihood": LIKELIHOOD, "held-out loss": HELDOUT_LOSS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,18 +120,18 @@ def _findings(frames: Frames, study: Study, asked: Question) -> list[_Finding]:
     """Every comparison of the study, corrected as one family."""
     found: list[_Finding] = []
     for model, task in groups(study):
-        suites = list(study.tasks[task].suites)
         for control in asked.controls:
-            both = (asked.method, control)
-            measured = [(m.title.lower(), _pooled(frames, (model, task), both, suites, m)) for m in _MEASURES if suites]
-            for measure, pair in [*measured, ("validation loss", _validation(frames, (model, task), both))]:
-                accuracy = measure == ACCURACY.title.lower()
-                found.append(
-                    _Finding(
-                        model=model, task=task, measure=measure, control=control,
-                        scale=_POINTS if accuracy else _NATS, higher_is_better=accuracy, result=paired_difference(pair),
-                    )
-                )  # fmt: skip
+            at, both = {"model": model, "task": task, "control": control}, (asked.method, control)
+            for name, measure in _MEASURES.items():
+                suites = [s for of, s in measure.cells(study) if of == task and s in study.tasks[task].suites]
+                if suites:
+                    pairs = _pooled(frames, (model, task), both, suites, measure)
+                    share = measure.is_share
+                    scale = _POINTS if share else _NATS
+                    result = paired_difference(pairs)
+                    found.append(_Finding(**at, measure=name, scale=scale, higher_is_better=share, result=result))
+            result = paired_difference(_validation(frames, (model, task), both))
+            found.append(_Finding(**at, measure="validation loss", scale=_NATS, higher_is_better=False, result=result))
     judged = judge([finding.result for finding in found])
     return [replace(finding, result=result) for finding, result in zip(found, judged, strict=True)]
 
