@@ -267,7 +267,7 @@ def test_rows_that_occur_in_other_files_are_left_out_and_counted(tmp_path: Path)
 
 
 @needs_shared
-def test_mawps_without_every_test_set_keeps_what_the_data_sheet_counted(tmp_path: Path) -> None:
+def test_mawps_without_every_test_set_keeps_what_no_test_has(tmp_path: Path) -> None:
     folder = SHARED / "data" / "llm-adapters" / "dataset"
     names = ("MultiArith", "AddSub", "SingleEq", "SVAMP", "gsm8k", "AQuA", "mawps")
     tests = tuple(str(folder / name / "test.json") for name in names)
@@ -277,7 +277,8 @@ def test_mawps_without_every_test_set_keeps_what_the_data_sheet_counted(tmp_path
         columns=Columns(instruction="original_text", output="{equation}\nThe answer is {ans}.", answer="ans"),
     )  # fmt: skip
     record = make_rows(RowsJob(label="mawps", source=mawps), tmp_path / "mawps")
-    assert (sum(record.rows.values()), record.overlapping_rows) == (771, 1364)
+    # the data sheet counts 1,364, with spaces kept: 35 more differ from a test item by "did n't" against "didn't" alone
+    assert (sum(record.rows.values()), record.overlapping_rows) == (736, 1364 + 35)
     first = read_rows(tmp_path / "mawps" / "train.json")[0]
     assert first["output"].endswith(f"The answer is {first['answer']}.")
     gsm8k = FileRows(
