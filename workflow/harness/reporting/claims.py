@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from harness.reporting.drift import Drift
-from harness.reporting.importance_stats import Estimate, effective_numbers, estimate, resampled, sampling_probabilities
-from harness.reporting.probed import ALIKE, TEMPERATURES, OfTask, Pair
+from harness.reporting.importance_stats import Estimate, effective_numbers, estimate, resampled
+from harness.reporting.probed import ALIKE, PLAIN, SAMPLERS, OfTask, Pair, Sampler
 from harness.reporting.stats import MIN_SEEDS
 from harness.reporting.table import number, percent
 
@@ -34,10 +34,10 @@ class Claim:
 def claims(tasks: Mapping[str, OfTask], pairs: Sequence[Pair], drifts: Sequence[Drift]) -> list[Claim]:
     """Every claim about one model, with its criterion."""
     made = [_order(pairs)]
-    made += [_draws(pairs, tau) for tau in TEMPERATURES]
-    made += [_uniform(tasks, tau) for tau in TEMPERATURES]
+    made += [_draws(pairs, sampler) for sampler in SAMPLERS]
+    made += [_uniform(tasks, sampler) for sampler in PLAIN]
     made.append(_stages(drifts))
-    return made + [_later_draws(drifts, tau) for tau in TEMPERATURES]
+    return made + [_later_draws(drifts, sampler) for sampler in SAMPLERS]
 
 
 def _order(pairs: Sequence[Pair]) -> Claim:
@@ -61,8 +61,8 @@ def _order(pairs: Sequence[Pair]) -> Claim:
     )
 
 
-def _draws(pairs: Sequence[Pair], temperature: float) -> Claim:
-    moved = [pair.moved[temperature] for pair in pairs]
+def _draws(pairs: Sequence[Pair], sampler: Sampler) -> Claim:
+    moved = [pair.moved[sampler.key] for pair in pairs]
     more, less = sum(m.low > MOVED for m in moved), sum(m.high < MOVED for m in moved)
     if not pairs:
         verdict, numbers = f"{OPEN} (fewer than two tasks were probed)", ""
@@ -70,11 +70,11 @@ def _draws(pairs: Sequence[Pair], temperature: float) -> Claim:
         verdict = HOLDS if 2 * more >= len(pairs) else FAILS if less == len(pairs) else OPEN
         numbers = (
             f"{_span((m.value for m in moved), 100)} % of draws move to other layers with the other task's "
-            f"probabilities ({_span((p.halves_moved[temperature] for p in pairs), 100)} % between two halves of one "
+            f"probabilities ({_span((p.halves_moved[sampler.key] for p in pairs), 100)} % between two halves of one "
             f"task); surely more than {percent(MOVED, 0)} in {more} of {len(pairs)} pairs, surely less in {less}"
         )
     return Claim(
-        claim=f"which layers are drawn depends on the task, plain softmax at tau = {temperature:g}",
+        claim=f"which layers are drawn depends on the task, {sampler.name}",
         verdict=verdict,
         numbers=numbers,
         criterion=f"holds: in at least half of the pairs of tasks more than {percent(MOVED, 0)} of draws move (the "
@@ -82,29 +82,29 @@ def _draws(pairs: Sequence[Pair], temperature: float) -> Claim:
     )
 
 
-def effective(task: OfTask, temperature: float) -> Estimate:
+def effective(task: OfTask, sampler: Sampler) -> Estimate:
     """Effective number of layers of one task's probabilities."""
     layers = task.norms.shape[1]
-    drawn = effective_numbers(sampling_probabilities(resampled(task.norms, 0), temperature))
-    value = float(effective_numbers(sampling_probabilities(task.relative, temperature)))
+    drawn = effective_numbers(sampler.probabilities(resampled(task.norms, 0)))
+    value = float(effective_numbers(sampler.probabilities(task.relative)))
     return estimate(value, drawn, least=1.0, most=float(layers))
 
 
-def _uniform(tasks: Mapping[str, OfTask], temperature: float) -> Claim:
+def _uniform(tasks: Mapping[str, OfTask], sampler: Sampler) -> Claim:
     shares = [
         Estimate(value=found.value / layers, low=found.low / layers, high=found.high / layers)
         for task in tasks.values()
-        for found, layers in [(effective(task, temperature), task.norms.shape[1])]
+        for found, layers in [(effective(task, sampler), task.norms.shape[1])]
     ]
     above, below = sum(s.low > UNIFORM for s in shares), sum(s.high < UNIFORM for s in shares)
     if not shares:
         verdict, numbers = f"{OPEN} (no task was probed)", ""
     else:
-        some = f"{HOLDS} in {above} of {len(shares)} tasks"
+        some = f"{HOLDS} in {above} of {len(shares)} tasks" if above else OPEN
         verdict = HOLDS if above == len(shares) else FAILS if below == len(shares) else some
         numbers = f"effective layers {_span((s.value for s in shares), 100)} % of all"
     return Claim(
-        claim=f"the plain softmax at tau = {temperature:g} is uniform sampling by another name",
+        claim=f"the sampler is uniform by another name, {sampler.name}",
         verdict=verdict,
         numbers=numbers,
         criterion=f"holds: the effective number of layers, exp of the entropy, is above {percent(UNIFORM, 0)} of all "
@@ -134,8 +134,8 @@ def _stages(drifts: Sequence[Drift]) -> Claim:
     )
 
 
-def _later_draws(drifts: Sequence[Drift], temperature: float) -> Claim:
-    known = [drift.moved[temperature] for drift in drifts if len(drift.last) >= MIN_SEEDS]
+def _later_draws(drifts: Sequence[Drift], sampler: Sampler) -> Claim:
+    known = [drift.moved[sampler.key] for drift in drifts if len(drift.last) >= MIN_SEEDS]
     more, less = sum(min(moved) > MOVED for moved in known), sum(max(moved) < MOVED for moved in known)
     if not known:
         why = f"of {MIN_SEEDS} seeds or more was observed over training" if drifts else _UNOBSERVED
@@ -148,7 +148,7 @@ def _later_draws(drifts: Sequence[Drift], temperature: float) -> Claim:
             f"less in {less}"
         )
     return Claim(
-        claim=f"which layers are drawn depends on the stage, plain softmax at tau = {temperature:g}",
+        claim=f"which layers are drawn depends on the stage, {sampler.name}",
         verdict=verdict,
         numbers=numbers,
         criterion=f"holds: for at least half of the methods and tasks more than {percent(MOVED, 0)} of draws move with "

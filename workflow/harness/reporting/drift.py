@@ -14,9 +14,9 @@ import numpy as np
 from pandas import DataFrame
 
 from harness.reporting.frames import Frames
-from harness.reporting.importance_stats import SPLITS, halves, moved_share, rank_correlations, sampling_probabilities
+from harness.reporting.importance_stats import SPLITS, halves, rank_correlations
 from harness.reporting.layout import groups, of_method, trained
-from harness.reporting.probed import ALIKE, TEMPERATURES, probed_norms
+from harness.reporting.probed import ALIKE, SAMPLERS, probed_norms
 from harness.reporting.stats import ALPHA, MIN_SEEDS, Array, holm, layer_matrix
 from harness.study.spec import Study
 
@@ -30,8 +30,8 @@ class Drift:
     method: str
     curves: tuple[DataFrame, ...]
     """One a seed: columns `step` and `rho`, the rank correlation with step 0."""
-    moved: dict[float, list[float]]
-    """By temperature of the plain softmax: share of draws that move from step 0 to the last step, one a seed."""
+    moved: dict[str, list[float]]
+    """By key of the sampler: share of draws that move from step 0 to the last step, one a seed."""
     noise: Array | None
     """Rank correlations between two choices of rows, [SPLITS]; None without a probe of this model and task."""
     noise_rows: int | None
@@ -79,10 +79,7 @@ def _drifts(frames: Frames, study: Study) -> Iterator[Drift]:
                     task=task,
                     method=method,
                     curves=tuple(curves),
-                    moved={
-                        tau: [float(moved_share(*sampling_probabilities(ends, tau))) for ends in moved]
-                        for tau in TEMPERATURES
-                    },
+                    moved={sampler.key: [float(sampler.moved(*ends)) for ends in moved] for sampler in SAMPLERS},
                     noise=noise,
                     noise_rows=rows,
                 )

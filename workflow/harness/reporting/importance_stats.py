@@ -7,6 +7,7 @@ interval, and a permutation test. Norms are arrays [batches, layers]; all draws 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -45,11 +46,32 @@ def relative_means(norms: Array) -> Array:
     return scaled
 
 
-def sampling_probabilities(relative: Array, temperature: float) -> Array:
+def sampling_probabilities(relative: Array, temperature: float | Array) -> Array:
     """Softmax over the last axis, as `grass.importance.probabilities`, for many measurements at once."""
     raised = np.exp((relative - relative.max(axis=-1, keepdims=True)) / temperature)
     probability: Array = raised / raised.sum(axis=-1, keepdims=True)
     return probability
+
+
+def temperatures_for(relative: Array, share: float) -> Array:
+    """Temperature at which the softmax of each measurement has `share` of all layers effective; [...].
+
+    The effective number rises with the temperature, so it is found by bisection. Where more layers than wanted share
+    the largest value, the lowest temperature tried; where all are equal, the highest.
+
+    Args:
+        relative: [..., layers].
+        share: wanted effective number of layers by their number, above 0 and below 1.
+    """
+    wanted = share * relative.shape[-1]
+    low = np.full(relative.shape[:-1], math.log(1e-6))
+    high = np.full(relative.shape[:-1], math.log(1e6))
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = effective_numbers(sampling_probabilities(relative, np.exp(middle)[..., None])) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    found: Array = np.exp(high)
+    return found
 
 
 def effective_numbers(probability: Array) -> Array:

@@ -13,10 +13,15 @@ from harness.reporting.drift import Drift, drifts
 from harness.reporting.frames import Frames
 from harness.reporting.importance_stats import Estimate
 from harness.reporting.probe_table import NORM, interval_text, task_table
-from harness.reporting.probed import ALIKE, OfTask, Pair, compared, probed_tasks
+from harness.reporting.probed import ALIKE, SAMPLERS, SHARE, OfTask, Pair, compared, probed_tasks
 from harness.reporting.stats import ALPHA, Array
-from harness.reporting.table import UNKNOWN, Footnotes, Table, number, table_of_rows
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, percent, table_of_rows
 from harness.study.spec import Study
+
+SAMPLED = (
+    "Samplers: tau is the temperature of the plain softmax of the norms divided by their mean; auto finds the one at "
+    f"which {percent(SHARE, 0)} of the layers are effective."
+)
 
 
 def importance_tables(frames: Frames, study: Study) -> list[Table]:
@@ -48,6 +53,7 @@ def _claim_table(
             raw.append({"model": model, **vars(claim)})
             shown = {"model": model, "claim": claim.claim + notes.mark(claim.criterion)}
             display.append(shown | {"verdict": claim.verdict, "numbers": claim.numbers or UNKNOWN})
+    notes.add(SAMPLED)
     return table_of_rows(
         "importance_claims",
         "Where importance lies: the paper's premise as claims that can fail. The criteria in the footnotes are ours.",
@@ -81,9 +87,9 @@ def _pair_table(pairs: Mapping[str, list[Pair]]) -> Table:
         f"model's pairs. Verdict: differ, p < 0.05; alike, else, with the whole interval above {ALIKE:g}."
     )
     notes.add(
-        "Draws that move: share of single draws that go to other layers if the probe of the other task is used, by the "
-        "plain softmax of the norms divided by their mean (total variation distance). Of one task: the same between "
-        "two halves of a task's own batches, hence noise."
+        "Moved draws: share of single draws that go to other layers if the probe of the other task is used (total "
+        f"variation distance), with 95 % interval; behind the semicolon the same between two halves of a task's own "
+        f"batches, hence noise. {SAMPLED}"
     )
     return table_of_rows(
         "importance_pairs",
@@ -105,10 +111,10 @@ def _pair_numbers(pair: Pair) -> dict[str, Any]:
         "p_holm": pair.p_holm,
         "verdict": pair.verdict,
     }
-    for tau, moved in pair.moved.items():
-        key = f"moved_share_tau_{tau:g}"
+    for sampler, moved in pair.moved.items():
+        key = f"moved_share_{sampler}"
         numbers |= {key: moved.value, f"{key}_low": moved.low, f"{key}_high": moved.high}
-        numbers[f"{key}_of_one_task"] = pair.halves_moved[tau]
+        numbers[f"{key}_of_one_task"] = pair.halves_moved[sampler]
     return numbers
 
 
@@ -120,10 +126,11 @@ def _pair_text(pair: Pair) -> dict[str, str]:
         "p (Holm)": f"{pair.p_holm:.4f}" if pair.p_holm < 0.01 else number(pair.p_holm, 2),
         "verdict": pair.verdict,
     }
-    for tau, moved in pair.moved.items():
+    for sampler in SAMPLERS:
+        moved = pair.moved[sampler.key]
         whole = Estimate(value=100 * moved.value, low=100 * moved.low, high=100 * moved.high)
-        shown[f"draws that move, tau {tau:g} (%)"] = interval_text(whole, 1)
-        shown[f"of one task (%), tau {tau:g}"] = number(100 * pair.halves_moved[tau], 1)
+        noise = number(100 * pair.halves_moved[sampler.key], 1)
+        shown[f"moved draws, {sampler.name} (%)"] = f"{interval_text(whole, 1)}; {noise}"
     return shown
 
 
@@ -184,14 +191,14 @@ def _drift_table(moving: list[Drift]) -> Table:
             keys
             | {"seeds": len(drift.last), "last_step": last, "rank_correlation_mean": fmean(drift.last)}
             | {"rank_correlation_lowest": min(drift.last), "rank_correlation_highest": max(drift.last)}
-            | {f"moved_share_tau_{tau:g}_mean": fmean(values) for tau, values in drift.moved.items()}
+            | {f"moved_share_{sampler}_mean": fmean(values) for sampler, values in drift.moved.items()}
             | {"rows_rank_correlation_mean": noise, "rows_rank_correlation_5_percent": low}
             | {"noise_rows": drift.noise_rows, "p": drift.p, "p_holm": drift.p_holm, "verdict": drift.verdict}
         )
         display.append(
             keys
             | {"seeds": str(len(drift.last)), "last step": str(last), "rank correlation": _spread(drift.last, 2)}
-            | {f"draws that move, tau {tau:g} (%)": _spread(moved, 1, 100) for tau, moved in drift.moved.items()}
+            | {f"moved draws, {s.name} (%)": _spread(drift.moved[s.key], 1, 100) for s in SAMPLERS}
             | {
                 "two choices of rows": number(noise, 2)
                 if noise is None
@@ -204,6 +211,7 @@ def _drift_table(moving: list[Drift]) -> Table:
         "Rank correlation: Spearman's, over layers, of the observer's norms at the last step with those at step 0."
     )
     notes.add("Mean over the ok seeds, in brackets the lowest and the highest seed.")
+    notes.add(f"Moved draws: share of single draws that go to other layers at the last step than at step 0. {SAMPLED}")
     notes.add(
         "Two choices of rows: the same between two disjoint sets of batches of the probe before training, with as many "
         "rows as the observer has or as the probe allows; mean, and the value that 5 % of choices lie below. p: share "

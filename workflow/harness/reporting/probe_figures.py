@@ -58,9 +58,14 @@ def _ratio_axis(panel: Any, lowest: float, highest: float) -> None:
     panel.yaxis.set_minor_locator(NullLocator())
 
 
-def _layer_axis(panel: Any) -> None:
-    panel.set_xlabel("layer (0: lowest)")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+def _layer_axes(panels: list[Any]) -> None:
+    """Label the lowest panel of each column, wherever the last row ends."""
+    columns = min(len(panels), COLUMNS)
+    for place, panel in enumerate(panels):
+        lowest = place + columns >= len(panels)
+        panel.tick_params(labelbottom=lowest)
+        panel.set_xlabel("layer (0: lowest)" if lowest else "")
+        panel.xaxis.get_major_locator().set_params(integer=True)
 
 
 def norms_by_task(tasks: dict[str, OfTask], model: str) -> Drawing:
@@ -84,8 +89,7 @@ def norms_by_task(tasks: dict[str, OfTask], model: str) -> Drawing:
     for panel in panels:
         panel.axhline(1, color="#777777", linewidth=0.7)
         _ratio_axis(panel, float(edges.min()), float(edges.max()))
-        _layer_axis(panel)
-        panel.label_outer()
+    _layer_axes(panels)
     for panel in panels[::COLUMNS]:
         panel.set_ylabel("norm / mean over layers")
     legend_below(
@@ -131,7 +135,7 @@ def norms_by_block(frames: Frames, tasks: dict[str, OfTask], model: str) -> Draw
         sizes = of_model.loc[of_model["kind"] == kind, "parameters"]
         panel.set_title(f"{kind} ({float(sizes.median()):,.0f} parameters)")
         _ratio_axis(panel, float(np.min(seen)), float(np.max(seen)))
-        _layer_axis(panel)
+    _layer_axes(panels)
     panels[0].set_ylabel("norm / mean of layers")
     legend_below(figure, list(handles.values()), list(handles))
     return Drawing(

@@ -11,8 +11,8 @@ from pandas import DataFrame
 from harness.records.columns import ALL, NORMS
 from harness.reporting.claims import effective
 from harness.reporting.frames import Frames
-from harness.reporting.importance_stats import Estimate
-from harness.reporting.probed import TEMPERATURES, OfTask
+from harness.reporting.importance_stats import Estimate, temperatures_for
+from harness.reporting.probed import PLAIN, SHARE, OfTask
 from harness.reporting.stats import rank_correlation
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, percent, table_of_rows
 from harness.study.spec import Study
@@ -55,7 +55,8 @@ def task_table(frames: Frames, study: Study, of_models: Mapping[str, Mapping[str
     )
     notes.add(
         "Effective layers: exp of the entropy of the plain softmax of the norms divided by their mean, at the "
-        "temperature given; in brackets the 95 % interval over batches."
+        "temperature given; in brackets the 95 % interval over batches. Last of them: the temperature at which "
+        f"{percent(SHARE, 0)} of the layers are effective."
     )
     notes.add(
         "Squared norm by block: shares of the sum over all layers and batches. Order without norms: rank correlation "
@@ -97,13 +98,10 @@ def _numbers(frames: Frames, keys: Mapping[str, str], task: OfTask) -> dict[str,
         "lowest_layers": " ".join(map(str, order[:EXTREMES])),
         "halves_rank_correlation": task.halves,
     }
-    for tau in TEMPERATURES:
-        found = effective(task, tau)
-        numbers |= {
-            f"effective_layers_tau_{tau:g}": found.value,
-            f"effective_layers_tau_{tau:g}_low": found.low,
-            f"effective_layers_tau_{tau:g}_high": found.high,
-        }
+    for sampler in PLAIN:
+        found, key = effective(task, sampler), f"effective_layers_{sampler.key}"
+        numbers |= {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+    numbers[f"temperature_for_share_{SHARE:g}"] = float(temperatures_for(task.relative, SHARE))
     numbers["rank_correlation_without_norms"] = rank_correlation(list(task.relative), _matrices(rows))
     return numbers | {f"squared_norm_share_{kind}": share for kind, share in _shares(rows).items()}
 
@@ -135,11 +133,12 @@ def _text(numbers: Mapping[str, Any], size: Mapping[str, int], task: OfTask) -> 
         "lowest layers": numbers["lowest_layers"],
         "two halves": number(task.halves, 3),
     }
-    for tau in TEMPERATURES:
-        found = [numbers[f"effective_layers_tau_{tau:g}{end}"] for end in ("", "_low", "_high")]
-        shown[f"effective of {task.norms.shape[1]}, tau {tau:g}"] = interval_text(
-            Estimate(value=found[0], low=found[1], high=found[2]), 1
+    for sampler in PLAIN:
+        value, low, high = (numbers[f"effective_layers_{sampler.key}{end}"] for end in ("", "_low", "_high"))
+        shown[f"effective layers, {sampler.name}"] = (
+            f"{interval_text(Estimate(value=value, low=low, high=high), 1)} of {task.norms.shape[1]}"
         )
+    shown[f"tau for {percent(SHARE, 0)}"] = number(numbers[f"temperature_for_share_{SHARE:g}"], 2)
     kinds = [key for key in numbers if key.startswith("squared_norm_share_")]
     shown["order without norms"] = number(numbers["rank_correlation_without_norms"], 2)
     return shown | {

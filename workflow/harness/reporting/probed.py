@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -22,12 +21,37 @@ from harness.reporting.importance_stats import (
     resampled,
     same_order_p,
     sampling_probabilities,
+    temperatures_for,
 )
 from harness.reporting.stats import ALPHA, Array, holm
 from harness.study.spec import Study
 
-TEMPERATURES = (1.0, 0.25)
-"""Of the plain softmax over mean-scaled norms: GRASS's former default, and one that is choosier."""
+SHARE = 0.7
+"""Effective share of the layers of the sampler that finds its temperature."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """A softmax of the norms divided by their mean, with a fixed temperature or with one that gives a share."""
+
+    key: str
+    """In names of columns."""
+    name: str
+    temperature: float | None
+    """None: found for each measurement, so that `SHARE` of the layers is effective."""
+
+    def probabilities(self, relative: Array) -> Array:
+        """Of each layer, [..., layers], from `importance_stats.relative_means`."""
+        tau: float | Array = self.temperature or temperatures_for(relative, SHARE)[..., None]
+        return sampling_probabilities(relative, tau)
+
+    def moved(self, first: Array, second: Array) -> Array:
+        """Share of draws that go to other layers with the second measurement than with the first."""
+        return moved_share(self.probabilities(first), self.probabilities(second))
+
+
+PLAIN = tuple(Sampler(key=f"tau_{tau:g}", name=f"tau {tau:g}", temperature=tau) for tau in (1.0, 0.25))
+SAMPLERS = (*PLAIN, Sampler(key=f"auto_{SHARE:g}", name=f"auto {SHARE:g}", temperature=None))
 ALIKE = 0.9
 """Ours: two tasks have the same order for all purposes if their rank correlation is surely above this."""
 
@@ -40,8 +64,8 @@ class OfTask:
     """Root mean square of the gradient's entries, [batches, layers]."""
     halves: float
     """Rank correlation of two halves of the batches, mean over random halves: the ceiling of any comparison."""
-    halves_moved: Mapping[float, float]
-    """By temperature: share of draws that move if one half of the batches is used and not the other."""
+    halves_moved: Mapping[str, float]
+    """By key of the sampler: share of draws that move if one half of the batches is used and not the other."""
 
     @property
     def relative(self) -> Array:
@@ -63,9 +87,9 @@ class Pair:
     """Mean of both tasks' `OfTask.halves`."""
     p: float
     """Of "both tasks have one order"."""
-    moved: Mapping[float, Estimate]
-    """By temperature: share of draws that go to other layers with the other task's probabilities."""
-    halves_moved: Mapping[float, float]
+    moved: Mapping[str, Estimate]
+    """By key of the sampler: share of draws that go to other layers with the other task's probabilities."""
+    halves_moved: Mapping[str, float]
     """The same of two halves of one task, mean of both tasks."""
     p_holm: float = 1.0
     verdict: str = ""
@@ -97,7 +121,7 @@ def _of_task(norms: Array) -> OfTask:
     return OfTask(
         norms=norms,
         halves=float(rank_correlations(one, other).mean()),
-        halves_moved={tau: float(_moved(tau)(one, other).mean()) for tau in TEMPERATURES},
+        halves_moved={sampler.key: float(sampler.moved(one, other).mean()) for sampler in SAMPLERS},
     )
 
 
@@ -118,8 +142,10 @@ def _pair(first: str, second: str, tasks: Mapping[str, OfTask]) -> Pair:
     drawn = [resampled(task.norms, places.index(name)) for name, task in ((first, a), (second, b))]
     rho = float(rank_correlations(a.relative, b.relative))
     moved = {
-        tau: estimate(float(_moved(tau)(a.relative, b.relative)), _moved(tau)(drawn[0], drawn[1]), least=0.0, most=1.0)
-        for tau in TEMPERATURES
+        sampler.key: estimate(
+            float(sampler.moved(a.relative, b.relative)), sampler.moved(drawn[0], drawn[1]), least=0.0, most=1.0
+        )
+        for sampler in SAMPLERS
     }
     return Pair(
         first=first,
@@ -129,13 +155,5 @@ def _pair(first: str, second: str, tasks: Mapping[str, OfTask]) -> Pair:
         ceiling=(a.halves + b.halves) / 2,
         p=same_order_p(a.norms, b.norms),
         moved=moved,
-        halves_moved={tau: (a.halves_moved[tau] + b.halves_moved[tau]) / 2 for tau in TEMPERATURES},
+        halves_moved={key: (share + b.halves_moved[key]) / 2 for key, share in a.halves_moved.items()},
     )
-
-
-def _moved(temperature: float) -> partial[Array]:
-    return partial(_moved_at, temperature)
-
-
-def _moved_at(temperature: float, first: Array, second: Array) -> Array:
-    return moved_share(sampling_probabilities(first, temperature), sampling_probabilities(second, temperature))

@@ -16,8 +16,9 @@ from harness.reporting.importance_stats import (
     resampled,
     same_order_p,
     sampling_probabilities,
+    temperatures_for,
 )
-from harness.reporting.probed import OfTask, compared
+from harness.reporting.probed import SAMPLERS, OfTask, compared
 from harness.reporting.stats import Array
 from scipy.stats import spearmanr
 
@@ -39,7 +40,11 @@ def truth(seed: int, layers: int = LAYERS) -> Array:
 
 def of_task(norms: Array) -> OfTask:
     one, other = halves(norms)
-    return OfTask(norms=norms, halves=float(rank_correlations(one, other).mean()), halves_moved={1.0: 0.0, 0.25: 0.0})
+    return OfTask(
+        norms=norms,
+        halves=float(rank_correlations(one, other).mean()),
+        halves_moved=dict.fromkeys((s.key for s in SAMPLERS), 0.0),
+    )
 
 
 # ---------------------------------------------------------------- does it claim what is there, and nothing else?
@@ -119,6 +124,14 @@ def test_probabilities_and_effective_layers_are_those_of_the_library() -> None:
         found = sampling_probabilities(relative, tau)
         assert found == pytest.approx(expected)
         assert float(effective_numbers(found)) == pytest.approx(effective_layers(expected))
+
+
+def test_a_found_temperature_gives_the_share_whatever_the_profile() -> None:
+    relative = relative_means(np.stack([simulated(truth(k), k)[None] for k in range(5)])[:, 0])
+    for share in (0.3, 0.7, 0.95):
+        tau = temperatures_for(relative, share)
+        assert effective_numbers(sampling_probabilities(relative, tau[:, None])) == pytest.approx(share * LAYERS)
+    assert temperatures_for(np.ones(4), 0.5) == pytest.approx(1e6)
 
 
 def test_rank_correlation_is_scipys_also_with_ties() -> None:
