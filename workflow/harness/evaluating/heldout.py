@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.inputs.prompts import Prompt, Row
-from harness.inputs.tokens import IGNORED, encode
+from harness.inputs.tokens import IGNORED, check_ids, encode
 from harness.training.validation import losses_of_rows
 
 TOKENS_AT_ONCE = 4096
@@ -71,12 +71,17 @@ def heldout_loss(model: Any, prompt: Prompt, rows: Sequence[Row], *, max_length:
         rows: test rows.
         max_length: tokens of prompt and output a row is cut to, as in training.
         batch_size: of such rows in a forward pass, at most; passes are also bounded by `TOKENS_AT_ONCE`.
+
+    Raises:
+        UserError: a row has a token that the model's embedding has no row for.
     """
     encoded = {
         number: encode(prompt, row, max_length=max_length, loss_on="answer")
         for number, row in enumerate(rows)
         if row["output"].strip()
     }
+    ids = (row.input_ids for row in encoded.values())
+    check_ids(ids, tokenizer=prompt.tokenizer, embedding=model.get_input_embeddings())
     answered = [number for number, row in encoded.items() if any(label != IGNORED for label in row.labels[1:])]
     found = losses_of_rows(
         model,

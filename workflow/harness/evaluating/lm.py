@@ -20,6 +20,7 @@ from harness.errors import UserError
 from harness.evaluating.asking import Asking
 from harness.inputs.choices import question
 from harness.inputs.prompts import Row
+from harness.step.architecture import attention_of, positions_of
 from harness.study.spec import Choices, Scoring
 from harness.tasks.protocol import extract, kept_text
 
@@ -76,7 +77,8 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     datasets.disable_progress_bars()
     if tokenizer.eos_token_id is None:
         raise UserError(f"{tokenizer.name_or_path}: the tokenizer has no end token; set eos_token in its config")
-    lm = HarnessLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    # lm-eval reads the context from the configuration, which may name more positions than the model has
+    lm = HarnessLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=positions_of(model))
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -119,6 +121,7 @@ def decoding(lm: Any, asking: Asking) -> dict[str, Any]:
         "key_value_cache": True,
         "batch_size": lm.batch_size,
         "max_context_tokens": lm.max_length,
+        "attention": attention_of(lm.model).kind,
         "weight_dtype": str(lm.model.dtype).removeprefix("torch."),
         "lm_eval": version("lm_eval"),
     }

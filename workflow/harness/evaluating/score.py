@@ -13,6 +13,7 @@ from typing import Any
 
 import pandas as pd
 
+from grass.layers import declared_module
 from harness.errors import UserError
 from harness.evaluating.asking import Asking
 from harness.evaluating.heldout import DocumentLoss, HeldoutLoss, heldout_loss
@@ -22,12 +23,14 @@ from harness.inputs.choices import question
 from harness.inputs.overlap import normalised
 from harness.inputs.prompts import Prompt, Row, user_text
 from harness.inputs.rows import read_rows
+from harness.inputs.tokens import check_ids
 from harness.records.atomic import whole_file, write_json
 from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS, LM_EVAL_SAMPLE_COLUMNS
 from harness.records.provenance import provenance
-from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, SuiteScore, TrainRecord
-from harness.step.outcomes import is_out_of_memory, out_of_memory_why
+from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, Provenance, SuiteScore, TrainRecord
+from harness.step.architecture import check_length
+from harness.step.outcomes import CannotRunError, is_out_of_memory, out_of_memory_why
 from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
 from harness.study.spec import Choices, FileScoring, LmEvalSuite, ReadSuite
@@ -106,11 +109,17 @@ def evaluate(
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
     origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
+    _check_untrained(train_record, origin)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
-    tokenizer = load_tokenizer(checkpoint)
-    lm = wrap(model, tokenizer, batch_size=batch_size)
-    prompt = Prompt(job.prompt, tokenizer)
+    prompt = Prompt(job.prompt, load_tokenizer(checkpoint))
+    try:
+        check_length(model, job.max_length, what="recipe.max_length")
+    except CannotRunError as error:
+        raise UserError(f"{checkpoint}: {error}") from None
     asking = Asking(prompt=prompt, examples=train_rows[: job.shots])
+    asked = (asking.tokens(row) for rows in tests.values() for row in rows)
+    check_ids(asked, tokenizer=prompt.tokenizer, embedding=declared_module(model, "get_input_embeddings"))
+    lm = wrap(model, prompt.tokenizer, batch_size=batch_size)
     scorer = _Scorer(lm, job, run=train_record.name, asking=asking, trained={_key(row) for row in train_rows})
     record = partial(
         EvalRecord, name=job.name, run=train_record.name, decoding=scorer.settings, scores=scorer.scores,
@@ -131,6 +140,20 @@ def evaluate(
             return _write(out, scorer.documents, record(status="oom", status_why=why, wall_s=seconds))
     _write_samples(out, scorer.samples, job)
     return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
+
+
+def _check_untrained(train_record: TrainRecord, origin: Provenance) -> None:
+    """A run that trained nothing is scored on the model's own folder, which must hold what it held then."""
+    if train_record.steps_done:
+        return
+    then = train_record.provenance.input_sha256
+    for role, value in origin.input_sha256.items():
+        kind, _, name = role.partition(":")
+        if kind == "checkpoint" and then.get(f"model {name}", value) != value:
+            raise UserError(
+                f"{train_record.checkpoint} holds another model than run {train_record.name} was made from: {name} "
+                "differs; put that model back, or remove the run's train.json to make it anew"
+            )
 
 
 class _Scorer:

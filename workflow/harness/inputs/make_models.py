@@ -8,22 +8,23 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from httpx import HTTPError
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from harness.errors import UserError, first_line
+from harness.errors import UserError
+from harness.inputs.checkpoints import check_checkpoint
+from harness.inputs.models import load_tokenizer
 from harness.records.atomic import sha256, write_json
 from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, Provenance
+from harness.step.architecture import attention_of
+from harness.study.identity import WEIGHTS, files_of, stamp_files
 from harness.study.jobs import ModelJob
 from harness.study.paths import resolve
 from harness.study.spec import HubModel, PretrainedHere
 
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -72,14 +73,22 @@ def describe_model(
         losses: of pretraining, (step, nats per token).
 
     Raises:
-        UserError: the folder holds no model; one line.
+        UserError: the folder holds no model, its checkpoint does not fit its architecture, or its tokenizer its
+            embedding; one line.
     """
     files = _checked_files(weights, asked=where)
+    model = check_checkpoint(weights, asked=where)
+    load_tokenizer(weights)
+    attention = attention_of(model)
+    # noted before they are hashed: a file that changes meanwhile is noticed by its time
+    stamp_files(files, into)
     record = ModelRecord(
         name=name,
         folder=where,
         files_sha256={file.name: sha256(file) for file in files},
-        parameters=_count_parameters(weights, asked=where),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        attention=attention.kind,
+        attention_why=attention.why,
         pretraining_loss=list(losses),
         wall_s=time.perf_counter() - started,
         provenance=provenance,
@@ -98,9 +107,8 @@ def _checked_files(folder: Path, *, asked: str) -> list[Path]:
         raise UserError(
             f"{asked}: no tokenizer in it (one of {', '.join(_TOKENIZERS)}); copy the model's tokenizer there"
         )
-    weights = [file for pattern in _WEIGHTS for file in folder.glob(pattern)]
-    if not weights:
-        raise UserError(f"{asked}: no weights in it ({' or '.join(_WEIGHTS)}); download or convert them")
+    if not any(True for pattern in WEIGHTS for _ in folder.glob(pattern)):
+        raise UserError(f"{asked}: no weights in it ({' or '.join(WEIGHTS)}); download or convert them")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         # Offline, the hub client takes a partial download for complete; a copied folder may lack a shard too.
@@ -113,20 +121,7 @@ def _checked_files(folder: Path, *, asked: str) -> list[Path]:
             raise UserError(
                 f"{asked}: {len(missing)} of {len(shards)} shards missing, first {missing[0]}; fetch them again"
             )
-    texts = [file for pattern in ("*.json", "*.model", "*.txt") for file in folder.glob(pattern)]
-    return sorted({*weights, *texts} - {folder / "manifest.json"})
-
-
-def _count_parameters(folder: Path, *, asked: str) -> int:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{asked}/config.json: transformers makes no causal language model of it ({first_line(error)}); "
-            "give the folder of one"
-        ) from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return files_of(folder)
 
 
 def _fetch(source: HubModel, folder: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.inputs.prompts import Prompt, Row
@@ -86,6 +86,21 @@ def encode_rows(
         mean_tokens=tokens / len(kept),
         answer_tokens_share=answer_tokens / tokens,
     )
+
+
+def check_ids(rows: Iterable[Sequence[int]], *, tokenizer: Any, embedding: nn.Module | None) -> None:
+    """Refuse token ids that the model's embedding has no row for, as added tokens without a resized embedding have.
+
+    Raises UserError naming the token and both numbers.
+    """
+    if not isinstance(embedding, nn.Embedding):
+        return
+    highest = max((max(ids) for ids in rows if len(ids)), default=0)
+    if highest >= embedding.num_embeddings:
+        raise UserError(
+            f"the token {tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}, and the model's embedding has "
+            f"{embedding.num_embeddings} rows; take rows, or a prompt, without it, or the tokenizer of this model"
+        )
 
 
 def collate(rows: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:

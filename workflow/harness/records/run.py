@@ -56,6 +56,8 @@ class ModelRecord(Record):
     folder: str = Field(description="relative to the results folder's parent, or with ${input} still in it")
     files_sha256: dict[str, str]
     parameters: int | None
+    attention: str | None = Field(default=None, description="as it is computed: sdpa, or eager")
+    attention_why: str | None = Field(default=None, description="why not sdpa")
     pretraining_loss: list[tuple[int, float]] = Field(default_factory=list, description="(step, loss)")
     wall_s: float
     provenance: Provenance
@@ -240,6 +242,8 @@ class TrainRecord(Record):
     steps_done: int
     checkpoint: str | None = Field(description="model folder that plain transformers loads")
     checkpoint_why: str | None = None
+    attention: str | None = Field(default=None, description="as it was computed: sdpa, or eager")
+    attention_why: str | None = Field(default=None, description="why not sdpa")
     parameters: int | None
     trainable_parameters: int | None = Field(default=None, description="in one step")
     train_loss: float | None = Field(default=None, description="mean of the last 10 % of the steps")

@@ -91,9 +91,10 @@ def _prompts(plan: Plan, paths: Paths) -> Iterator[str]:
         for model in plan.models.values():
             manifest = paths.output(MODEL, model.name)
             if manifest.is_file():
-                from harness.inputs.models import load_tokenizer, model_folder
+                from harness.inputs.models import load_tokenizer
+                from harness.study.paths import resolve
 
-                prompt = Prompt(name, load_tokenizer(model_folder(read(manifest, ModelRecord))))
+                prompt = Prompt(name, load_tokenizer(resolve(read(manifest, ModelRecord).folder)))
                 yield f"{job.label}: {name}, {model.label}: {_shown(prompt.evaluation(row))}"
             else:
                 yield f"{job.label}: {name}, {model.label}: its tokenizer's own template, shown once the model is here"

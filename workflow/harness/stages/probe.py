@@ -31,20 +31,16 @@ def run(args: argparse.Namespace) -> int:
 def _probe(args: argparse.Namespace, job: ProbeJob) -> int:
     import torch
 
-    from harness.inputs.models import model_folder
     from harness.records import atomic
-    from harness.records.reading import read
-    from harness.records.run import ModelRecord
     from harness.study.paths import Paths
     from harness.study.progress import announce
-    from harness.training.loading import Inputs
+    from harness.training.loading import inputs_of
     from harness.training.probe import probe
 
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
     paths = Paths(folder.parents[1])
-    manifest = read(paths.model(job.model.name) / "manifest.json", ModelRecord)
-    record = probe(job, Inputs(model_folder(manifest), paths.rows(job.rows.name), manifest.folder))
+    record = probe(job, inputs_of(job, paths))
     atomic.write_json(folder / "probe.json", record.model_dump(mode="json"))
     announce(f"probe {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

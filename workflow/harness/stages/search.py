@@ -34,20 +34,16 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     import torch
 
     from harness.forecasting.run_forecast import refusal_of
-    from harness.inputs.models import model_folder
     from harness.records import atomic
-    from harness.records.reading import read
-    from harness.records.run import ModelRecord
     from harness.study.paths import Paths
     from harness.study.progress import announce
-    from harness.training.loading import Inputs
+    from harness.training.loading import inputs_of
     from harness.training.search import search
 
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
     paths = Paths(folder.parents[1])
-    manifest = read(paths.model(job.training.model.name) / "manifest.json", ModelRecord)
-    inputs = Inputs(model_folder(manifest), paths.rows(job.training.rows.name))
+    inputs = inputs_of(job.training, paths)
     record = search(job, inputs=inputs, trials_folder=paths.state(job.name), refusal=refusal_of(args.forecast))
     atomic.write_json(folder / "search.json", record.model_dump(mode="json"))
     shutil.rmtree(paths.state(job.name), ignore_errors=True)

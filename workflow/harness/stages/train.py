@@ -35,20 +35,18 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     import torch
 
     from harness.forecasting.run_forecast import refusal_of
-    from harness.inputs.models import model_folder
     from harness.measuring.rates import with_rates
     from harness.records import atomic
     from harness.records.reading import read
-    from harness.records.run import ModelRecord, SearchRecord
+    from harness.records.run import SearchRecord
     from harness.study.paths import Paths
     from harness.study.progress import announce
-    from harness.training.loading import Inputs
+    from harness.training.loading import inputs_of
     from harness.training.loop import train
 
     torch.set_num_threads(args.threads)
     folder: Path = args.spec.parent
     paths = Paths(folder.parents[1])
-    manifest = read(paths.model(job.training.model.name) / "manifest.json", ModelRecord)
     lr, search = job.lr, job.search_job()
     if search is not None:
         found = read(paths.search(search.name) / "search.json", SearchRecord)
@@ -61,7 +59,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
         lr=lr,
         lr_searched=search is not None,
         seed=job.seed,
-        inputs=Inputs(model_folder(manifest), paths.rows(job.training.rows.name), manifest.folder),
+        inputs=inputs_of(job.training, paths),
         folder=folder,
         state_folder=state,
         checkpoint_every=args.checkpoint_every,

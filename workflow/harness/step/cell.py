@@ -19,6 +19,7 @@ from baselines.method import torch_dtype
 from grass.host import current, using
 from grass.layers import find_layers
 from harness.errors import first_line
+from harness.step.architecture import asked_attention, check_length
 from harness.step.attach import attach, new_method
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
@@ -55,9 +56,10 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
     Raises:
         ConfigError: the geometry's model does not have the published number of parameters.
     """
+    config = configuration(model)
     with torch.device(device):
         built: nn.Module = AutoModelForCausalLM.from_config(
-            configuration(model), dtype=torch_dtype(weight_dtype), attn_implementation="sdpa"
+            config, dtype=torch_dtype(weight_dtype), attn_implementation=asked_attention(config)
         )
     count = sum(p.numel() for p in built.parameters())
     if isinstance(model, Geometry) and count != model.parameters:
@@ -103,7 +105,8 @@ class CellRun:
         steps_per_draw: steps between two draws; overrides the method's config entry.
 
     Raises:
-        CannotRunError: a package is missing, or the method refuses; the message is the reason.
+        CannotRunError: a package is missing, the method refuses, or the model has too few positions for the length;
+            the message is the reason.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class CellRun:
         self.draws = ForcedDraws(current(), policy=policy, on_draw=lambda: enter("resample"))
         enter("load")
         self.model = build_model(cell.model, weight_dtype=cell.numerics.weight_dtype, device=device)
+        check_length(self.model, cell.shape.length, what="the length of a row")
         self._cell = cell
         self._vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.batches = self._random(cell.shape)

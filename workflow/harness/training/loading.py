@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from grass.layers import find_layers
-from harness.inputs.models import load_model, load_tokenizer
+from grass.layers import declared_module, find_layers
+from harness.inputs.models import check_savable, generation_why, load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
-from harness.inputs.tokens import Encoded, encode_rows
-from harness.records.run import DataUse
+from harness.inputs.tokens import Encoded, check_ids, encode_rows
+from harness.records.reading import read
+from harness.records.run import DataUse, RowsRecord
+from harness.step.architecture import Attention, attention_of, check_length
 from harness.step.attach import Attached, attach, new_method
 from harness.step.observer import Observer
-from harness.study.jobs import Training
+from harness.study.identity import files_of, known_model
+from harness.study.jobs import MODEL, ROWS, ProbeJob, Training
+from harness.study.paths import Paths, resolve
 from harness.study.spec import Observation
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
@@ -30,11 +35,27 @@ class Inputs:
     rows: Path
     model_text: str = ""
     """The model's folder as written in its manifest, without a path of this machine."""
+    made_from: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of the files of both folders, by role, as their manifests have them; a resume state made from other files
+    is not taken up."""
 
     def files(self) -> dict[str, Path]:
         """The files that a run reads, by role."""
         found = {"train rows": self.rows / "train.json", "validation rows": self.rows / "validation.json"}
-        return found | {f"model {path.name}": path for path in sorted(self.model.glob("*.safetensors"))}
+        return found | {f"model {path.name}": path for path in files_of(self.model)}
+
+
+def inputs_of(job: Training | ProbeJob, paths: Paths) -> Inputs:
+    """The inputs that earlier jobs made for a run or a probe.
+
+    Raises:
+        UserError: a manifest is missing, or the model's folder holds another model than its manifest was made from.
+    """
+    model = known_model(paths.output(MODEL, job.model.name))
+    rows = read(paths.output(ROWS, job.rows.name), RowsRecord)
+    hashes = {f"model {name}": value for name, value in model.files_sha256.items()}
+    hashes |= {f"rows {name}": value for name, value in rows.files_sha256.items()}
+    return Inputs(resolve(model.folder), paths.rows(job.rows.name), model.folder, hashes)
 
 
 @dataclass(frozen=True)
@@ -51,13 +72,18 @@ class Loaded(Attached):
     observed: list[dict[str, Tensor]]
     """Fixed validation rows of the observer probe."""
     data: DataUse
+    attention: Attention
+    notes: list[str]
+    """What is worth a line in the run's record."""
 
 
 def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, observation: Observation | None) -> Loaded:
     """Load model and rows, attach the method.
 
     Raises:
-        CannotRunError: a package is missing, or the method refuses; the message is the reason.
+        CannotRunError: a package is missing, the method refuses, or the model has too few positions; the message is the
+            reason.
+        UserError: the model's folder is at fault: see `load_model`, `load_tokenizer`, `check_ids` and `check_savable`.
     """
     recipe = training.recipe
     method = new_method(training.module, training.options, recipe=recipe, lr=lr, seed=seed)
@@ -65,7 +91,13 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     prompt, cut = Prompt(training.prompt, tokenizer), {"max_length": recipe.max_length}
     rows, data = encode_rows(prompt, read_rows(inputs.rows / "train.json"), loss_on=recipe.loss_on, **cut)
     held, _ = encode_rows(prompt, read_rows(inputs.rows / "validation.json"), loss_on="answer", **cut)
-    model = load_model(inputs.model, weight_dtype=recipe.weight_dtype).to(recipe.device)
+    model = load_model(inputs.model, weight_dtype=recipe.weight_dtype)
+    check_length(model, recipe.max_length, what="recipe.max_length")
+    ids = (row.input_ids for row in (*rows, *held))
+    check_ids(ids, tokenizer=tokenizer, embedding=declared_module(model, "get_input_embeddings"))
+    check_savable(model, tokenizer, path=inputs.model)
+    attention, unsavable = attention_of(model), generation_why(inputs.model)
+    model = model.to(recipe.device)
     on_device: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "device": recipe.device}
     batches = Batches(
         rows, batch_size=recipe.batch_size, micro_batch_size=recipe.micro_batch_size, seed=seed, **on_device
@@ -86,4 +118,6 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
         pad_id=tokenizer.pad_token_id,
         observed=observed,
         data=data,
+        attention=attention,
+        notes=[] if unsavable is None else [unsavable],
     )

@@ -99,6 +99,8 @@ def train(
         steps_done=len(run.log.steps),
         checkpoint=run.checkpoint,
         checkpoint_why=None if run.checkpoint else (why or run.export_why or "nothing is kept of a trial"),
+        attention=loaded.attention.kind if loaded else None,
+        attention_why=loaded.attention.why if loaded else None,
         parameters=loaded.facts.total_parameters if loaded else None,
         trainable_parameters=loaded.promise.trainable_parameters if loaded else None,
         train_loss=run.log.train_loss,
@@ -116,7 +118,7 @@ def train(
         gpu=gpu,
         gpu_why=gpu_why,
         engagement=run.checks,
-        notes=run.log.notes,
+        notes=[*(loaded.notes if loaded else []), *run.log.notes],
         provenance=provenance(
             roots=roots_of(training.module),
             inputs=inputs.files(),
@@ -177,7 +179,11 @@ class _Run:
 
     def _resume(self, run: Loaded, state_folder: Path | None) -> int:
         """Restore the resume state of a killed run; returns the number of steps done."""
-        found = resume.load(state_folder, run.module) if state_folder is not None else None
+        if state_folder is None:
+            return 0
+        if dropped := resume.claim(state_folder, self.inputs.made_from):
+            self.log.notes.append(dropped)
+        found = resume.load(state_folder, run.module)
         if found is None:
             return 0
         done, rest = found

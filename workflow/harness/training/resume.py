@@ -5,16 +5,41 @@ It is kept under results/state/, outside every declared output, since Snakemake 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from harness.records.atomic import whole_file
+from harness.records.atomic import whole_file, write_json
+from harness.records.reading import read_json
 
 FILE = "state.pt"
+_MADE_FROM = "made_from.json"
+
+
+def claim(folder: Path, made_from: Mapping[str, str]) -> str | None:
+    """Say what the states in a folder are made from, and drop those that were made from something else.
+
+    Args:
+        folder: results/state/<run or search>.
+        made_from: sha256 of the files that the run reads, by role.
+
+    Returns:
+        A line for the record if states were dropped.
+    """
+    note, path = None, folder / _MADE_FROM
+    if folder.exists() and any(folder.iterdir()):
+        before: dict[str, str] = read_json(path) if path.is_file() else {}
+        differs = sorted(role for role in before.keys() | made_from.keys() if before.get(role) != made_from.get(role))
+        if path.is_file() and not differs:
+            return None
+        shutil.rmtree(folder)
+        note = f"a resume state was dropped: it was made from another {differs[0] if differs else 'model, or unknown'}"
+    write_json(path, dict(made_from))
+    return note
 
 
 def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Parameter], rest: dict[str, Any]) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from harness.progress import say
 from harness.records import atomic
 from harness.records.code import search as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
 from harness.records.run import SearchRecord, TrainRecord, Trial
 from harness.study.jobs import SearchJob
+from harness.training import resume
 from harness.training.loading import Inputs
 from harness.training.loop import train
 
@@ -35,6 +37,8 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str 
         refusal: reason, known beforehand, why no trial must start.
     """
     started = time.perf_counter()
+    if dropped := resume.claim(trials_folder, inputs.made_from):
+        say(f"{job.name}: {dropped}")
     attempt = partial(train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal)
     given = sorted(job.search.grid)
     grid, trials = list(given), []

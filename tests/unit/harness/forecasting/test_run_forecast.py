@@ -13,6 +13,7 @@ from harness.records.code import code_of, run_forecast
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, RunForecast
 from harness.study.config import load_study
+from harness.study.identity import files_of
 from harness.study.jobs import FORECAST, MODEL, ForecastJob, Training
 from harness.study.paths import Paths
 from harness.study.plan import outputs, resolve_study
@@ -87,7 +88,8 @@ def test_the_stage_writes_the_forecast_of_a_spec_beside_it(
 ) -> None:
     job, paths = ForecastJob(training=tiny_training("lora", {"rank": 2, "alpha": 4})), Paths(tmp_path)
     manifest = ModelRecord(
-        name="tiny", folder=str(inputs.model), files_sha256={}, parameters=None, wall_s=0.0,
+        name="tiny", folder=str(inputs.model), parameters=None, wall_s=0.0,
+        files_sha256={file.name: atomic.sha256(file) for file in files_of(inputs.model)},
         provenance=provenance(roots=(), inputs={}),
     )  # fmt: skip
     atomic.write_json(paths.output(MODEL, job.training.model.name), manifest.model_dump(mode="json"))

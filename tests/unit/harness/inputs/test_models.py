@@ -12,12 +12,13 @@ import torch
 from harness.errors import UserError
 from harness.inputs import make_models
 from harness.inputs.make_models import make_model
-from harness.inputs.models import load_model, load_tokenizer, model_folder
+from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.pretrain import batches, make_pretrained
 from harness.inputs.tokenizer import build_tokenizer
 from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
 from harness.study.jobs import ModelJob
+from harness.study.paths import resolve
 from harness.study.spec import Corpus, HubModel, LocalModel, PretrainedHere
 from house import SHARED
 
@@ -48,11 +49,11 @@ def test_a_pretrained_model_loads_with_plain_transformers_and_says_how_it_learnt
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(record.files_sha256)
     assert [step for step, _ in record.pretraining_loss] == list(range(2, 21, 2))
     assert record.pretraining_loss[-1][1] < record.pretraining_loss[0][1]
-    model = load_model(model_folder(record), weight_dtype="fp32")
+    model = load_model(resolve(record.folder), weight_dtype="fp32")
     assert model.training
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     assert record.parameters == sum(p.numel() for p in model.parameters())
-    tokenizer = load_tokenizer(model_folder(record))
+    tokenizer = load_tokenizer(resolve(record.folder))
     assert tokenizer.pad_token_id == 0
 
 
@@ -77,7 +78,7 @@ def test_every_pretraining_row_starts_a_piece_and_is_full() -> None:
 
 
 def test_facts_count_every_parameter_once(tmp_path: Path) -> None:
-    model = load_model(model_folder(make_pretrained(tiny(), tmp_path / "m")), weight_dtype="bf16")
+    model = load_model(resolve(make_pretrained(tiny(), tmp_path / "m").folder), weight_dtype="bf16")
     facts = facts_of(model)
     assert facts.total_parameters == sum(p.numel() for p in model.parameters())
     assert facts.layer_parameters == (4 * 16 * 16 + 3 * 16 * 24 + 2 * 16,) * 2
@@ -97,11 +98,11 @@ def test_a_local_model_stays_where_it_is_and_keeps_its_variable(
     monkeypatch.setenv("GRASS_MODELS", str(SHARED / "models"))
     record = make_model(local("${GRASS_MODELS}/stories260K"), tmp_path / "m")
     assert record.folder == "${GRASS_MODELS}/stories260K"
-    assert [p.name for p in (tmp_path / "m").iterdir()] == ["manifest.json"]
-    facts = facts_of(load_model(model_folder(record), weight_dtype="fp32"))
+    assert {p.name for p in (tmp_path / "m").iterdir()} == {"manifest.json", "stamps.json"}
+    facts = facts_of(load_model(resolve(record.folder), weight_dtype="fp32"))
     assert (facts.layers, facts.tied_embeddings, facts.head_parameters) == (5, True, 0)
     assert record.parameters == facts.total_parameters
-    assert load_tokenizer(model_folder(record)).pad_token_id == 0
+    assert load_tokenizer(resolve(record.folder)).pad_token_id == 0
 
 
 @needs_shared
