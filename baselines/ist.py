@@ -93,6 +93,8 @@ class Ist(Lora):
 
         layers = find_layers(model).layers
         wrapped = super().attach(model)
+        if self.adapted_groups:
+            raise ValueError("targets: IST draws decoder layers, and embedding and head are in none: name neither")
         self.adapters = [[p for p in layer.parameters() if p.requires_grad] for layer in layers]
         self.scalings = [[m.scaling for m in layer.modules() if isinstance(m, LoraLayer)] for layer in layers]
         """For every layer, the scales of its adapters: dictionaries by adapter name, which peft reads."""
@@ -138,6 +140,7 @@ class Ist(Lora):
             period_steps=1,
             base_frozen=True,
             trainable_parameters=sum(sorted(sizes)[-self._active_layers :]),
+            layer_trained_parameters=tuple(sizes),
             state_bytes_per_parameter=moment_bytes(self.recipe),
             layer_state_bytes=tuple(size * moment_bytes(self.recipe) for size in sizes),
             state_of="visited",

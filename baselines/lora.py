@@ -77,13 +77,19 @@ class Lora(Method):
             return f"rank {self.options.rank} is above the model's width {facts.hidden_size}"
         modules = {name.split(".")[-2] for name in facts.tensor_parameters if "." in name}
         missing = [target for target in self.options.targets or () if modules and target.split(".")[-1] not in modules]
-        return f"targets: the model has no module named {', '.join(missing)}" if missing else None
+        if not missing:
+            return None
+        tied = " (its head is tied to its embedding, and neither can have adapters)" * facts.tied_embeddings
+        return f"targets: the model has no module named {', '.join(missing)}{tied}"
 
     def attach(self, model: nn.Module) -> nn.Module:
         """Inject adapters (peft's own initialisation, from the run's seed)."""
         import torch
         from peft import LoraConfig, get_peft_model
 
+        from grass.layers import find_layers
+
+        found = find_layers(model)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.wrapped = get_peft_model(
@@ -103,6 +109,15 @@ class Lora(Method):
         self.model = self.wrapped
         adapters = {name: p for name, p in self.wrapped.named_parameters() if p.requires_grad}
         self.trainable_parameters = sum(p.numel() for p in adapters.values())
+        self.layer_parameters = tuple(
+            sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in found.layers
+        )
+        self.adapted_groups = self._groups_with_adapters(found.outside)
+        if self.adapted_groups and self._is_tied(model):
+            raise ValueError(
+                "targets: the model's head is tied to its embedding, so adapters merged into one would change the "
+                "other: name neither"
+            )
         self.optimizer = adamw(self._groups(adapters), self.recipe, self.lr)
         wrapped: nn.Module = self.wrapped
         return wrapped
@@ -120,10 +135,25 @@ class Lora(Method):
             {"params": [p for name, p in adapters.items() if of_b[name]], "lr": self.lr * self.options.lr_ratio},
         ]
 
+    def _groups_with_adapters(self, outside: Mapping[str, list[Any]]) -> set[str]:
+        """Groups outside the decoder layers whose weights have adapters beside them."""
+        keys = {id(p): key for key, parameters in outside.items() for p in parameters}
+        adapted = [module.base_layer for module in self.wrapped.modules() if hasattr(module, "base_layer")]
+        return {keys[id(p)] for module in adapted for p in module.parameters() if id(p) in keys}
+
+    @staticmethod
+    def _is_tied(model: Any) -> bool:
+        """Whether embedding and head are one tensor."""
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        return len({id(getattr(end, "base_layer", end).weight) for end in ends if end is not None}) == 1
+
     def expect(self, facts: ModelFacts) -> Expectation:
-        """Adapters in every layer move, the model's own weights do not."""
+        """Adapters move in every layer that has any, and in embedding and head if named; the model's weights do not."""
         return Expectation(
             layers="all",
+            layer_trained_parameters=self.layer_parameters,
+            embedding="embedding" in self.adapted_groups,
+            head="head" in self.adapted_groups,
             base_frozen=True,
             trainable_parameters=self.trainable_parameters,
             state_bytes_per_parameter=moment_bytes(self.recipe),

@@ -138,6 +138,9 @@ class Expectation:
     """`consumed`: backward uses and frees every gradient as it appears, so none is left when a step ends."""
     trainable_parameters: int
     """Parameters trained in one step (the largest count if layers differ in size; `chosen`: an upper bound)."""
+    layer_trained_parameters: tuple[int, ...] | None = None
+    """`sampled`, `all`: parameters that train in each layer while it is active, if they are not the layer's own
+    (adapters); a layer with 0 never moves."""
     state_bytes_per_parameter: int = 0
     state_of: Literal["none", "active", "visited", "constant"]
     """`active`: state exists only for parameters that train now; `visited`: also for layers that trained before;

@@ -122,7 +122,8 @@ class Ows(Method):
         )
         shares = []
         for layer in linears:
-            scored = [(_rows_of_outputs(module), squares[name].sqrt()) for name, module in layer.items()]
+            # a linear module whose weight the model uses without calling it (in a Mamba layer) has seen no features
+            scored = [(_rows_of_outputs(m), squares[name].sqrt()) for name, m in layer.items() if name in squares]
             shares.append(host_number(outlier_share(scored, self.options.outlier_factor)))
         self.outlier_share = tuple(shares)
         having = sum(share > 0 for share in shares)

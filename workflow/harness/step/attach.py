@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from baselines import find_method
 from baselines.method import Expectation, Method, ModelFacts, Recipe
+from harness.errors import first_line
 from harness.step.facts import facts_of
 from harness.step.outcomes import CannotRunError
 
@@ -64,15 +66,31 @@ def attach(method: Method, model: nn.Module) -> Attached:
         model: a causal language model of transformers on its device, every parameter requiring a gradient.
 
     Raises:
-        CannotRunError: the method refuses; the message is the reason.
+        CannotRunError: the method, or the library that it is built on, refuses; the message is the reason.
     """
-    switch_on_checkpointing(model, method.recipe.activation_checkpointing)
-    facts = facts_of(model)
-    reason = method.skip(facts)
-    if reason is not None:
-        raise CannotRunError(reason)
-    module = method.attach(model).train()
+    with refusals():
+        switch_on_checkpointing(model, method.recipe.activation_checkpointing)
+        facts = facts_of(model)
+        reason = method.skip(facts)
+        if reason is not None:
+            raise CannotRunError(reason)
+        module = method.attach(model).train()
     return Attached(method, module, facts, method.expect(facts))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What says no to a model, by an exception of one of the kinds that libraries refuse by, is a reason to skip.
+
+    Exceptions of other kinds are faults of the program, and pass.
+
+    Raises:
+        CannotRunError: with the first line of the refusal.
+    """
+    try:
+        yield
+    except (ValueError, NotImplementedError, ImportError) as error:
+        raise CannotRunError(first_line(error)) from error
 
 
 def switch_on_checkpointing(model: Any, asked: bool) -> None:

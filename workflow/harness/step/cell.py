@@ -20,7 +20,7 @@ from grass.host import current, using
 from grass.layers import find_layers
 from harness.errors import first_line
 from harness.step.architecture import asked_attention, check_length
-from harness.step.attach import attach, new_method
+from harness.step.attach import attach, new_method, refusals
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
 from harness.step.observer import Observer
@@ -137,7 +137,8 @@ class CellRun:
         self._vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         self.batches = self._random(cell.shape)
         self.method.calibration = self.batches
-        self._observer = Observer(find_layers(self.model))
+        with refusals():
+            self._observer = Observer(find_layers(self.model))
         with using(self.draws):
             self._attached = attach(self.method, self.model)
         self.module, self.facts = self._attached.module, self._attached.facts

@@ -6,7 +6,7 @@ with random draws draws layer 0 sooner or later, so the card must have room for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from grass.host import Host, HostAround
 
@@ -31,6 +31,23 @@ def top(layers: int, count: int) -> tuple[int, ...]:
 
 CANDIDATES: tuple[Policy, ...] = (bottom_and_top, bottom, top)
 """Candidates for the draw with the highest peak memory."""
+
+
+def heaviest(sizes: Sequence[int]) -> tuple[Policy, Policy]:
+    """For layers of different sizes: the largest layers, and layer 0 with the largest others.
+
+    Of layers of one size these are `top` and `bottom_and_top`.
+    """
+    by_size = sorted(range(len(sizes)), key=lambda layer: (sizes[layer], layer))
+
+    def largest(layers: int, count: int) -> tuple[int, ...]:
+        return tuple(sorted(by_size[layers - count :]))
+
+    def bottom_and_largest(layers: int, count: int) -> tuple[int, ...]:
+        others = [layer for layer in by_size if layer != 0]
+        return tuple(sorted([0, *others[len(others) - count + 1 :]]))
+
+    return largest, bottom_and_largest
 
 
 def covering(layers: int, count: int) -> list[Policy]:

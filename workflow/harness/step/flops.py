@@ -59,7 +59,7 @@ def step_cost(
     layers, depth = 2.0 * sum(facts.layer_parameters), facts.layers
     layers += 2.0 * shape.length * attention_width * depth
     head = 2.0 * (facts.embedding_parameters if facts.tied_embeddings else facts.head_parameters)
-    trains_head = promise.embedding if facts.tied_embeddings else promise.head
+    trains_head = (promise.embedding if facts.tied_embeddings else promise.head) and not promise.base_frozen
     visited = _reach(facts, promise)
     flop = layers + head
     if promise.layers != "none":

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from harness.step.cell import STEPS_PER_DRAW, CellRun
-from harness.step.draws import CANDIDATES, Policy, covering
+from harness.step.draws import CANDIDATES, Policy, covering, heaviest
 
 
 def run_worst_case(
@@ -29,8 +29,10 @@ def run_worst_case(
     candidates, visits = [CANDIDATES[0]], []
     if run.promise.layers == "sampled":
         layers, count = run.facts.layers, run.promise.active_layers or 1
-        distinct = {policy(layers, count): policy for policy in reversed(CANDIDATES)}
-        candidates = list(reversed(distinct.values()))
+        distinct: dict[tuple[int, ...], Policy] = {}
+        for policy in (*CANDIDATES, *heaviest(run.promise.layer_trained_parameters or run.facts.layer_parameters)):
+            distinct.setdefault(policy(layers, count), policy)
+        candidates = list(distinct.values())
         visits = covering(layers, count) if run.promise.state_of == "visited" else []
     held = -1
     for then in visits:

@@ -8,6 +8,7 @@ the live tensors.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,8 @@ from grass.layers import LayerMap
 from harness.measuring.census import begin_census, fingerprint, live_bytes_outside
 
 GROUPS = ("embedding", "final_norm", "head")
+NAMED = 3
+"""Parameters without a gradient that are named."""
 
 
 @dataclass
@@ -29,10 +32,14 @@ class Period:
     moved_base: list[int] = field(default_factory=list)
     """Layers whose own weights moved, adapters left out."""
     moved_groups: list[str] = field(default_factory=list)
+    moved_base_groups: list[str] = field(default_factory=list)
+    """Groups outside the layers whose own weights moved, adapters left out."""
     graded_layers: list[int] = field(default_factory=list)
     graded_groups: list[str] = field(default_factory=list)
     graded_parameters: int = 0
     """Parameters that had a gradient just before the period's first update."""
+    ungraded: list[str] = field(default_factory=list)
+    """Names of some parameters that required a gradient then, and had none."""
     moved_tensors: list[str] = field(default_factory=list)
     """Names of the model's own tensors that moved; kept only where the method names tensors."""
     graded_tensors: list[str] = field(default_factory=list)
@@ -56,10 +63,22 @@ class Watch:
         self.periods: list[Period] = []
 
     def attached(self, model: nn.Module) -> None:
-        """Observe `model` (perhaps wrapped), the module that trains; adapters inside a layer belong to that layer."""
+        """Observe `model` (perhaps wrapped), the module that trains.
+
+        Adapters inside a layer belong to that layer, others to the group whose weights they share a module with.
+        """
         self._model = model
-        own = {id(p) for parameters in self._base for p in parameters}
+        own = {id(p) for p in self._own()}
         self._adapters = [[p for p in layer.parameters() if id(p) not in own] for layer in self._layers.layers]
+        inside = {id(p) for parameters in self._adapters for p in parameters}
+        key_of = {id(p): key for key, parameters in self._groups.items() for p in parameters}
+        found: dict[int, str] = {}
+        for module in model.modules():  # outer modules come before those inside them
+            here = {id(p): p for p in module.parameters()}
+            keys = {key_of[i] for i in here.keys() & key_of.keys()}
+            if len(keys) == 1:
+                found |= dict.fromkeys(here.keys() - own - inside, keys.pop())
+        self._group_adapters = {key: [p for p in model.parameters() if found.get(id(p)) == key] for key in self._groups}
 
     def start_period(self, step: int, trace: LayerTrace | None) -> None:
         """Call before the first forward pass of `step`, after the method's own `begin_step`."""
@@ -80,10 +99,12 @@ class Watch:
                 period.graded_layers.append(layer)
             period.graded_parameters += sum(p.numel() for p in graded)
         for key, parameters in self._groups.items():
-            graded = [p for p in parameters if p.grad is not None]
+            graded = [p for p in [*parameters, *self._group_adapters[key]] if p.grad is not None]
             if graded:
                 period.graded_groups.append(key)
             period.graded_parameters += sum(p.numel() for p in graded)
+        ungraded = (name for name, p in self._model.named_parameters() if p.requires_grad and p.grad is None)
+        period.ungraded = list(islice(ungraded, NAMED))
         if period.believed_tensors is not None:
             period.graded_tensors = sorted(self._names[id(p)] for p in self._own() if p.grad is not None)
 
@@ -95,11 +116,13 @@ class Watch:
         """Call after the last update of the period, that of `step`: records what moved."""
         period, now = self.periods[-1], self._fingerprints()
         period.last_step = step
+        # the resume state of an older version may not have all of them
+        moved = {key for key, mark in self._marks.items() if now[key] != mark}
         layers = range(len(self._base))
-        period.moved_base = [i for i in layers if now[f"base {i}"] != self._marks[f"base {i}"]]
-        moved_adapters = {i for i in layers if now[f"adapter {i}"] != self._marks[f"adapter {i}"]}
-        period.moved_layers = sorted(moved_adapters | set(period.moved_base))
-        period.moved_groups = [key for key in GROUPS if now[key] != self._marks[key]]
+        period.moved_base = [i for i in layers if f"base {i}" in moved]
+        period.moved_layers = [i for i in layers if {f"base {i}", f"adapter {i}"} & moved]
+        period.moved_base_groups = [key for key in GROUPS if key in moved]
+        period.moved_groups = [key for key in GROUPS if {key, f"adapter {key}"} & moved]
         if period.believed_tensors is not None:
             before = self._tensor_marks(self._marks)
             period.moved_tensors = sorted(n for n, mark in self._tensor_marks(now).items() if mark != before[n])
@@ -124,6 +147,7 @@ class Watch:
 
     def _fingerprints(self) -> dict[str, Any]:
         marks: dict[str, Any] = {key: fingerprint(parameters) for key, parameters in self._groups.items()}
+        marks |= {f"adapter {key}": fingerprint(adapters) for key, adapters in self._group_adapters.items()}
         for layer, (base, adapters) in enumerate(zip(self._base, self._adapters, strict=True)):
             marks[f"base {layer}"], marks[f"adapter {layer}"] = fingerprint(base), fingerprint(adapters)
         return marks

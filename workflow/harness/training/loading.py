@@ -17,7 +17,7 @@ from harness.inputs.tokens import Encoded, check_ids, encode_rows
 from harness.records.reading import read
 from harness.records.run import DataUse, RowsRecord
 from harness.step.architecture import Attention, attention_of, check_length
-from harness.step.attach import Attached, attach, new_method
+from harness.step.attach import Attached, attach, new_method, refusals
 from harness.step.observer import Observer
 from harness.study.identity import files_of, known_model
 from harness.study.jobs import MODEL, ROWS, ProbeJob, Training
@@ -103,7 +103,8 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
         rows, batch_size=recipe.batch_size, micro_batch_size=recipe.micro_batch_size, seed=seed, **on_device
     )
     observed = fixed_batches(held[: observation.rows if observation else 0], size=recipe.micro_batch_size, **on_device)
-    layers, own = find_layers(model), list(model.parameters())
+    with refusals():
+        layers, own = find_layers(model), list(model.parameters())
     # from here on every new tensor that stays alive counts as the method's
     watch = Watch(model, layers)
     attached = attach(method, model)

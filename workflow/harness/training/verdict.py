@@ -36,7 +36,7 @@ def verdict(
     else:
         checks = [_layers_moved(promise, facts, periods), _groups_moved(promise, facts, periods, bf16_weights)]
     if promise.layers != "none" and promise.gradients == "kept":
-        checks += [_gradients(promise, facts, periods), _trainable(promise, periods)]
+        checks += [_gradients(promise, facts, periods), _trainable(promise, facts, periods)]
     elif promise.gradients == "consumed":
         checks.append(_no_gradient_left(periods))
     checks.append(_state(promise, facts, periods))
@@ -45,12 +45,12 @@ def verdict(
     elif promise.layers == "chosen":
         checks.append(_chosen_rotates(promise, periods))
     if promise.base_frozen:
-        moved = sorted({layer for p in periods for layer in p.moved_base})
+        moved = sorted({str(part) for p in periods for part in (*p.moved_base, *p.moved_base_groups)})
         checks.append(
             Check(
                 name="base weights frozen",
                 promised="bitwise equal",
-                observed=f"moved: {moved}" if moved else "bitwise equal",
+                observed=f"moved: {', '.join(moved)}" if moved else "bitwise equal",
                 ok=not moved,
             )
         )
@@ -58,7 +58,8 @@ def verdict(
 
 
 def _layers_moved(promise: Expectation, facts: ModelFacts, periods: Sequence[Period]) -> Check:
-    count = {"none": 0, "all": facts.layers, "sampled": promise.active_layers}[promise.layers]
+    trained = promise.layer_trained_parameters or facts.layer_parameters
+    count = {"none": 0, "all": sum(n > 0 for n in trained), "sampled": promise.active_layers}[promise.layers]
     seen = sorted({len(p.moved_layers) for p in periods})
     ok = (bool(periods) or promise.layers == "none") and all(n == count for n in seen)
     return Check(
@@ -139,14 +140,46 @@ def _gradients(promise: Expectation, facts: ModelFacts, periods: Sequence[Period
     )
 
 
-def _trainable(promise: Expectation, periods: Sequence[Period]) -> Check:
+def _trainable(promise: Expectation, facts: ModelFacts, periods: Sequence[Period]) -> Check:
+    if promise.layers == "sampled":
+        return _trainable_of_drawn(promise, facts, periods)
     seen = max((p.graded_parameters for p in periods), default=0)
     bound = promise.layers == "chosen"
     return Check(
         name="trainable parameters in one step",
         promised=f"{'at most ' if bound else ''}{promise.trainable_parameters:,}",
-        observed=f"{seen:,}",
+        observed=f"{seen:,}{_without_gradient(periods)}" if seen < promise.trainable_parameters else f"{seen:,}",
         ok=0 < seen <= promise.trainable_parameters if bound else seen == promise.trainable_parameters,
+    )
+
+
+def _without_gradient(periods: Sequence[Period]) -> str:
+    """Names of some parameters that were to train and got no gradient: a model may use a weight without its module."""
+    names = next((period.ungraded for period in periods if period.ungraded), [])
+    return f"; no gradient reached {', '.join(names)}" if names else ""
+
+
+def _trainable_of_drawn(promise: Expectation, facts: ModelFacts, periods: Sequence[Period]) -> Check:
+    """Layers may differ in size, so each period is held to the layers that moved in it."""
+    layers = promise.layer_trained_parameters or facts.layer_parameters
+    outside = facts.outside_parameters(embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm)
+    most = sum(sorted(layers)[-(promise.active_layers or 0) :]) + outside
+    wanted = [sum(layers[layer] for layer in period.moved_layers) + outside for period in periods]
+    wrong = [(p, count) for p, count in zip(periods, wanted, strict=True) if p.graded_parameters != count]
+    observed = f"at most {max((p.graded_parameters for p in periods), default=0):,}"
+    if wrong:
+        period, count = wrong[0]
+        observed = (
+            f"{period.graded_parameters:,} where {count:,} belong to what moved, at step {period.first_step}"
+            f"{_without_gradient([period])}"
+        )
+    elif most != promise.trainable_parameters:
+        observed = f"{most:,} in the largest draw"
+    return Check(
+        name="trainable parameters in one step",
+        promised=f"those of what is drawn, at most {promise.trainable_parameters:,}",
+        observed=observed,
+        ok=bool(periods) and not wrong and most == promise.trainable_parameters,
     )
 
 

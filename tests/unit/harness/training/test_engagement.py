@@ -157,12 +157,14 @@ def test_sound_runs_pass_every_check() -> None:
     [
         # a layer too many trained, honestly told
         (
-            {"moved_layers": [0, 1, 2], "graded_layers": [0, 1, 2], "believed_active": [0, 1, 2]},
+            {"moved_layers": [0, 1, 2], "graded_layers": [0, 1, 2], "believed_active": [0, 1, 2],
+             "graded_parameters": 30_000 + OUTSIDE},
             [LAYERS],
         ),
         # nothing trained at all, as with an optimizer built from frozen parameters
         (
-            {"moved_layers": [], "graded_layers": [], "believed_active": [], "state_bytes": 8 * (OUTSIDE + 30_000)},
+            {"moved_layers": [], "graded_layers": [], "believed_active": [], "state_bytes": 8 * (OUTSIDE + 30_000),
+             "graded_parameters": OUTSIDE},
             [LAYERS],
         ),
         ({"moved_groups": ["embedding", "final_norm"], "graded_groups": GROUPS}, [GROUPS_MOVED]),
@@ -191,6 +193,70 @@ def test_each_promise_of_a_layer_wise_method_is_held_by_a_check_of_its_own(
 def test_too_few_trained_parameters_are_as_wrong_as_too_many() -> None:
     fewer = [replace(p, graded_parameters=p.graded_parameters - 1) for p in SOUND]
     assert broken(SAMPLED, fewer) == [TRAINABLE]
+
+
+UNEQUAL = replace(FACTS, layer_parameters=(10_000, 40_000, 20_000, 30_000))
+
+
+def unequal_periods(*sets: list[int]) -> list[Period]:
+    sizes = UNEQUAL.layer_parameters
+    visited: set[int] = set()
+    periods = []
+    for period in sampled_periods(*sets):
+        visited |= set(period.moved_layers)
+        trained = sum(sizes[layer] for layer in period.moved_layers) + OUTSIDE
+        state = 8 * (sum(sizes[layer] for layer in visited) + OUTSIDE)
+        periods.append(replace(period, graded_parameters=trained, state_bytes=state))
+    return periods
+
+
+def test_layers_of_unequal_size_are_held_to_what_was_drawn_in_each_period() -> None:
+    promise = replace(SAMPLED, trainable_parameters=70_000 + OUTSIDE)
+    # the two largest layers, 1 and 3, are never drawn together
+    sound = unequal_periods([0, 1], [0, 2], [2, 3])
+    assert [check.name for check in verdict(promise, UNEQUAL, sound) if not check.ok] == []
+    for change in (-1, 1):
+        wrong = [*sound[:2], replace(sound[2], graded_parameters=sound[2].graded_parameters + change)]
+        check = next(check for check in verdict(promise, UNEQUAL, wrong) if not check.ok)
+        assert check.name == TRAINABLE
+        assert (
+            check.observed
+            == f"{50_000 + OUTSIDE + change:,} where {50_000 + OUTSIDE:,} belong to what moved, at step 6"
+        )
+    small = replace(promise, trainable_parameters=60_000 + OUTSIDE)
+    assert [check.name for check in verdict(small, UNEQUAL, sound) if not check.ok] == [TRAINABLE]
+
+
+def test_drawn_adapters_are_held_to_their_own_sizes() -> None:
+    promise = replace(
+        SAMPLED, embedding=False, head=False, final_norm=False, layer_trained_parameters=(100, 300, 200, 100),
+        trainable_parameters=500, layer_state_bytes=(800, 2400, 1600, 800),
+    )  # fmt: skip
+    period = replace(SOUND[0], moved_groups=[], graded_groups=[], graded_parameters=400, state_bytes=3200)
+    assert broken(promise, [period]) == []
+    assert broken(promise, [replace(period, graded_parameters=500)]) == [TRAINABLE]
+
+
+def test_a_parameter_that_no_gradient_reaches_is_named() -> None:
+    periods = [replace(p, graded_parameters=5_900, ungraded=["layers.0.unused"]) for p in adapter_periods()]
+    check = next(check for check in verdict(ADAPTERS, FACTS, periods) if not check.ok)
+    assert (check.name, check.observed) == (TRAINABLE, "5,900; no gradient reached layers.0.unused")
+
+
+def test_only_layers_that_hold_adapters_must_move() -> None:
+    some = replace(ADAPTERS, layer_trained_parameters=(0, 3_000, 0, 3_000))
+    periods = [replace(p, moved_layers=[1, 3], graded_layers=[1, 3]) for p in adapter_periods()]
+    assert broken(some, periods) == []
+    assert broken(some, adapter_periods()) == [LAYERS]
+    assert broken(ADAPTERS, periods) == [LAYERS]
+
+
+def test_adapters_beside_the_embedding_may_move_and_the_embedding_may_not() -> None:
+    promise = replace(ADAPTERS, embedding=True)
+    periods = [replace(p, moved_groups=["embedding"], graded_groups=["embedding"]) for p in adapter_periods()]
+    assert broken(promise, periods) == []
+    assert broken(ADAPTERS, periods) == [GROUPS_MOVED, GRADIENTS]
+    assert broken(promise, [*periods, replace(periods[0], moved_base_groups=["embedding"])]) == [FROZEN]
 
 
 def test_state_of_the_active_layers_only_must_be_let_go() -> None:
@@ -229,7 +295,7 @@ def test_base_weights_that_moved_under_adapters_are_caught() -> None:
     periods[1] = replace(periods[1], moved_base=[2])
     assert broken(ADAPTERS, periods) == [FROZEN]
     named = next(check for check in verdict(ADAPTERS, FACTS, periods) if check.name == FROZEN)
-    assert named.observed == "moved: [2]"
+    assert named.observed == "moved: 2"
 
 
 def test_adapters_that_train_a_group_they_did_not_promise_are_caught() -> None:
