@@ -22,6 +22,17 @@ from harness.study.spec import Study
 
 
 @dataclass(frozen=True, kw_only=True)
+class Noise:
+    """How far two choices of rows differ before training, [SPLITS] choices."""
+
+    rows: int
+    """In each choice."""
+    rho: Array
+    moved: dict[str, Array]
+    """By key of the sampler: share of draws that move."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Drift:
     """One method's runs on one model and task."""
 
@@ -32,10 +43,8 @@ class Drift:
     """One a seed: columns `step` and `rho`, the rank correlation with step 0."""
     moved: dict[str, list[float]]
     """By key of the sampler: share of draws that move from step 0 to the last step, one a seed."""
-    noise: Array | None
-    """Rank correlations between two choices of rows, [SPLITS]; None without a probe of this model and task."""
-    noise_rows: int | None
-    """Rows in each choice."""
+    noise: Noise | None
+    """None without a probe of this model and task."""
     p: float | None = None
     p_holm: float | None = None
     verdict: str = ""
@@ -62,7 +71,7 @@ def drifts(frames: Frames, study: Study) -> list[Drift]:
 
 def _drifts(frames: Frames, study: Study) -> Iterator[Drift]:
     for model, task in groups(study):
-        noise, rows = observer_noise(frames, study, model, task)
+        noise = observer_noise(frames, study, model, task)
         for method in trained(study):
             curves, moved = [], []
             for run in of_method(frames.ok_runs(), model, task, method)["run"]:
@@ -81,30 +90,34 @@ def _drifts(frames: Frames, study: Study) -> Iterator[Drift]:
                     curves=tuple(curves),
                     moved={sampler.key: [float(sampler.moved(*ends)) for ends in moved] for sampler in SAMPLERS},
                     noise=noise,
-                    noise_rows=rows,
                 )
                 yield replace(drift, p=_p(drift))
 
 
-def observer_noise(frames: Frames, study: Study, model: str, task: str) -> tuple[Array | None, int | None]:
-    """Rank correlations between two choices of as many rows as the observer has, and that number of rows.
+def observer_noise(frames: Frames, study: Study, model: str, task: str) -> Noise | None:
+    """Two choices of as many rows as the observer has, compared; None without a probe.
 
     A probe with too few batches for two such choices gives two halves of it: fewer rows, hence more noise.
     """
     norms = probed_norms(frames, model, task)
     if norms is None:
-        return None, None
+        return None
     chosen = (frames.probes["model"] == model) & (frames.probes["task"] == task)
     batch_rows = int(frames.probes.loc[chosen, "batch_rows"].iloc[0])
     size = min(len(norms) // 2, max(1, round(study.observation.rows / batch_rows)))
-    return rank_correlations(*halves(norms, size)), size * batch_rows
+    choices = halves(norms, size)
+    return Noise(
+        rows=size * batch_rows,
+        rho=rank_correlations(*choices),
+        moved={sampler.key: sampler.moved(*choices) for sampler in SAMPLERS},
+    )
 
 
 def _p(drift: Drift) -> float | None:
     """Share of the choices of rows that differ as much as the seed that changed least."""
     if drift.noise is None:
         return None
-    return float((1 + (drift.noise <= max(drift.last) + 1e-12).sum()) / (SPLITS + 1))
+    return float((1 + (drift.noise.rho <= max(drift.last) + 1e-12).sum()) / (SPLITS + 1))
 
 
 def _verdict(drift: Drift) -> str:

@@ -57,7 +57,7 @@ def temperatures_for(relative: Array, share: float) -> Array:
     """Temperature at which the softmax of each measurement has `share` of all layers effective; [...].
 
     The effective number rises with the temperature, so it is found by bisection. Where more layers than wanted share
-    the largest value, the lowest temperature tried; where all are equal, the highest.
+    the largest value, it is the lowest temperature tried, at which these share all draws.
 
     Args:
         relative: [..., layers].

@@ -183,8 +183,8 @@ def _drift_table(moving: list[Drift]) -> Table:
     raw: list[dict[str, Any]] = []
     display: list[dict[str, str]] = []
     for drift in moving:
-        noise = None if drift.noise is None else float(drift.noise.mean())
-        low = None if drift.noise is None else float(np.quantile(drift.noise, ALPHA))
+        noise = None if drift.noise is None else float(drift.noise.rho.mean())
+        low = None if drift.noise is None else float(np.quantile(drift.noise.rho, ALPHA))
         keys = {"model": drift.model, "task": drift.task, "method": drift.method}
         last = int(drift.curves[0]["step"].iloc[-1])
         raw.append(
@@ -193,7 +193,7 @@ def _drift_table(moving: list[Drift]) -> Table:
             | {"rank_correlation_lowest": min(drift.last), "rank_correlation_highest": max(drift.last)}
             | {f"moved_share_{sampler}_mean": fmean(values) for sampler, values in drift.moved.items()}
             | {"rows_rank_correlation_mean": noise, "rows_rank_correlation_5_percent": low}
-            | {"noise_rows": drift.noise_rows, "p": drift.p, "p_holm": drift.p_holm, "verdict": drift.verdict}
+            | {"rows": drift.noise and drift.noise.rows, "p": drift.p, "p_holm": drift.p_holm, "verdict": drift.verdict}
         )
         display.append(
             keys

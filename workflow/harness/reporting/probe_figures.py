@@ -232,6 +232,6 @@ def drift_curves(frames: Frames, study: Study, model: str) -> Drawing | None:
 def _noise(panel: Any, drift: Drift, handles: dict[str, Any]) -> None:
     if drift.noise is None:
         return
-    low, high = np.quantile(drift.noise, [0.05, 0.95])
+    low, high = np.quantile(drift.noise.rho, [0.05, 0.95])
     handles["two choices of rows"] = panel.axhspan(low, high, color=_GREY, alpha=0.3, linewidth=0)
-    panel.axhline(float(drift.noise.mean()), color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))
+    panel.axhline(float(drift.noise.rho.mean()), color="#555555", linewidth=0.9, linestyle=(0, (4, 3)))

@@ -131,7 +131,8 @@ def test_a_found_temperature_gives_the_share_whatever_the_profile() -> None:
     for share in (0.3, 0.7, 0.95):
         tau = temperatures_for(relative, share)
         assert effective_numbers(sampling_probabilities(relative, tau[:, None])) == pytest.approx(share * LAYERS)
-    assert temperatures_for(np.ones(4), 0.5) == pytest.approx(1e6)
+    two_on_top = np.array([2.0, 2.0, 1.0, 0.0])
+    assert sampling_probabilities(two_on_top, temperatures_for(two_on_top, 0.3)) == pytest.approx([0.5, 0.5, 0, 0])
 
 
 def test_rank_correlation_is_scipys_also_with_ties() -> None:
