@@ -46,7 +46,10 @@ def task_table(frames: Frames, study: Study, of_models: Mapping[str, Mapping[str
             numbers = _numbers(frames, keys, tasks[task])
             size = {"batches": int(probe["batches"]), "batch_rows": int(probe["batch_rows"])}
             raw.append(keys | {"status": "ok"} | size | numbers)
-            display.append(keys | _text(numbers, size, tasks[task]))
+            shown = _text(numbers, size, tasks[task])
+            if probe["stale"] is True:
+                shown["batches"] += notes.mark("made by code that has changed since.")
+            display.append(keys | shown)
     notes.add(f"Norm: {NORM}, without an update; mean over batches. Layer 0 is the lowest.")
     notes.add("Spread: standard deviation over batches divided by the mean, median over layers.")
     notes.add(

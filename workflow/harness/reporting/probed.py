@@ -8,6 +8,7 @@ from itertools import combinations
 
 import numpy as np
 
+from baselines.grass import GrassOptions
 from harness.records.columns import ALL
 from harness.reporting.frames import Frames
 from harness.reporting.importance_stats import (
@@ -26,8 +27,8 @@ from harness.reporting.importance_stats import (
 from harness.reporting.stats import ALPHA, Array, holm
 from harness.study.spec import Study
 
-SHARE = 0.7
-"""Effective share of the layers of the sampler that finds its temperature."""
+SHARE = GrassOptions().target
+"""Effective share of the layers of the sampler that finds its temperature: GRASS's default."""
 
 
 @dataclass(frozen=True, kw_only=True)

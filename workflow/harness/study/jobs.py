@@ -155,6 +155,11 @@ class ProbeJob(Job):
         """`<model>--<task>--<hash of the spec>`."""
         return f"{self.model.label}--{self.rows.label}--{digest(self.body())}"
 
+    @property
+    def autocast(self) -> bool:
+        """As `Recipe.autocast`."""
+        return self.compute_dtype == "bf16" and self.weight_dtype == "fp32"
+
 
 class EvalJob(Job):
     """How a trained model is scored: every suite of its task, and those of `forgetting`, in one process."""

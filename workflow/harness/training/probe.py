@@ -136,7 +136,7 @@ class _Probe:
             pad_id=tokenizer.pad_token_id,
             device=job.device,
         )
-        return model, CalibrationBatches(batches)
+        return model, CalibrationBatches(batches, autocast=job.autocast)
 
     def _measure(self, model: nn.Module, calibration: CalibrationBatches) -> None:
         groups = [(layer, kind) for layer, kinds in enumerate(self.layers) for kind in kinds]

@@ -22,7 +22,7 @@ from harness.reporting.probed import SAMPLERS, OfTask, compared
 from harness.reporting.stats import Array
 from scipy.stats import spearmanr
 
-from grass.importance import effective_layers, probabilities
+from grass.importance import effective_layers, probabilities, temperature_for
 
 LAYERS, BATCHES = 30, 24
 
@@ -131,6 +131,8 @@ def test_a_found_temperature_gives_the_share_whatever_the_profile() -> None:
     for share in (0.3, 0.7, 0.95):
         tau = temperatures_for(relative, share)
         assert effective_numbers(sampling_probabilities(relative, tau[:, None])) == pytest.approx(share * LAYERS)
+        own = [temperature_for(list(map(float, r)), effective=share * LAYERS, norm="mean") for r in relative]
+        assert tau.tolist() == pytest.approx(own)
     two_on_top = np.array([2.0, 2.0, 1.0, 0.0])
     assert sampling_probabilities(two_on_top, temperatures_for(two_on_top, 0.3)) == pytest.approx([0.5, 0.5, 0, 0])
 

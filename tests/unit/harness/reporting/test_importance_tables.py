@@ -98,7 +98,16 @@ def test_a_task_has_its_blocks_its_loss_and_the_order_without_norms() -> None:
     shares = [row[f"squared_norm_share_{kind}"] for kind in ("mlp", "self_attn", "norm")]
     assert shares == pytest.approx([1 / 3] * 3)
     assert row["rank_correlation_without_norms"] == pytest.approx(1)
+    assert not any("code that has changed" in note for note in table.footnotes)
     assert any("arithmetic: 20 % of its rows are cut at 128 tokens" in note for note in table.footnotes)
+
+
+def test_a_probe_of_older_code_is_marked() -> None:
+    frames = frames_of(alike=True)
+    probes = frames.probes.assign(stale=[True, False]).astype(frames.probes.dtypes)
+    table = tables_of(replace(frames, probes=probes))["importance_by_task"]
+    assert table.display["batches"].tolist() == ["24 × 4^a^", "24 × 4"]
+    assert "^a^ made by code that has changed since." in table.footnotes
 
 
 def test_a_probe_without_memory_is_a_row_with_its_reason() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,8 +33,8 @@ def inputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_inputs(tmp_path_factory.mktemp("inputs"), request.param)
 
 
-def job(batches: int = 5, rows: int = 3) -> ProbeJob:
-    training = tiny_training("base", {})
+def job(batches: int = 5, rows: int = 3, **recipe: Any) -> ProbeJob:
+    training = tiny_training("base", {}, **recipe)
     settings = ("max_length", "loss_on", "weight_dtype", "compute_dtype", "device")
     return ProbeJob(
         model=training.model,
@@ -95,6 +96,14 @@ def test_every_parameter_of_a_layer_is_in_one_kind(inputs: Inputs) -> None:
     assert record.parameters_by_kind is not None
     by_layer = zip(*record.parameters_by_kind.values(), strict=True)
     assert [sum(sizes) for sizes in by_layer] == record.layer_parameters
+
+
+def test_autocast_over_fp32_weights_is_near_and_not_the_same(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    plain, cast = (probe(job(compute_dtype=dtype), inputs).batches for dtype in ("fp32", "bf16"))
+    for one, other in zip(plain, cast, strict=True):
+        assert other.gradient_rms != one.gradient_rms
+        assert other.gradient_rms == pytest.approx(one.gradient_rms, rel=0.1)
 
 
 def test_a_probe_repeats_itself_and_reads_back(inputs: Inputs) -> None:
