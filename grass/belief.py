@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,18 @@ class Belief:
     Args:
         options: the run's options.
         layers: number of decoder layers.
+        frozen: numbers of those that the user froze: they have no importance, and the sampler never sees them.
     """
 
-    def __init__(self, options: Options, layers: int) -> None:
+    def __init__(self, options: Options, layers: int, *, frozen: Collection[int] = ()) -> None:
         self._options = options
+        self._layers = layers
+        self.drawable = [layer for layer in range(layers) if layer not in frozen]
+        """Numbers of the layers that can be drawn."""
         self.sampler = LayerSampler(
-            options.sampler, layers=layers, active_layers=options.active_layers, seed=options.seed
+            options.sampler, layers=len(self.drawable), active_layers=options.active_layers, seed=options.seed
         )
+        """It numbers the drawable layers alone."""
         self.importance: Importance | None = None
         """None before probing, and always None with a sampler that measures nothing."""
         self.temperature: float | None = None
@@ -37,17 +42,32 @@ class Belief:
         """By layer: the sum of r over its active steps since the last refresh, and the number of these steps."""
 
     @property
+    def probability(self) -> list[float]:
+        """P of the next single draw, one entry per decoder layer; 0 for frozen ones."""
+        full = [0.0] * self._layers
+        for layer, p in zip(self.drawable, self.sampler.probability, strict=True):
+            full[layer] = p
+        return full
+
+    def draw(self, *, steps: int, trained: Sequence[int]) -> tuple[int, ...]:
+        """The next active set, ascending; for the arguments see `LayerSampler.draw`."""
+        places = self.sampler.draw(steps=steps, trained=[self.drawable.index(layer) for layer in trained])
+        return tuple(self.drawable[place] for place in places)
+
+    @property
     def effective_layers(self) -> float:
         """exp(H(p)) of the current probabilities."""
         return effective_layers(self.sampler.probability)
 
     def start(self, means: Sequence[float]) -> None:
-        """Set importance from a probe of all layers.
+        """Set importance from a probe of all layers; what it says of frozen ones is ignored.
 
         Raises:
             ValueError: a mean gradient norm that is not finite.
         """
         self.importance = Importance.from_probe(means)
+        for layer in set(range(self._layers)).difference(self.drawable):
+            self.importance.values[layer] = math.nan
         self._follow()
         self._warn_once("after probing")
 
@@ -68,7 +88,7 @@ class Belief:
         assert self.importance is not None
         measured: dict[int, float] = {}
         if probed is not None:
-            measured = dict(enumerate(probed))
+            measured = {layer: probed[layer] for layer in self.drawable}
         elif self._window:
             means = torch.stack([total / count for total, count in self._window.values()])
             measured = dict(zip(self._window, current().numbers(means), strict=True))
@@ -91,7 +111,8 @@ class Belief:
         apart does not change how sharply they are drawn.
         """
         assert self.importance is not None
-        options, values, layers = self._options, self.importance.values, self.sampler.layers
+        options, layers = self._options, self.sampler.layers
+        values = [self.importance.values[layer] for layer in self.drawable]
         tau = math.inf
         if self.sampler.kind in BY_TEMPERATURE:
             tau = self.temperature = (

@@ -119,7 +119,7 @@ class Importance:
     """Mean gradient norm of every layer, and when each was last measured."""
 
     values: list[float]
-    """m_l, float64, one a layer."""
+    """m_l, float64, one a layer; nan for a layer that the user froze."""
     measured_at: list[int]
     """Step count after which each value was last measured; 0 for probing."""
 
@@ -136,6 +136,10 @@ class Importance:
                     f"probing: the gradient norm of layer {layer} is {mean}; check the loss and the weights"
                 )
         return cls(list(means), [0] * len(means))
+
+    def measured(self) -> tuple[float | None, ...]:
+        """`values`, with None for layers that are never measured."""
+        return tuple(None if math.isnan(value) else value for value in self.values)
 
     def refresh(self, measured: Mapping[int, float], *, ema: float, step: int) -> None:
         """m_l = ema * new + (1 - ema) * m_l for every measured layer; the others keep their value (paper, refresh).

@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 from grass.backward import stop_at_lowest_layer
 from grass.belief import Belief
 from grass.distributed import average_gradients, check_ranks
+from grass.flags import Flags
 from grass.host import current
 from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.offload.states import LayerStates
 from grass.options import Offload, Options, Reprobe, State
-from grass.probing import Loss, Prober
+from grass.probing import Loss, Prober, end_probe_in_step
 from grass.refusals import refuse_loss_scaling, refuse_unfit_model
 from grass.sampling import Sampler
 from grass.trace import History, Record
@@ -34,6 +35,9 @@ class Grass(Optimizer):
     Call `probe(batches)` before training, or set `probe_steps`; samplers that measure nothing need neither. Weights
     change only in `step()`. Torch schedulers work as with any optimizer. Under `torch.distributed`, give every rank the
     plain module: `step()` averages gradients itself.
+
+    What is frozen when it is built (`requires_grad` is False) stays so: it is not measured, not drawn and in no group.
+    A second `Grass` on the same model does not take the first one's sleeping layers for frozen ones.
 
     Args:
         model: a causal language model with one stack of decoder layers, or any module if `layers` is given.
@@ -81,27 +85,34 @@ class Grass(Optimizer):
         self.options = Options(**{k: v for k, v in locals().items() if k in Options.__dataclass_fields__})
         refuse_unfit_model(model)
         found = find_layers(model, layers=layers)
-        self.layer_parameters = found.layer_parameters()
-        self.options.check_model(len(self.layer_parameters), dict(model.named_parameters()))
+        self._flags = Flags(model)
+        end_probe_in_step(model)
+        self.layer_parameters = self._flags.layers(found.layer_parameters())
+        """Parameters of each decoder layer that train when it is drawn; empty for a layer that the user froze."""
+        frozen = [layer for layer, parameters in enumerate(self.layer_parameters) if not parameters]
+        self.options.check_model(len(self.layer_parameters), frozen=len(frozen), parameters=self._flags.own)
         self.model = model
         self.accumulation_steps = accumulation_steps
         """Backward passes a step; may be changed between steps."""
         trained = {"embedding": train_embedding, "final_norm": train_final_norm, "head": train_head}
+        own = {key: self._flags.own_of(found.outside[key]) for key in OUTSIDE}
         for key in OUTSIDE:
-            set_trainable(found.outside[key], trained[key])
-        outside = {key: found.outside[key] for key in OUTSIDE if trained[key] and found.outside[key]}
+            set_trainable(own[key], trained[key])
+        outside = {key: own[key] for key in OUTSIDE if trained[key] and own[key]}
         # in the model's own order, so that the global norm is bitwise equal to that of full fine-tuning
         below: list[dict[str, Any]] = [
             {"params": outside[key], "name": key} for key in ("embedding",) if key in outside
         ]
-        stack = [{"params": parameters, "name": f"layer {i}"} for i, parameters in enumerate(self.layer_parameters)]
+        stack = [{"params": own, "name": f"layer {i}"} for i, own in enumerate(self.layer_parameters) if own]
         above = [{"params": outside[key], "name": key} for key in ("final_norm", "head") if key in outside]
         hyper = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([*below, *stack, *above], hyper)
 
-        self.states = LayerStates(self, found.layers, len(below), self.options)
+        drawable = [layer for layer in range(len(self.layer_parameters)) if layer not in frozen]
+        first = {layer: len(below) + place for place, layer in enumerate(drawable)}
+        self.states = LayerStates(self, found.layers, first, self.options)
         """The moments, and where they are kept."""
-        self.belief = Belief(self.options, len(stack))
+        self.belief = Belief(self.options, len(self.layer_parameters), frozen=frozen)
         """Layer importance, and the sampler that draws layers by it."""
         everything = [p for group in self.param_groups for p in group["params"]]
         self._prober = Prober(model, self.layer_parameters, everything)
@@ -122,6 +133,7 @@ class Grass(Optimizer):
         if probe_steps and self.needs_probe:
             self._stop_at_lowest_layer()
             self._prober.start()
+            self._flags.note()
 
     # ------------------------------------------------------------ what it believes
 
@@ -132,13 +144,13 @@ class Grass(Optimizer):
 
     @property
     def importance(self) -> Importance | None:
-        """Mean gradient norm m of every decoder layer; None before probing."""
+        """Mean gradient norm m of every decoder layer, nan for one that the user froze; None before probing."""
         return self.belief.importance
 
     @property
     def probability(self) -> list[float]:
-        """Probability p of the next single draw, one entry per decoder layer."""
-        return self.belief.sampler.probability
+        """Probability p of the next single draw, one entry per decoder layer; 0 for one that the user froze."""
+        return self.belief.probability
 
     @property
     def temperature(self) -> float | None:
@@ -192,11 +204,13 @@ class Grass(Optimizer):
         Raises:
             ValueError: no batch, a gradient that is not finite, gradients left over from a backward pass, a call after
                 the first step, or in-step probing (`probe_steps`) set as well.
+            RuntimeError: the model was changed after `Grass` was built.
         """
         if self.steps:
             raise ValueError("probe() comes before training; this optimizer has made steps already")
         if self._prober.in_step is not None:
             raise ValueError("probe_steps makes step() probe by itself: leave it 0 to call probe()")
+        self._check_unchanged()
         self.probe_loss = loss
         self._believe(self._measure_all(batches, exact=exact))
 
@@ -228,8 +242,8 @@ class Grass(Optimizer):
         scheduler that is stepped along with them advances.
 
         Raises:
-            RuntimeError: not probed yet, no gradient, a GradScaler calls this, or ranks differ in options, weights,
-                learning rates or steps.
+            RuntimeError: not probed yet, no gradient, a GradScaler calls this, ranks differ in options, weights,
+                learning rates or steps, or, at the first step, the model was changed after `Grass` was built.
         """
         refuse_loss_scaling(self)
         loss = None
@@ -237,6 +251,7 @@ class Grass(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if not self._same_weights:
+            self._check_unchanged()
             # not before the first step: weights may be loaded after the optimizer is built
             self._check_ranks(weights=True)
             self._same_weights = True
@@ -299,6 +314,7 @@ class Grass(Optimizer):
         self._check_ranks()
         for layer, parameters in enumerate(self.layer_parameters):
             set_trainable(parameters, layer in self.active)
+        self._flags.note()
         self.states.change(self.active, self.accumulation_steps)
 
     # ------------------------------------------------------------ small
@@ -309,19 +325,24 @@ class Grass(Optimizer):
 
     def _draw(self) -> tuple[int, ...]:
         """The next active set."""
-        return self.belief.sampler.draw(steps=self.steps, trained=self.active if self.steps else ())
+        return self.belief.draw(steps=self.steps, trained=self.active if self.steps else ())
+
+    def _check_unchanged(self) -> None:
+        self._flags.check()
+        self.states.check_device(self._device)
 
     def _count(self, layer: int) -> int:
-        """N of a layer: its parameters, norm weights included."""
+        """N of a layer: its parameters, norm weights included, without those that the user froze."""
         return sum(p.numel() for p in self.layer_parameters[layer])
 
     @property
     def _device(self) -> torch.device:
-        return self.layer_parameters[0][0].device
+        parameter: nn.Parameter = self.param_groups[0]["params"][0]
+        return parameter.device
 
     def _stop_at_lowest_layer(self) -> None:
         """Keep backward from visiting layers below the lowest active one, unless the embedding trains."""
-        if not self.options.train_embedding:
+        if not any(group["name"] == "embedding" for group in self.param_groups):
             stop_at_lowest_layer(self.model)
 
     def _remember(
@@ -331,7 +352,7 @@ class Grass(Optimizer):
             step=self._calls,
             active=active,
             norm=(None,) * len(self.layer_parameters),
-            importance=None if self.importance is None else tuple(self.importance.values),
+            importance=None if self.importance is None else self.importance.measured(),
             age=self.age_steps,
             probability=tuple(self.probability),
             effective_layers=self.effective_layers,
@@ -340,7 +361,7 @@ class Grass(Optimizer):
             moved_bytes=moved_bytes,
             exposed_copy_s=None,
         )
-        self.history.append(record, norms=r, exposed=exposed)
+        self.history.append(record, norms=r, exposed=exposed, layers=active or self.belief.drawable)
         self._calls += 1
 
     # ------------------------------------------------------------ resume
@@ -376,6 +397,7 @@ class Grass(Optimizer):
         Raises:
             ValueError: saved with other groups, or with moments of another dtype.
         """
+        self._refuse_other_groups([str(group.get("name")) for group in state_dict["param_groups"]])
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         own = state_dict["grass"]
         self.steps, self._calls = own["steps"], own["calls"]
@@ -387,6 +409,17 @@ class Grass(Optimizer):
             self._prober.stop()
         for layer, parameters in enumerate(self.layer_parameters):
             set_trainable(parameters, layer in self.active)
+        self._flags.note()
         self.states.load(state_dict, self.active, self.accumulation_steps)
         if own["probing"] is not None:
             self._prober.start([squares.to(self._device, copy=True) for squares in own["probing"]])
+            self._flags.note()
+
+    def _refuse_other_groups(self, saved: Sequence[str]) -> None:
+        here = [group["name"] for group in self.param_groups]
+        if saved != here:
+            there, only = (", ".join(sorted(set(a) - set(b))) or "none" for a, b in ((saved, here), (here, saved)))
+            raise ValueError(
+                f"this state was saved with other parts left out (trained in it alone: {there}; here alone: {only}): "
+                "freeze the same parts, and give the same train_* options"
+            )

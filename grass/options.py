@@ -149,15 +149,23 @@ class Options:
         """Dtype of the moments."""
         return STATE_DTYPES[self.state_dtype]
 
-    def check_model(self, layers: int, parameters: Mapping[str, nn.Parameter]) -> None:
+    def check_model(self, layers: int, *, frozen: int, parameters: Mapping[str, nn.Parameter]) -> None:
         """Reject options that are invalid for this model.
+
+        Args:
+            layers: decoder layers.
+            frozen: how many of them the user froze.
+            parameters: all that the user did not freeze, by name.
 
         Raises:
             ValueError: more active layers than layers, a parameter without a flat view, or nothing to round
                 stochastically.
         """
-        if self.active_layers > layers:
-            raise ValueError(f"active_layers must be from 1 to {layers} (the model's layers), not {self.active_layers}")
+        if self.active_layers > layers - frozen:
+            which = f"{layers} layers, less {frozen} frozen ones" if frozen else "layers"
+            raise ValueError(
+                f"active_layers must be from 1 to {layers - frozen} (the model's {which}), not {self.active_layers}"
+            )
         for name, parameter in parameters.items():
             if not parameter.is_contiguous():
                 raise ValueError(f"the parameter {name} is not contiguous: set its .data to .data.contiguous()")

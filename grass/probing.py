@@ -16,10 +16,12 @@ ranks, inside `step()` the root is over the squares of all ranks, and `exact` av
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +35,26 @@ from grass.layers import set_trainable
 Loss = Callable[[nn.Module, Any], Tensor]
 """(model, batch) -> mean loss, a scalar."""
 
+_in_step: WeakKeyDictionary[nn.Module, weakref.ref[Prober]] = WeakKeyDictionary()
+"""By model: who measures its backward passes inside `step()`."""
+
+
+def end_probe_in_step(model: nn.Module) -> None:
+    """End the in-step probing of an earlier optimizer: its hooks would free the gradients of the next one.
+
+    Deleting that optimizer does not remove them at once: it is part of a circle of references.
+    """
+    earlier = _in_step.pop(model, None)
+    if earlier is not None and (prober := earlier()) is not None and prober.in_step is not None:
+        prober.stop()
+
 
 class Prober:
     """Measures the mean gradient norm m of every decoder layer.
 
     Args:
         model: model that computes the loss.
-        layers: parameters of each decoder layer.
+        layers: parameters of each decoder layer; none where the layer is frozen.
         everything: all parameters of the optimizer.
     """
 
@@ -52,7 +67,8 @@ class Prober:
         self._model = model
         self._layers = layers
         self._everything = everything
-        self._counts = [sum(p.numel() for p in parameters) for parameters in layers]
+        # a layer without parameters to train has no gradient, and a norm of 0
+        self._counts = [sum(p.numel() for p in parameters) or 1 for parameters in layers]
         self.loss: Loss | None = None
         """Loss of one batch; None: `model(**batch).loss`."""
         self._hooks = NormHooks(layers, everything)
@@ -147,6 +163,7 @@ class Prober:
         self._hooks.start()
         self._while_in_step.enter_context(checkpointed(self._model))
         self.in_step = list(before)
+        _in_step[self._model] = weakref.ref(self)
 
     def take(self) -> Tensor:
         """End one in-step probing step; returns r of every layer, shape (layers,), on the device."""

@@ -36,9 +36,10 @@ class Record:
     norm: tuple[float | None, ...]
     """r, root mean square of each layer's gradient entries before clipping, in units of loss per unit of weight (paper:
     gradient norm of one step); None if it was not measured, as in a sleeping layer."""
-    importance: tuple[float, ...] | None
+    importance: tuple[float | None, ...] | None
     """m, the mean gradient norms used in this step, in the unit of r (paper: mean gradient norm, its measure of layer
-    importance); None before probing and with a sampler that measures nothing."""
+    importance); None before probing and with a sampler that measures nothing; an entry is None if the user froze the
+    layer."""
     age: tuple[int, ...] | None
     """Steps since each entry of `importance` was measured; None if `importance` is None (ours)."""
     probability: tuple[float, ...]
@@ -64,6 +65,10 @@ class _Pending:
 
     norms: Tensor | None
     exposed: Callable[[], float | None] | None
+    layers: Sequence[int]
+    """Of which layers `norms` are."""
+    measured: Sequence[int]
+    """Those of them that were measured."""
 
 
 class History(Sequence[Record]):
@@ -78,7 +83,12 @@ class History(Sequence[Record]):
         self._pending: dict[int, _Pending] = {}
 
     def append(
-        self, record: Record, norms: Tensor | None = None, exposed: Callable[[], float | None] | None = None
+        self,
+        record: Record,
+        norms: Tensor | None = None,
+        exposed: Callable[[], float | None] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
     ) -> None:
         """Add the next step, without waiting for the device unless `MOST_PENDING` records are pending.
 
@@ -90,12 +100,14 @@ class History(Sequence[Record]):
             norms: r of the layers in `record.active`, or of all layers if that is empty; shape (layers,), fp32, on any
                 device. It is kept, not copied: do not write into it afterwards.
             exposed: gives `exposed_copy_s`; called once, at any time from now on, and may wait for the device.
+            layers: which of these were measured; the norms of others are not entered.
 
         Raises:
             ValueError: `norms` does not have one value for each of those layers.
         """
+        of = record.active or range(len(record.norm))
         if norms is not None:
-            expected = len(_measured_layers(record))
+            expected = len(of)
             if norms.shape != (expected,):
                 raise ValueError(
                     f"norms of step {record.step} must have shape ({expected},), one value for each measured layer, "
@@ -104,7 +116,8 @@ class History(Sequence[Record]):
             if not current().has_values(norms):
                 norms = exposed = None
         if norms is not None or exposed is not None:
-            self._pending[len(self._records)] = _Pending(None if norms is None else norms.detach(), exposed)
+            held = None if norms is None else norms.detach()
+            self._pending[len(self._records)] = _Pending(held, exposed, of, of if layers is None else layers)
         self._records.append(record)
         if len(self._pending) >= MOST_PENDING:
             self._read_pending()
@@ -142,8 +155,9 @@ class History(Sequence[Record]):
         for i, pending in self._pending.items():
             record = self._records[i]
             if pending.norms is not None:
-                measured = dict(zip(_measured_layers(record), next(rows), strict=True))
-                record = replace(record, norm=tuple(measured.get(layer) for layer in range(len(record.norm))))
+                r = dict(zip(pending.layers, next(rows), strict=True))
+                norm = tuple(r[n] if n in pending.measured else None for n in range(len(record.norm)))
+                record = replace(record, norm=norm)
             if pending.exposed is not None:
                 record = replace(record, exposed_copy_s=pending.exposed())
             found[i] = record
@@ -186,11 +200,6 @@ def read_history(path: str | Path) -> list[Record]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     return records
-
-
-def _measured_layers(record: Record) -> Sequence[int]:
-    """Layers that have a norm in this step: the active ones, or all while probing."""
-    return record.active or range(len(record.norm))
 
 
 def _to_host(tensors: list[Tensor]) -> list[list[float]]:
@@ -285,7 +294,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
     "step": _integer,
     "active": _tuple_of(_integer),
     "norm": _tuple_of(_or_none(_number)),
-    "importance": _or_none(_tuple_of(_number)),
+    "importance": _or_none(_tuple_of(_or_none(_number))),
     "age": _or_none(_tuple_of(_integer)),
     "probability": _tuple_of(_number),
     "effective_layers": _number,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ class LayerHooks:
     Args:
         states: the state offload that these hooks drive.
         layers: decoder layers, bottom first.
-        blocks: the layers' blocks, in the same order.
+        blocks: by number of a layer that can be drawn, its block.
         outside: blocks of the trained parameters outside the layers.
         below: whether backward continues below the lowest active layer (the embedding trains).
     """
@@ -28,13 +28,13 @@ class LayerHooks:
         self,
         states: StateOffload,
         layers: Sequence[nn.Module],
-        blocks: Sequence[Block],
+        blocks: Mapping[int, Block],
         *,
         outside: Sequence[Block],
         below: bool,
     ) -> None:
         self._states = states
-        self._blocks = list(blocks)
+        self._blocks = dict(blocks)
         self._outside = list(outside)
         self._below = below
         self._active: list[int] = []

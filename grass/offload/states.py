@@ -7,9 +7,10 @@ own step count: layers that trained at different times have different bias corre
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -26,19 +27,21 @@ class LayerStates:
     Args:
         optimizer: its `state` and `param_groups` are used; there is one block a group, in the same order.
         layers: decoder layers, bottom first.
-        first_layer: index of the bottom layer's group.
+        layer_groups: by number of a layer that can be drawn, the index of its group.
         options: the run's options.
     """
 
-    def __init__(self, optimizer: Optimizer, layers: Sequence[nn.Module], first_layer: int, options: Options) -> None:
+    def __init__(
+        self, optimizer: Optimizer, layers: Sequence[nn.Module], layer_groups: Mapping[int, int], options: Options
+    ) -> None:
         self._optimizer = optimizer
         self._layers = layers
         self._options = options
         self._rounding = Rounding(options.seed) if options.stochastic_rounding else None
         groups = [group["params"] for group in optimizer.param_groups]
         self.blocks = [Block(i, parameters, options.dtype) for i, parameters in enumerate(groups)]
-        self.layer_blocks = self.blocks[first_layer : first_layer + len(layers)]
-        self._outside = [block for block in self.blocks if block not in self.layer_blocks]
+        self.layer_blocks = {layer: self.blocks[index] for layer, index in layer_groups.items()}
+        self._outside = [block for block in self.blocks if block.index not in layer_groups.values()]
         self._number = {p: i for i, p in enumerate(p for parameters in groups for p in parameters)}
         self.offload: StateOffload | None = None
         """None until the first step, since parameters may be moved to another device before it."""
@@ -62,6 +65,18 @@ class LayerStates:
         """Blocks that train while the layers `active` train, in the model's order."""
         chosen = [*self._outside, *(self.layer_blocks[layer] for layer in active)]
         return sorted(chosen, key=lambda block: block.index)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise if the parameters are not on the device for which moments are kept.
+
+        Raises:
+            RuntimeError: the model was moved after the moments were loaded.
+        """
+        if self.offload is not None and self.offload.device != device:
+            raise RuntimeError(
+                f"the model was moved to {device} after the optimizer's state was loaded for {self.offload.device}: "
+                "move the model first, then load the state"
+            )
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
         """From now on, the layers `active` train."""
@@ -127,7 +142,8 @@ class LayerStates:
     def _start(self, offload: StateOffload, active: Sequence[int], accumulation_steps: int) -> None:
         self.offload = offload
         if offload.mode == "move" or offload.apart:
-            below = any(block.index < self.layer_blocks[0].index for block in self._outside)
+            lowest = min(block.index for block in self.layer_blocks.values())
+            below = any(block.index < lowest for block in self._outside)
             hooks = LayerHooks(offload, self._layers, self.layer_blocks, outside=self._outside, below=below)
             hooks.change(active, accumulation_steps)
             self.hooks = hooks
