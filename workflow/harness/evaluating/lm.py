@@ -98,11 +98,13 @@ def protocol(asking: Asking, *, choices: Choices | None = None) -> str:
     """
     if choices == "texts":
         return "likelihood of the options' texts, asked as stock lm-eval does"
+    prompt = asking.prompt.name
     shots = f", {len(asking.examples)}-shot" if asking.examples else ""
     if choices == "labels":
-        return f"likelihood of the labels, prompt {asking.prompt.name}{shots}"
-    published = asking.prompt.name == "llm-adapters"
-    return (PROTOCOL if published else f"prompt {asking.prompt.name} (greedy), llm-adapters extraction") + shots
+        return f"likelihood of the labels (prompt {prompt}{shots})"
+    if prompt == "llm-adapters":
+        return f"{PROTOCOL[:-1]}{shots})"
+    return f"answers written to prompt {prompt}, read as in llm-adapters (greedy{shots})"
 
 
 def decoding(lm: Any, asking: Asking) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 import pandas as pd
+import torch
 
 from grass.layers import declared_module
 from harness.errors import UserError
@@ -62,7 +63,7 @@ def evaluate(
     """Score a run's checkpoint on every suite; write `out` (an EvalRecord) and, beside it, its rows as parquet.
 
     A run that left no checkpoint (out of memory, skipped, ...) gives a record with status `skipped` and an empty table;
-    one that runs out of memory while it is scored gives `oom`, with what was scored before.
+    one that runs out of memory even with batches of one row gives `oom`, with what was scored before.
 
     Args:
         job: the suites and the length rows are cut to in the held-out loss.
@@ -126,17 +127,10 @@ def evaluate(
         lm_eval=scorer.lm_eval, provenance=origin,
     )  # fmt: skip
     for suite in job.all_suites:
-        try:
-            if suite.label in tests:
-                scorer.score(suite, tests[suite.label], suite_folders[suite.label] / "test.json")
-            else:
-                scorer.score_lm_eval(suite, suite_folders[suite.label])
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            why = f"{out_of_memory_why(error, suite.label)} (lower runtime.eval_batch_size, {batch_size} here)"
-            seconds = time.perf_counter() - started
+        why = scorer.score_in_memory(suite, tests.get(suite.label), suite_folders[suite.label])
+        if why is not None:
             _write_samples(out, scorer.samples, job)
+            seconds = time.perf_counter() - started
             return _write(out, scorer.documents, record(status="oom", status_why=why, wall_s=seconds))
     _write_samples(out, scorer.samples, job)
     return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
@@ -175,14 +169,33 @@ class _Scorer:
         self.documents: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
 
-    def score(self, suite: SuiteJob, rows: Sequence[Row], file: Path) -> None:
-        """Score one suite of test rows.
+    def score_in_memory(self, suite: SuiteJob, rows: Sequence[Row] | None, folder: Path) -> str | None:
+        """Score a suite, with batches of half the size where memory runs out; why not, if not even one row fits.
 
         Args:
             suite: the suite.
-            rows: of its file.
-            file: its test.json.
+            rows: of its file; None: of lm-eval's own tasks.
+            folder: where its rows or data lie.
         """
+        while True:
+            try:
+                if rows is None:
+                    self._score_lm_eval(suite, folder)
+                else:
+                    self._score(suite, rows, folder / "test.json")
+                return None
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = out_of_memory_why(error, suite.label)
+            # out of the handler: until then the error holds the tensors of the batch that failed
+            if self.lm.batch_size == 1:
+                return f"{why} (with batches of one row)"
+            self.lm.batch_size_per_gpu = self.lm.batch_size // 2
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _score(self, suite: SuiteJob, rows: Sequence[Row], file: Path) -> None:
         source = suite.source
         assert not isinstance(source, LmEvalSuite)
         asking = self.asking if suite in self.job.suites else replace(self.asking, examples=())
@@ -202,14 +215,14 @@ class _Scorer:
                 self.lm.model, self.asking.prompt, rows, max_length=self.job.max_length,
                 batch_size=self.lm.batch_size,
             )  # fmt: skip
-        self.settings["suites"][suite.label] = _settings(suite, rows, asking, loss, self.job.max_length)
+        settings = _settings(suite, rows, asking, loss, self.job.max_length)
+        self.settings["suites"][suite.label] = settings | {"batch_size": self.lm.batch_size}
         self.scores.append(_suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
         self.documents += _document_rows(self.run, suite.label, rows, answered, loss)
 
-    def score_lm_eval(self, suite: SuiteJob, folder: Path) -> None:
-        """Score one suite of kind lm-eval, whose data lie in `folder`."""
+    def _score_lm_eval(self, suite: SuiteJob, folder: Path) -> None:
         found = score_stock(self.lm, suite, folder)
-        self.settings["suites"][suite.label] = found.settings
+        self.settings["suites"][suite.label] = found.settings | {"batch_size": self.lm.batch_size}
         self.lm_eval += found.scores
         self.samples += [{"run": self.run} | row for row in found.documents]
 

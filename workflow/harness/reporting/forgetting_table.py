@@ -9,6 +9,7 @@ from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.layout import groups, method_name, of_method, other_outcomes, protocol_of, trained
+from harness.reporting.score_tables import suite_facts
 from harness.reporting.stats import document_interval, pair_documents, summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 from harness.study.spec import Study
@@ -122,6 +123,7 @@ def _numbers(score: Score, base: list[str], runs: dict[int, str], suite: str) ->
         "difference_low": low,
         "difference_high": high,
         "items": pairs.first.shape[1] if known else None,
+        "changed_items": int((pairs.first != pairs.second).any(axis=0).sum()) if known else None,
     }
 
 
@@ -138,28 +140,31 @@ def _text(numbers: dict[str, Any], score: Score, other: str, notes: Footnotes) -
     else:
         after = f"{UNKNOWN} ({other or 'not scored'})"
     low, high = scaled("difference_low"), scaled("difference_high")
+    interval = UNKNOWN if low is None else " to ".join(signed(end, score.digits) for end in (low, high))
+    if numbers["changed_items"] == 0:
+        interval = "no item changed"
     return {
         "before": number(scaled("before"), score.digits),
         "after": after,
         "difference": signed(scaled("difference"), score.digits),
-        "95 % interval over items": UNKNOWN
-        if low is None
-        else " to ".join(signed(x, score.digits) for x in (low, high)),
-        "items": UNKNOWN if numbers["items"] is None else str(numbers["items"]),
+        "95 % interval over items": interval,
+        "items (changed)": UNKNOWN if numbers["items"] is None else f"{numbers['items']} ({numbers['changed_items']})",
     }
 
 
 def _notes(study: Study, frames: Frames, before: str, notes: Footnotes) -> None:
     notes.add(
         f"Before: {before}, one run. The interval resamples items with the seeds as they are: it says whether these "
-        "runs changed, not what another seed would do; for that see the spread beside the mean."
+        "runs changed, not what another seed would do; for that see the spread beside the mean. Changed: items with "
+        "another outcome than before in any run."
     )
     scores = frames.ok_scores()
     for suite in study.forgetting:
         mine = scores[scores["suite"] == suite]
-        protocols = sorted(set(mine["protocol"].dropna()))
-        if protocols:
-            notes.add(f"{suite}: protocol {' and '.join(protocols)}.")
+        if len(mine):
+            chance = mine["chance"].dropna()
+            level = f"; chance level {number(100 * float(chance.iloc[0]), 1)} %" if len(chance) else ""
+            notes.add(f"{suite_facts(suite, mine)}{level}.")
         of_lm_eval = frames.lm_eval[frames.lm_eval["suite"] == suite]
         for task, rows in of_lm_eval.groupby("lm_task", sort=False):
             notes.add(f"{suite}: lm-eval task {task}, version {rows['version'].iloc[0]}.")

@@ -104,7 +104,8 @@ def method_name(study: Study, frames: Frames, method: str, notes: Footnotes) -> 
     if shots:
         notes.add(
             f"{method}: {shots} worked examples, the first training rows of the task, stand before every question of "
-            "the task's suites (the likelihood of options' texts excepted); the held-out loss is without them."
+            "the task's suites, but for tasks of lm-eval and the likelihood of options' texts; the held-out loss is "
+            "without them."
         )
     keys = sorted(
         {key for text in changed for key in text.replace(",", " ").split()} | set(study.methods[method].recipe)

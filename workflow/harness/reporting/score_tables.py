@@ -185,6 +185,24 @@ def _chance_row(scores: DataFrame, study: Study, model: str, measure: Measure) -
     return row
 
 
+def suite_facts(name: str, scores: DataFrame) -> str:
+    """Items, protocol and counts of a suite, from its scores of several runs."""
+    what = f"{name}: {int(scores['rows'].max())} test items"
+    protocols = sorted(set(scores["protocol"].dropna()))
+    if protocols:
+        what += f", protocol {' and '.join(protocols)}"
+    if bool(scores["limited"].fillna(False).any()):
+        what += ", not the whole test file"
+    for column, text in (
+        ("leaked_rows", "occur word for word in the training rows"),
+        ("truncated_rows", "were cut at the length limit"),
+    ):
+        most = scores[column].max()
+        if most == most and most is not None and int(most) > 0:
+            what += f"; {int(most)} {text}"
+    return what
+
+
 def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnotes) -> None:
     scores = frames.ok_scores()
     for task, suite in measure.cells(study):
@@ -196,20 +214,7 @@ def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnote
         mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
         if mine.empty:
             continue
-        rows = int(mine["rows"].max())
-        what = f"{task} / {suite}: {rows} test items"
-        protocols = sorted(set(mine["protocol"].dropna()))
-        if protocols:
-            what += f", protocol {' and '.join(protocols)}"
-        if bool(mine["limited"].fillna(False).any()):
-            what += ", not the whole test file"
-        for column, text in (
-            ("leaked_rows", "occur word for word in the training rows"),
-            ("truncated_rows", "were cut at the length limit"),
-        ):
-            most = mine[column].max()
-            if most == most and most is not None and int(most) > 0:
-                what += f"; {int(most)} {text}"
+        what = suite_facts(f"{task} / {suite}", mine)
         if measure is HELDOUT_LOSS:
             what += f"; {int(mine['heldout_tokens'].max())} answer tokens"
         notes.add(what + ".")

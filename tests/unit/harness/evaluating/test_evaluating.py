@@ -360,7 +360,7 @@ def test_worked_examples_and_forgetting_and_likelihood_are_told_apart(
     assert [score.correct_normalised for score in (plain["written"], plain["before"])] == [None, None]
     # worked examples: in the task's own suites, in their name, never in the loss, never in forgetting
     assert [shot[label].protocol != plain[label].protocol for label in tests] == [True, True, False, False]
-    assert shot["written"].protocol == "llm-adapters (greedy), 1-shot"
+    assert shot["written"].protocol == "llm-adapters (greedy, 1-shot)"
     assert shot["before"] == plain["before"]
     assert shot["texts"] == plain["texts"]
     assert shot["written"].heldout_loss == plain["written"].heldout_loss
@@ -413,24 +413,33 @@ def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path)
     assert list(table.columns) == list(DOCUMENT_COLUMNS)
 
 
-def test_scoring_that_runs_out_of_memory_is_a_row_and_keeps_what_was_scored_before(
+def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(
     scored: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = scoring.heldout_loss
-    seen: list[int] = []
+    tried: list[int] = []
 
-    def runs_out(*arguments: Any, **named: Any) -> Any:
-        seen.append(1)
-        if len(seen) == 2:
+    def runs_out(*arguments: Any, batch_size: int, fits: int = 3, **named: Any) -> Any:
+        tried.append(batch_size)
+        if batch_size > fits:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
-        return usual(*arguments, **named)
+        return usual(*arguments, batch_size=batch_size, **named)
 
     monkeypatch.setattr(scoring, "heldout_loss", runs_out)
-    record, table = scored({"one": rows[:4], "two": rows[4:8], "three": rows[8:12]}, trained=[])
+    tests = {"one": rows[:4], "two": rows[4:8]}
+    record, table = scored(tests, trained=[], batch_size=8)
+    assert record.status == "ok"
+    assert tried == [8, 4, 2, 2]
+    assert [record.decoding["suites"][label]["batch_size"] for label in tests] == [2, 2]
+    assert table.groupby("suite").size().to_dict() == {"one": 4, "two": 4}  # nothing twice
+
+    # not even one row fits: a row of the tables, with what was scored before
+    monkeypatch.setattr(scoring, "heldout_loss", lambda *a, **k: runs_out(*a, **k, fits=8 if len(tried) < 5 else 0))
+    record, table = scored({"one": rows[:4], "two": rows[4:8], "three": rows[8:12]}, trained=[], batch_size=8)
     assert record.status == "oom"
     assert record.status_why is not None
     assert record.status_why.startswith("in phase two: DefaultCPUAllocator: can't allocate memory")
-    assert "lower runtime.eval_batch_size, 64 here" in record.status_why
+    assert record.status_why.endswith("(with batches of one row)")
     assert [one.suite for one in record.scores] == ["one"]
     assert set(table["suite"]) == {"one"}
 
