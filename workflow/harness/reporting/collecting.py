@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.errors import UserError
 from harness.records.code import PROBE, code_of
 from harness.records.columns import ALL, FRAMES, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
@@ -14,13 +15,15 @@ from harness.records.run import (
     LM_EVAL_SAMPLES,
     EvalRecord,
     LmEvalScore,
+    ModelRecord,
     ProbeRecord,
+    Provenance,
     RowsRecord,
     SearchRecord,
     TrainRecord,
 )
 from harness.reporting.frames import Frames, read_table, rows_to_frame
-from harness.study.jobs import ROWS
+from harness.study.jobs import MODEL, ROWS
 from harness.study.paths import Paths
 from harness.study.plan import Plan
 from harness.study.spec import LmEvalSuite
@@ -33,9 +36,11 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed", "probes", "probed")
     }
     tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
+    models = _Models(plan, paths)
     for name, job in plan.runs.items():
         folder = paths.run(name)
         record = read(folder / "train.json", TrainRecord)
+        models.check(job.training.model.name, record.provenance, folder / "train.json")
         made = read(paths.output(ROWS, job.training.rows.name), RowsRecord)
         left_out = {"empty_rows": made.dropped_rows, "overlapping_rows": made.overlapping_rows}
         rows["runs"].append({column: source.of(record) for column, source in RUNS.items()} | left_out)
@@ -59,11 +64,13 @@ def collect(plan: Plan, paths: Paths) -> Frames:
                 table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
                 # older tables lack the newest columns; samples have more than are reported
                 tables[kind].append(table.reindex(columns=list(FRAMES[kind])))
-    for name in plan.searches:
+    for name, searched in plan.searches.items():
         search = read(paths.search(name) / "search.json", SearchRecord)
+        models.check(searched.training.model.name, search.provenance, paths.search(name) / "search.json")
         rows["trials"] += _trial_rows(search)
-    for name in plan.probes:
+    for name, probing in plan.probes.items():
         probe = read(paths.probe(name) / "probe.json", ProbeRecord)
+        models.check(probing.model.name, probe.provenance, paths.probe(name) / "probe.json")
         rows["probes"].append(_probe_row(probe))
         rows["probed"] += _probed_rows(probe)
     frames = {name: rows_to_frame(name, values) for name, values in rows.items()}
@@ -71,6 +78,34 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
         frames[kind] = rows_to_frame(kind, joined.to_dict("records"))  # type: ignore[arg-type]
     return Frames(**frames)
+
+
+class _Models:
+    """The models that a study's records were made from, by the hashes of their files: one for each model job.
+
+    Their manifests decide; without one, the first record.
+    """
+
+    def __init__(self, plan: Plan, paths: Paths) -> None:
+        manifests = {name: paths.output(MODEL, name) for name in plan.models}
+        self._known = {
+            name: (path, read(path, ModelRecord).files_sha256) for name, path in manifests.items() if path.is_file()
+        }
+
+    def check(self, model: str, provenance: Provenance, path: Path) -> None:
+        """Refuse the record at `path` if it was made from another model than the others."""
+        mine = {
+            role.removeprefix("model "): value
+            for role, value in provenance.input_sha256.items()
+            if role.startswith("model ")
+        }
+        source, known = self._known.setdefault(model, (path, mine))
+        differs = next((name for name in sorted(mine.keys() & known.keys()) if mine[name] != known[name]), None)
+        if differs is not None:
+            raise UserError(
+                f"{path}: made from another model than {source} ({differs} differs), and one table must not mix two; "
+                f"remove {path} and run again"
+            )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -29,9 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the table; nothing is written and nothing is computed."""
     from harness.records.reading import Stamp, read
     from harness.study.config import load_study
-    from harness.study.jobs import EVALUATE, PROBE, TRAIN
+    from harness.study.identity import replaced_models
+    from harness.study.jobs import EVALUATE, MODEL, PROBE, TRAIN
     from harness.study.paths import Paths
-    from harness.study.plan import folder_bytes, outputs, resolve_study
+    from harness.study.plan import folder_bytes, model_of, outputs, resolve_study
     from harness.study.stale import changed_files, is_stale
 
     paths = Paths()
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
         f"{study.study}: {len(study.models)} models x {len(study.tasks)} tasks x {len(study.methods)} methods "
         f"= {len(plan.runs)} runs, {len(plan.searches)} searches"
     )
+    replaced = replaced_models((paths.output(MODEL, name) for name in plan.models), dry_run=True)
+    of_replaced = {manifest.parent.name for manifest in replaced}
     counts: dict[str, Counter[str]] = {}
     changed: Counter[str] = Counter()
     for output in outputs(plan, paths):
@@ -51,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
             if is_stale(record.provenance, output):
                 state = "stale"
                 changed.update(changed_files(record.provenance, output))
+            if model_of(plan, output) in of_replaced:
+                state = "other"
         counts.setdefault(output.kind.name, Counter())[state] += 1
         if output.kind in (PROBE, TRAIN) or args.all:
             print(f"  {state:<6} {output.kind.name:<9}{detail:<11}{output.name}")
@@ -61,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {kind:<9}" + ", ".join(f"{number} {state}" for state, number in sorted(counter.items())))
     folders = {output.path.parent for output in outputs(plan, paths) if output.kind is not EVALUATE}
     print(f"  on disk  {folder_bytes(folders) / 2**20:.1f} MiB under {paths.root}/")
+    for message in replaced.values():
+        print(f"  other: {message}")
     if changed:
         print(
             "  stale: made by other code than today's. It is kept; to make it anew: snakemake --cores 1 --configfile "

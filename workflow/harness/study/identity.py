@@ -6,7 +6,7 @@ A job's name holds a model's path, and `${NAME}` in it may point elsewhere tomor
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness.errors import UserError
@@ -53,11 +53,32 @@ def another_model(record: ModelRecord, manifest: Path, name: str) -> str:
     )
 
 
-def changed_file(record: ModelRecord, folder: Path) -> str | None:
+def replaced_models(manifests: Iterable[Path], *, dry_run: bool = False) -> dict[Path, str]:
+    """Of the manifests that are there, those whose folder holds another model now, with what to say.
+
+    A folder that is not there, or whose `${NAME}` is not set, is left to the job that needs it. A dry run writes
+    nothing.
+    """
+    found = {}
+    for manifest in manifests:
+        if manifest.is_file():
+            record = read(manifest, ModelRecord)
+            try:
+                name = (
+                    changed_file(record, manifest.parent, dry_run=dry_run) if resolve(record.folder).is_dir() else None
+                )
+            except UserError:
+                continue
+            if name is not None:
+                found[manifest] = another_model(record, manifest, name)
+    return found
+
+
+def changed_file(record: ModelRecord, folder: Path, *, dry_run: bool = False) -> str | None:
     """The first file of a model that is not the one that was recorded, that is gone or has come; None if all are.
 
     A file is hashed unless its stamp is the one that it had when it was last found to be the recorded one. Those stamps
-    are kept in `folder`, beside the record.
+    are kept in `folder`, beside the record; a dry run does not renew them.
 
     Raises:
         UserError: a `${NAME}` in the record is not set.
@@ -71,7 +92,7 @@ def changed_file(record: ModelRecord, folder: Path) -> str | None:
     for name, file in files.items():
         if seen.get(name) != now[name] and sha256(file) != record.files_sha256[name]:
             return name
-    if seen != now:
+    if seen != now and not dry_run:
         write_json(stamps, now)
     return None
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
 from harness.records import atomic
 from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of, task_recipe
+from harness.study.identity import replaced_models
 from harness.study.jobs import (
     EVALUATE,
     KINDS,
+    MODEL,
     EvalJob,
     ForecastJob,
     J,
@@ -65,8 +68,11 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
 
     Raises:
         harness.study.strict_yaml.ConfigError: the file is invalid; the message is one line.
+        UserError: a model's folder holds another model than the one that records were made from.
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
+    for message in replaced_models((paths.output(MODEL, name) for name in plan.models), dry_run=dry_run).values():
+        raise UserError(message)
     if not dry_run:
         write_specs(plan, paths)
     return plan
@@ -207,6 +213,15 @@ def outputs(plan: Plan, paths: Paths) -> list[Output]:
     for run, evaluation in plan.evaluation_of.items():
         found.append(Output(paths.score(run, evaluation), EVALUATE, run, plan.evals[evaluation]))
     return found
+
+
+def model_of(plan: Plan, output: Output) -> str | None:
+    """Name of the model job that a file is made from; None for rows and suites, which no model enters."""
+    job: Any = plan.runs[output.name] if output.kind is EVALUATE else output.job
+    if isinstance(job, ModelJob):
+        return job.name
+    model: ModelJob | None = getattr(getattr(job, "training", job), "model", None)
+    return None if model is None else model.name
 
 
 def folder_bytes(paths: Iterable[Path]) -> int:

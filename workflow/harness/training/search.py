@@ -63,7 +63,7 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str 
         at_edge=best is not None and best in (grid[0], grid[-1]),
         trials=trials,
         wall_s=time.perf_counter() - started,
-        provenance=provenance(roots=roots_of(job.training.module), inputs={}),
+        provenance=provenance(roots=roots_of(job.training.module), inputs=inputs.files()),
     )
 
 
