@@ -84,7 +84,7 @@ rule train:
 rule evaluate:
     input:
         PATHS.output(TRAIN, "{run}"),
-        lambda wildcards: [PATHS.output(SUITE, suite.name) for suite in PLAN.evals[wildcards.evaluation].suites],
+        lambda wildcards: [PATHS.output(SUITE, suite.name) for suite in PLAN.evals[wildcards.evaluation].all_suites],
     output:
         PATHS.score("{run}", "{evaluation}"),
     log:

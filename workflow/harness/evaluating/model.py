@@ -82,10 +82,22 @@ class HarnessLM(HFLM):  # type: ignore[misc]
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return pair
 
+    # Without progress bars: only this argument switches them off, and `lm_eval.evaluate` does not pass it.
+
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
-        """Without a progress bar: only this argument switches it off, and `lm_eval.evaluate` does not pass it."""
+        """What the model writes."""
         answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Summed log-probability of each continuation, in nats, and whether it is the greedy one."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = True) -> list[float]:
+        """Log-probability of each whole text, in nats."""
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         longest = max(len(context) + len(answer) for _, context, answer in requests)

@@ -50,11 +50,12 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     record = evaluate(
         job,
         train_record=train_record,
-        suite_folders={suite.label: paths.suite(suite.name) for suite in job.suites},
+        suite_folders={suite.label: paths.suite(suite.name) for suite in job.all_suites},
         rows_folder=paths.rows(training.rows.name),
         out=args.out,
         batch_size=args.batch_size,
     )
-    scores = ", ".join(f"{s.suite} {s.correct}/{s.rows}" for s in record.scores)
-    announce(f"evaluate {record.run}: {scores or record.status_why}")
+    scores = [f"{s.suite} {s.correct}/{s.rows}" for s in record.scores]
+    scores += [f"{s.suite} {s.task} {s.metric} {s.value:.4f}" for s in record.lm_eval if s.value is not None]
+    announce(f"evaluate {record.run}: {', '.join(scores) or record.status_why}")
     return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def load_study(path: Path, *, inputs_needed: bool = True) -> spec.Study:
     if inputs_needed:
         _check_paths(study, source)
         _check_lm_eval(study, source)
+        _check_chat(study, source)
     return study
 
 
@@ -117,15 +120,38 @@ def _check_paths(study: spec.Study, source: Source) -> None:
 
 def _check_lm_eval(study: spec.Study, source: Source) -> None:
     for key, suite in _suites(study):
-        if not isinstance(suite, spec.LmEvalSuite):
-            continue
-        known = task_names()
-        if known and suite.task not in known:
+        if isinstance(suite, spec.LmEvalSuite) and (known := task_names()) and suite.task not in known:
             raise source.error((*key, "task"), unknown_task(suite.task, known))
-        made = [label for label, model in study.models.items() if isinstance(model, spec.PretrainedHere)]
-        if suite.apply_chat_template and made:
-            text = f"model {made[0]} is pretrained here and has no chat template: write false"
-            raise source.error((*key, "apply_chat_template"), text)
+
+
+def _check_chat(study: spec.Study, source: Source) -> None:
+    """Refuse the chat format for a model that is known to have none; of one still to be fetched nothing is known."""
+    asked: list[tuple[KeyPath, str]] = [
+        (("tasks", task, "prompt"), "write another prompt (alpaca, plain, llm-adapters)")
+        for task, entry in study.tasks.items()
+        if entry.prompt == "chat"
+    ]
+    asked += [
+        ((*key, "apply_chat_template"), "write false")
+        for key, suite in _suites(study)
+        if isinstance(suite, spec.LmEvalSuite) and suite.apply_chat_template
+    ]
+    for label, model in study.models.items() if asked else ():
+        if _has_no_chat_template(model):
+            key, mend = asked[0]
+            raise source.error(key, f"model {label} has no chat template: {mend}")
+
+
+def _has_no_chat_template(model: spec.ModelSource) -> bool:
+    if isinstance(model, spec.PretrainedHere):
+        return True
+    mirror = os.environ.get("MIRROR")
+    folder = resolve(model.path) if isinstance(model, spec.LocalModel) else Path(mirror or "") / model.repo
+    settings = folder / "tokenizer_config.json"
+    if not settings.is_file():
+        return False
+    inside = "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
+    return not inside and not any(folder.glob("chat_template.*"))
 
 
 def _suites(study: spec.Study) -> Iterator[tuple[KeyPath, spec.SuiteSource]]:

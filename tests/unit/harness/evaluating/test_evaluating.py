@@ -463,7 +463,7 @@ def test_bad_test_rows_are_named(scored: Any, rows: list[Row]) -> None:
 
 def test_stage_finds_everything_by_the_layout(tmp_path: Path, checkpoint: Path, rows: list[Row]) -> None:
     results = tmp_path / "results"
-    job = EvalJob(task="t", suites=(suite("s"),), max_length=64)
+    job = EvalJob(task="t", suites=(suite("s"),), forgetting=(suite("kept"),), max_length=64)
     run = RunJob.model_validate(
         {
             "training": {
@@ -490,10 +490,12 @@ def test_stage_finds_everything_by_the_layout(tmp_path: Path, checkpoint: Path, 
     spec = results / "evals" / f"{job.name}.json"
     spec.parent.mkdir()
     spec.write_text(json.dumps(job.body()), encoding="utf-8")
-    write_suite(results / "inputs" / "suites" / job.suites[0].name, rows[:8])
+    for each in job.all_suites:
+        write_suite(results / "inputs" / "suites" / each.name, rows[:8])
     write_train(results / "inputs" / "rows" / run.training.rows.name, rows[:3])
     out = folder / "eval" / f"{job.name}.json"
     threads = torch.get_num_threads()
     assert stage.run(Namespace(spec=spec, run=folder, out=out, threads=threads, batch_size=8)) == 0
     record = EvalRecord.model_validate_json(out.read_bytes())
     assert (record.name, record.run, record.scores[0].rows, record.scores[0].leaked_rows) == (job.name, "run-1", 8, 3)
+    assert [score.suite for score in record.scores] == ["s", "kept"]

@@ -50,8 +50,24 @@ def test_a_task_that_lm_eval_does_not_have_is_refused_with_the_nearest_names(tmp
     assert "suites.two-step.task: lm-eval has no task, group or tag 'arc_esy'; nearest: arc_easy" in said
     for name in ("arc_easy", "mmlu", "ai2_arc"):  # a task, a group, a tag
         assert load(tmp_path, (TWO_STEP, f"{{kind: lm-eval, task: {name}}}")).study == "mine"
-    said = complaint(tmp_path, (TWO_STEP, "{kind: lm-eval, task: piqa, apply_chat_template: true}"))
-    assert "suites.two-step.apply_chat_template: model tiny is pretrained here and has no chat template" in said
+
+
+def test_the_chat_format_of_a_model_without_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_chat = (TWO_STEP, "{kind: lm-eval, task: piqa, apply_chat_template: true}")
+    said = complaint(tmp_path, in_chat)
+    assert "suites.two-step.apply_chat_template: model tiny has no chat template: write false" in said
+    said = complaint(tmp_path, ("    suites:\n", "    prompt: chat\n    suites:\n"))
+    assert "tasks.sums.prompt: model tiny has no chat template: write another prompt" in said
+    made = STUDY[STUDY.index("  tiny:\n") : STUDY.index("tasks:\n")]
+    hub = (made, f"  tiny: {{kind: hub, repo: org/name, revision: {'a' * 40}}}\n")
+    assert load(tmp_path, in_chat, hub).study == "mine"  # not fetched yet: nothing is known
+    folder = tmp_path / "mirror" / "org" / "name"
+    folder.mkdir(parents=True)
+    (folder / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    monkeypatch.setenv("MIRROR", str(tmp_path / "mirror"))
+    assert "model tiny has no chat template: write false" in complaint(tmp_path, in_chat, hub)
+    (folder / "chat_template.jinja").write_text("", encoding="utf-8")
+    assert load(tmp_path, in_chat, hub).study == "mine"
 
 
 def test_names_come_from_all_of_lm_evals_files() -> None:
