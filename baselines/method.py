@@ -223,7 +223,10 @@ class Method:
         raise NotImplementedError(f"{type(self).__name__} promises nothing: write expect()")
 
     def attach(self, model: nn.Module) -> nn.Module:
-        """Wrap or freeze `model`, build the optimizer, return the module to train."""
+        """Wrap or freeze `model`, build the optimizer, return the module to train.
+
+        Every parameter of `model` requires a gradient: what its architecture keeps frozen is no parameter any more.
+        """
         raise NotImplementedError
 
     def prepare(self, calibration: Calibration) -> None:

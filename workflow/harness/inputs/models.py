@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
@@ -13,12 +14,14 @@ from transformers.utils.logging import disable_progress_bar
 from baselines.method import torch_dtype
 from harness.errors import UserError, first_line
 from harness.inputs.checkpoints import check_checkpoint, complaint, load_with_info, quiet
+from harness.step.facts import constants_as_buffers
 
 disable_progress_bar()  # transformers' bar for each loaded file would hide the harness's own progress
 
 
 def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: Any) -> nn.Module:
-    """A causal language model in training mode on the CPU (or where `kwargs` put it), every parameter requiring grad.
+    """A causal language model in training mode on the CPU (or where `kwargs` put it), every parameter requiring grad:
+    constants that the architecture keeps as frozen parameters become buffers.
 
     Attention is as `harness.step.architecture` asks for it, unless `kwargs` say otherwise; `kwargs` can also ask for
     quantised loading. Pass `use_cache=False` to the forward pass in training: the setting is not changed here, since it
@@ -36,8 +39,9 @@ def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: A
         raise
     if why := complaint(model, info):
         raise UserError(f"{path}: {why}")
-    model.train()
-    return model
+    with torch.device("meta"):
+        as_built = type(model)(model.config)
+    return constants_as_buffers(model, as_built=as_built).train()
 
 
 def generation_why(path: Path) -> str | None:

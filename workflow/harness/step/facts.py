@@ -28,5 +28,27 @@ def facts_of(model: nn.Module) -> ModelFacts:
     )
 
 
+def constants_as_buffers(model: nn.Module, *, as_built: nn.Module) -> nn.Module:
+    """Turn the parameters that an architecture freezes itself into buffers, in place; returns the model.
+
+    Some families keep constants as parameters with `requires_grad` False: tables of sinusoids (RoFormer, Pegasus), the
+    experts' correction biases (Ernie 4.5, AFMoE), a patcher of bytes (BLT). A method that sets flags would train them,
+    or promise to train what never gets a gradient. As buffers they are on the same device and in the same checkpoint,
+    under the same key, and no method sees them.
+
+    Args:
+        model: its own flags do not count: `from_pretrained` makes everything trainable (transformers 5.17).
+        as_built: the same architecture as its constructor leaves it, which may be on `meta`, or the model itself.
+    """
+    frozen = {name for name, p in as_built.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            # packed weights of a quantised model are no constants
+            if f"{prefix}.{name}".lstrip(".") in frozen and parameter.is_floating_point():
+                del module._parameters[name]
+                module.register_buffer(name, parameter.detach())
+    return model
+
+
 def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
