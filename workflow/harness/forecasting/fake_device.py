@@ -122,12 +122,12 @@ class ForecastHost(CountingHost):
 
 
 @contextmanager
-def tensors_without_values() -> Iterator[None]:
+def tensors_without_values() -> Iterator[FakeTensorMode]:
     """Tensors made inside the block are fake; where transformers and torch would read values, they need not."""
-    with warnings.catch_warnings(), _no_mask_read(), _parameters_replaced(), FakeTensorMode():
+    with warnings.catch_warnings(), _no_mask_read(), _parameters_replaced(), FakeTensorMode() as mode:
         # every number read is 1.0, so all layers appear equally important
         warnings.filterwarnings("ignore", message="GRASS is near uniform")
-        yield
+        yield mode
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness.forecasting.memo import tensors
 
 Kind = Literal["weights", "gradients", "optimizer states", "activations", "loss", "other"]
 KINDS: tuple[Kind, ...] = ("weights", "gradients", "optimizer states", "activations", "loss", "other")
@@ -55,6 +58,8 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.call: Callable[[Any, Sequence[Any], Mapping[str, Any]], Any] = _call
+        """Calls an operator; for fake tensors, `harness.forecasting.memo.Memo` is faster."""
         self.now = 0
         """Bytes alive on the device."""
         self.peak = 0
@@ -75,19 +80,27 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator, then count new storages among its results."""
-        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:
+            # only fake tensors ask; autograd does so more often than it calls operators
+            return args[0].fake_device
+        result = self.call(func, args, kwargs or {})
         given = None
-        for tensor in _tensors(result):
+        for tensor in tensors(result):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key in self._alive or key in self._on_host_now:
                 continue
             if given is None:
                 # a view of memory that is not counted (a mapped file, say) is not new memory either
-                given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+                given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
             if key not in given:
                 self._see(storage, tensor.element_size())
         return result
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """False: torch would wrap each call of an operator in one that keeps its compiler away, and none is here."""
+        return False
 
     # ------------------------------------------------------------ phases
 
@@ -177,12 +190,6 @@ class Tracker(TorchDispatchMode):
         self.now -= life.nbytes
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Every tensor in an operator's arguments or results: tensors, and lists, tuples and dictionaries of them."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, list | tuple):
-        for value in values:
-            yield from _tensors(value)
-    elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+def _call(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """An operator's result."""
+    return func(*args, **kwargs)
