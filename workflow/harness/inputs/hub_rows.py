@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError, first_line
+from harness.study.paths import MIRROR
 from harness.study.spec import HubData
-
-MIRROR = "MIRROR"
-"""Environment variable with the folder that holds `<org>/<name>/` of what need not come over the network."""
 
 
 def read_data_set(source: HubData) -> tuple[list[tuple[str, Any]], list[Path]]:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from httpx import HTTPError
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-
 from harness.errors import UserError
 from harness.inputs.checkpoints import check_checkpoint
+from harness.inputs.hub_models import find_model
 from harness.inputs.models import load_tokenizer
 from harness.records.atomic import sha256, write_json
 from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord, Provenance
+from harness.records.run import CameFrom, ModelRecord, Provenance
 from harness.step.architecture import attention_of
 from harness.study.identity import WEIGHTS, files_of, stamp_files
 from harness.study.jobs import ModelJob
@@ -31,7 +27,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def make_model(job: ModelJob, folder: Path) -> ModelRecord:
     """Find or fetch a model and write manifest.json into `folder`; for one pretrained here see `inputs.pretrain`.
 
-    A fetched model is stored in `folder`/model; a local one stays where it is and is only hashed. The manifest is
+    A fetched model is stored in `folder`/model; one of a local folder or of a mirror stays where it is and is only
+    hashed. The manifest is
     written last: if it exists, the model is complete.
 
     Raises UserError, in one line, for a folder that holds no model, for a download that fails, and for a model that is
@@ -43,12 +40,20 @@ def make_model(job: ModelJob, folder: Path) -> ModelRecord:
         raise UserError(f"{job.name}: this model is pretrained here; use `pretrain`, not `prefetch`")
     origin = provenance(roots=FOUND_MODEL, inputs={})
     if isinstance(source, HubModel):
-        weights = folder / "model"
-        _fetch(source, weights)
-        where = os.path.relpath(weights)
+        found = find_model(source, folder / "model")
+        weights, where, kind, revision = found.folder, found.text, found.came_from, found.revision
     else:
-        weights, where = resolve(source.path), source.path
-    return describe_model(job.name, weights, where=where, into=folder, started=started, provenance=origin)
+        weights, where, kind, revision = resolve(source.path), source.path, "local", None
+    return describe_model(
+        job.name,
+        weights,
+        where=where,
+        came_from=kind,
+        revision=revision,
+        into=folder,
+        started=started,
+        provenance=origin,
+    )
 
 
 def describe_model(
@@ -56,9 +61,11 @@ def describe_model(
     weights: Path,
     *,
     where: str,
+    came_from: CameFrom,
     into: Path,
     started: float,
     provenance: Provenance,
+    revision: str | None = None,
     losses: Sequence[tuple[int, float]] = (),
 ) -> ModelRecord:
     """Check a model's folder and write its manifest.
@@ -67,9 +74,11 @@ def describe_model(
         name: of the record.
         weights: the folder.
         where: that folder's path as written in the manifest.
+        came_from: how it came there.
         into: folder of the manifest.
         started: when the preparation began (s, `time.perf_counter`).
         provenance: of the record.
+        revision: the commit of a model of the hub, where it is known.
         losses: of pretraining, (step, nats per token).
 
     Raises:
@@ -85,6 +94,8 @@ def describe_model(
     record = ModelRecord(
         name=name,
         folder=where,
+        came_from=came_from,
+        revision=revision,
         files_sha256={file.name: sha256(file) for file in files},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         attention=attention.kind,
@@ -122,23 +133,3 @@ def _checked_files(folder: Path, *, asked: str) -> list[Path]:
                 f"{asked}: {len(missing)} of {len(shards)} shards missing, first {missing[0]}; fetch them again"
             )
     return files_of(folder)
-
-
-def _fetch(source: HubModel, folder: Path) -> None:
-    # Download into the final place: the hub client resumes a partial download from the files there.
-    name = f"{source.repo} at {source.revision}"
-    try:
-        snapshot_download(
-            source.repo,
-            revision=source.revision,
-            local_dir=folder,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
-        )
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise UserError(
-            f"{name}: not on the hub, or closed to you; check repo and revision, or set HF_TOKEN"
-        ) from error
-    except (HTTPError, OSError) as error:
-        raise UserError(
-            f"{name}: cannot be downloaded ({type(error).__name__}); run `prefetch` with a network, or use kind: local"
-        ) from error

@@ -61,6 +61,7 @@ def make_pretrained(job: ModelJob, folder: Path) -> ModelRecord:
         job.name,
         weights,
         where=os.path.relpath(weights),
+        came_from="pretraining",
         into=folder,
         started=started,
         provenance=origin,

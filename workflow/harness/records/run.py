@@ -49,11 +49,18 @@ class Provenance(Record):
     input_sha256: dict[str, str] = Field(description="of every input file that was read, by role")
 
 
+CameFrom = Literal["pretraining", "local", "mirror", "hub", "hub cache"]
+
+
 class ModelRecord(Record):
     """A model ready to load (manifest.json)."""
 
     name: str
     folder: str = Field(description="relative to the results folder's parent, or with ${input} still in it")
+    came_from: CameFrom | None = None
+    revision: str | None = Field(
+        default=None, description="commit on the hub; null for other models, and for a mirror folder that does not say"
+    )
     files_sha256: dict[str, str]
     parameters: int | None
     attention: str | None = Field(default=None, description="as it is computed: sdpa, or eager")

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from harness.step.outcomes import CannotRunError
 
@@ -55,8 +55,8 @@ def _cap(config: Any) -> float | None:
 def positions_of(model: nn.Module) -> int | None:
     """Tokens that a row may have at most, where positions are a table; None where there is no table to run out of.
 
-    A table is an embedding by position, learned (GPT-2, OPT) or fixed (GPT-J), other than the token embedding. Its
-    first rows are left out where the class adds an offset (OPT) or starts behind the padding index (RoBERTa's kind).
+    A table is an embedding by position other than the token embedding, learned (GPT-2, OPT) or fixed (GPT-J, CTRL). Its
+    first rows are left out where the class adds an offset (OPT) or starts behind the padding index (RoBERTa).
     Rotary angles and biases by distance are computed for any length, whatever `max_position_embeddings` says.
     """
     getter: Any = model.get_input_embeddings
@@ -66,9 +66,9 @@ def positions_of(model: nn.Module) -> int | None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and module is not tokens and _POSITIONS.search(name)
     ]
-    sizes += [
-        len(buffer) for name, buffer in model.named_buffers() if buffer.dim() == 2 and name.endswith("embed_positions")
-    ]
+    tables: list[Any] = [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
+    tables += [getattr(module, "pos_encoding", None) for module in model.modules()]
+    sizes += [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
     return min(sizes, default=None)
 
 

@@ -44,12 +44,15 @@ def known_model(manifest: Path) -> ModelRecord:
 
 
 def another_model(record: ModelRecord, manifest: Path, name: str) -> str:
-    """What to say where the file `name` of a model is not the recorded one."""
-    here = str(resolve(record.folder))
+    """What to say where the file `name` of a model is not the recorded one.
+
+    Snakemake does not make a manifest anew that only finished runs need, so those are to be removed with it.
+    """
+    here, runs = str(resolve(record.folder)), manifest.parents[3] / "runs" / f"{record.name.partition('--')[0]}--*"
     return (
         f"{record.folder}{'' if here == record.folder else f', now {here},'} holds another model than {manifest} was "
         f"made from: {name} differs; give the new model a label of its own in the config, or remove {manifest.parent} "
-        "to make everything from it anew"
+        f"and {runs} to make everything from it anew"
     )
 
 

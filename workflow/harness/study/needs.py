@@ -18,8 +18,9 @@ from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.records.units import GIB
+from harness.study.identity import WEIGHTS
 from harness.study.jobs import EvalJob, ModelJob, ProbeJob, SearchJob, SuiteJob, Training
-from harness.study.paths import Paths, resolve
+from harness.study.paths import Paths, mirrored, resolve
 from harness.study.spec import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
 
 BASE_BYTES = 8 * GIB
@@ -133,16 +134,18 @@ def parameters(job: ModelJob, paths: Paths) -> int:
     if isinstance(source, PretrainedHere):
         layer = 4 * source.width**2 + 3 * source.width * source.feed_forward + 2 * source.width
         return source.layers * layer + 2 * VOCABULARY * source.width
-    if isinstance(source, LocalModel):
-        try:
-            folder = resolve(source.path)
-        except UserError:  # in a dry run the input files may be missing
-            return UNKNOWN_PARAMETERS
-        # two bytes per parameter, the fewest before quantisation
-        return _file_bytes(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")) // 2 or UNKNOWN_PARAMETERS
     manifest = paths.model(job.name) / "manifest.json"
     counted = read(manifest, ModelRecord).parameters if manifest.is_file() else None
-    return counted or UNKNOWN_PARAMETERS
+    if counted is not None:
+        return counted
+    text = source.path if isinstance(source, LocalModel) else mirrored(source.repo)
+    try:
+        folder = None if text is None else resolve(text)
+    except UserError:  # in a dry run the input files may be missing
+        folder = None
+    # two bytes per parameter, the fewest before quantisation
+    held = 0 if folder is None else _file_bytes(folder.glob(pattern) for pattern in WEIGHTS)
+    return held // 2 or UNKNOWN_PARAMETERS
 
 
 def _file_bytes(found: Iterable[Iterable[Path]]) -> int:

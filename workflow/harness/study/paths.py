@@ -17,6 +17,8 @@ from harness.study.jobs import EVALUATE, FORECAST, KINDS, MODEL, PROBE, ROWS, SE
 RESERVED = (*dict.fromkeys(kind.root_folder for kind in KINDS), "state", "logs", "published")
 """Names under results/ that no study may take."""
 
+MIRROR = "MIRROR"
+"""Environment variable with the folder that holds `<org>/<name>/` of what need not come over the network."""
 _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
@@ -73,6 +75,20 @@ class Paths:
     def study(self, label: str) -> Path:
         """Folder of the files made from a study's records."""
         return self.root / label
+
+
+def mirrored(repo: str) -> str | None:
+    """Where a repository of the hub lies in the mirror, with `${MIRROR}` in it; None where no mirror is given."""
+    return f"${{{MIRROR}}}/{repo}" if os.environ.get(MIRROR) else None
+
+
+def missing_in_mirror(repo: str) -> str:
+    """What to say where the mirror has no such folder."""
+    folder = os.environ[MIRROR]
+    return (
+        f"{MIRROR}={folder} has no folder {repo}; put the model there (hf download {repo} --local-dir "
+        f"{folder}/{repo}), or leave {MIRROR} out to fetch it from the hub"
+    )
 
 
 def resolve(text: str) -> Path:

@@ -28,8 +28,8 @@ from harness.study.jobs import (
     SuiteJob,
     Training,
 )
-from harness.study.paths import Paths
-from harness.study.spec import UNTRAINED, PretrainedHere, Probes, Study, SuiteSource
+from harness.study.paths import Paths, mirrored, missing_in_mirror, resolve
+from harness.study.spec import UNTRAINED, HubModel, PretrainedHere, Probes, Study, SuiteSource
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,25 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
 
     Raises:
         harness.study.strict_yaml.ConfigError: the file is invalid; the message is one line.
-        UserError: a model's folder holds another model than the one that records were made from.
+        UserError: a model's folder holds another model than the one that records were made from, or the mirror lacks
+            one.
     """
     plan = resolve_study(load_study(path, inputs_needed=not dry_run))
     for message in replaced_models((paths.output(MODEL, name) for name in plan.models), dry_run=dry_run).values():
         raise UserError(message)
     if not dry_run:
+        _check_mirror(plan, paths, config=path)
         write_specs(plan, paths)
     return plan
+
+
+def _check_mirror(plan: Plan, paths: Paths, *, config: Path) -> None:
+    """Refuse a mirror folder that lacks a model which is still to be found, before anything is made."""
+    for name, job in plan.models.items():
+        text = mirrored(job.source.repo) if isinstance(job.source, HubModel) else None
+        if text is not None and not paths.output(MODEL, name).is_file() and not resolve(text).is_dir():
+            assert isinstance(job.source, HubModel)
+            raise UserError(f"{config}: models.{job.label}: {missing_in_mirror(job.source.repo)}")
 
 
 def resolve_study(study: Study) -> Plan:
