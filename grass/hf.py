@@ -67,7 +67,7 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Check the settings, then probe; by now a checkpoint has been loaded, and there are no gradients."""
-        _refuse(args, self.opt, model, optimizer)
+        _refuse(args, self.opt, model, optimizer, resumed_at=state.global_step)
         self.opt.accumulation_steps = args.gradient_accumulation_steps
         if not _checkpointing_is_reentrant(model):
             stop_at_lowest_layer(model)
@@ -106,7 +106,9 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
         )
 
 
-def _refuse(args: TrainingArguments, opt: Grass, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def _refuse(
+    args: TrainingArguments, opt: Grass, model: nn.Module, optimizer: torch.optim.Optimizer, *, resumed_at: int
+) -> None:
     trained_by = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     for found, sentence in (
         (args.deepspeed_plugin, "DeepSpeed shards or replaces the optimizer: train without it"),
@@ -140,6 +142,12 @@ def _refuse(args: TrainingArguments, opt: Grass, model: nn.Module, optimizer: to
             _checkpointing_is_reentrant(model) and _embedding_is_frozen(model),
             "re-entrant gradient checkpointing cannot start below a frozen embedding: set "
             'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})',
+        ),
+        (
+            resumed_at > 0 and opt.untouched,
+            f"Trainer resumes at step {resumed_at} from a checkpoint without the optimizer's state, so that moments, "
+            "importance and schedule would begin anew: resume one saved with TrainingArguments(save_only_model=False), "
+            "or begin a new run from its weights",
         ),
     ):
         if found:

@@ -143,6 +143,11 @@ class Grass(Optimizer):
         return self.belief.sampler.needs_probe
 
     @property
+    def untouched(self) -> bool:
+        """Whether `step()` was never called, neither here nor in the run that a loaded state comes from."""
+        return self._calls == 0
+
+    @property
     def importance(self) -> Importance | None:
         """Mean gradient norm m of every decoder layer, nan for one that the user froze; None before probing."""
         return self.belief.importance

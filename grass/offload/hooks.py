@@ -55,7 +55,7 @@ class LayerHooks:
         # without an allocator count there is no headroom, and nothing to measure
         self._watches = current().allocated_bytes(states.device) is not None
         if self._watches:
-            after_layer = _uncompiled(self._after_layer)
+            after_layer = _ModuleHook(self._after_layer)
             self._handles += [layer.register_forward_hook(after_layer) for layer in layers]
 
     def change(self, active: Sequence[int], accumulation_steps: int) -> None:
@@ -104,7 +104,7 @@ class LayerHooks:
             if self._states.returning:
                 self._states.release(keep=self._to_return * (count - 1 - number) // count)
 
-        return _uncompiled(hook)
+        return _ModuleHook(hook)
 
     def _after_layer(self, module: nn.Module, arguments: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
@@ -139,7 +139,21 @@ class LayerHooks:
             self._states.prefetch(self._final, more_to_come=more_to_come, gradients=gradients)
 
 
-def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """Exclude a hook from compilation: a compiled layer would compile its hooks too and run parts of them twice."""
-    uncompiled: Callable[..., None] = torch.compiler.disable(hook)
-    return uncompiled
+class _ModuleHook:
+    """A module's hook that is not compiled: a compiled layer would compile its hooks too and run parts of them twice.
+
+    A pickled or copied model gets one that does nothing, since it is not the model of this optimizer.
+    """
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = torch.compiler.disable(call)
+
+    def __call__(self, *arguments: Any) -> None:
+        self._call(*arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ModuleHook, (_nothing,)
+
+
+def _nothing(*arguments: Any) -> None:
+    pass

@@ -316,6 +316,20 @@ def test_a_killed_run_resumes_to_the_last_bit(killed_after: int, settings: dict[
     assert alike(resumed.state_dict(), straight.state_dict())
 
 
+@pytest.mark.parametrize("sampler", ["importance", "uniform"])
+def test_a_checkpoint_without_optimizer_state_is_not_resumed(sampler: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_only_model": True}
+    trainer_of(grass(llama(), sampler=sampler), tmp_path, max_steps=4, **settings).train()
+    resumed = grass(llama(), sampler=sampler)
+    before = resumed.steps
+    said = (
+        r"resumes at step 4 from a checkpoint without the optimizer's state, .*save_only_model=False\), or begin a new"
+    )
+    with pytest.raises(ValueError, match=said):
+        trainer_of(resumed, tmp_path, **settings).train(resume_from_checkpoint=True)
+    assert resumed.steps == before == 0
+
+
 def test_the_best_weights_are_loaded_at_the_end(tmp_path: Path) -> None:
     opt = grass(llama())
     # the worst loss counts as best, so that the last step is not the best one

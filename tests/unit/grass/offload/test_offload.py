@@ -6,6 +6,8 @@ for all interleavings of what it enqueued.
 
 from __future__ import annotations
 
+import copy
+import io
 import random
 from dataclasses import replace
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 from fake_streams import RecordingStreams, Scripted, install
-from grass_tiny import batch
+from grass_tiny import batch, grass_of, llama
+from grass_tiny import train as train_llama
 from offload_calls import Calls
 from offload_runs import (
     SEEDS,
@@ -261,3 +264,24 @@ def test_the_offload_asks_its_streams_whether_device_and_host_are_apart(monkeypa
     assert not StateOffload([], device, "resident").apart
     install(monkeypatch, RecordingStreams())
     assert StateOffload([], device, "resident").apart
+
+
+@pytest.mark.parametrize("copy_of", ["pickle", "deepcopy"])
+def test_a_copied_or_pickled_model_has_hooks_that_do_nothing(copy_of: str) -> None:
+    model = llama()
+    opt = grass_of(model, offload="move")
+    train_llama(model, opt, 0, 2)
+    if copy_of == "pickle":
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(model)
+    assert opt.states.hooks is not None
+    opt.states.hooks._final = [opt.states.blocks[0]]
+    assert torch.equal(other(**batch(9)).loss, other(**batch(9)).loss)
+    # the optimizer noticed nothing of it, and does of its own model
+    assert opt.states.hooks._final
+    model(**batch(9))
+    assert not opt.states.hooks._final
