@@ -66,22 +66,25 @@ def _order(pairs: Sequence[Pair]) -> Claim:
 
 def _draws(pairs: Sequence[Pair], sampler: Sampler) -> Claim:
     moved = [pair.moved[sampler.key] for pair in pairs]
-    more, less = sum(m.low > MOVED for m in moved), sum(m.high < MOVED for m in moved)
+    noise = [pair.halves_moved[sampler.key] for pair in pairs]
+    more = sum(m.low > max(MOVED, of_one) for m, of_one in zip(moved, noise, strict=True))
+    less = sum(m.high < MOVED for m in moved)
     if not pairs:
         verdict, numbers = f"{OPEN} (fewer than two tasks were probed)", ""
     else:
         verdict = HOLDS if 2 * more >= len(pairs) else FAILS if less == len(pairs) else OPEN
         numbers = (
             f"{_span((m.value for m in moved), 100)} % of draws move to other layers with the other task's "
-            f"probabilities ({_span((p.halves_moved[sampler.key] for p in pairs), 100)} % between two halves of one "
+            f"probabilities ({_span(noise, 100)} % between two halves of one "
             f"task); surely more than {percent(MOVED, 0)} in {more} of {len(pairs)} pairs, surely less in {less}"
         )
     return Claim(
         claim=f"which layers are drawn depends on the task, {sampler.name}",
         verdict=verdict,
         numbers=numbers,
-        criterion=f"holds: in at least half of the pairs of tasks more than {percent(MOVED, 0)} of draws move (the "
-        "whole interval). Does not hold: fewer in every pair (the whole interval).",
+        criterion=f"holds: in at least half of the pairs of tasks more than {percent(MOVED, 0)} of draws move, and "
+        "more than between two halves of one task (the whole interval). Does not hold: fewer than "
+        f"{percent(MOVED, 0)} in every pair (the whole interval).",
     )
 
 

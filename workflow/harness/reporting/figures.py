@@ -9,7 +9,7 @@ from pathlib import Path
 from harness.records.atomic import write_json
 from harness.reporting.frames import Frames
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
-from harness.reporting.layout import part
+from harness.reporting.layout import part, trained
 from harness.reporting.probe_figures import drift_curves, probe_figures
 from harness.reporting.result_figures import efficiency_bars, result_cells, result_dots
 from harness.reporting.style import Drawing, save, styled
@@ -25,6 +25,8 @@ def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
     """
     for model in study.models:
         yield from probe_figures(frames, study, model)
+        if not trained(study):
+            continue  # the other figures compare trained methods
         if not study.comparisons:
             yield from _lines(frames, study, model)
         for label, comparison in study.comparisons.items():

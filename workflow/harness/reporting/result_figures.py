@@ -100,8 +100,6 @@ def efficiency_bars(frames: Frames, study: Study, model: str) -> Drawing:
             panel.set_xlim(left=0)
     axes[-1][0].set_xlabel("optimizer state, peak (MiB)")
     axes[-1][1].set_xlabel("throughput (non-padding tokens per second)")
-    if not methods:
-        empty(axes[0][0], "no method trains")
     return Drawing(
         name=f"efficiency--{model}",
         caption=f"Peak optimizer state (sleeping moments included) and training throughput, model {model}. A dot is a "
