@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +14,22 @@ from torch import Tensor, nn
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Size of every distinct storage behind `tensors`, by address."""
     found = {}
-    for tensor in tensors:
+    for tensor in (plain for given in tensors for plain in plain_tensors(given)):
         if tensor.layout is torch.strided and tensor.device.type != "meta":
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()
     return found
+
+
+def plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold a tensor's values: itself, or those that it wraps (quantised weights and states)."""
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+        for name in names:
+            yield from plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None, *, counts: Callable[[Tensor], bool]) -> int:
@@ -38,9 +49,20 @@ def state_bytes(optimizer: torch.optim.Optimizer | None, *, counts: Callable[[Te
 
 
 def state_tensors(optimizer: torch.optim.Optimizer | None) -> list[Tensor]:
-    """All tensors in an optimizer's state."""
-    values = [] if optimizer is None else [v for state in optimizer.state.values() for v in state.values()]
-    return [value for value in values if isinstance(value, Tensor)]
+    """All tensors in an optimizer's state, those in lists (L-BFGS) and in objects (GaLore's projector) too."""
+    return [] if optimizer is None else [t for state in optimizer.state.values() for t in tensors_in(state)]
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Tensors in a value of an optimizer's state: itself, in containers, or attributes of an object in it."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from (t for inner in value.values() for t in tensors_in(inner))
+    elif isinstance(value, list | tuple):
+        yield from (t for inner in value for t in tensors_in(inner))
+    elif hasattr(value, "__dict__") and not isinstance(value, type | nn.Module):
+        yield from (t for inner in vars(value).values() if isinstance(inner, Tensor | list) for t in tensors_in(inner))
 
 
 def begin_census() -> None:
@@ -70,23 +92,40 @@ def live_bytes_outside(module: nn.Module) -> int:
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[int, ...]:
-    """Two position-weighted integer sums a tensor over its raw bits, computed on its own device.
+    """Two integer sums a tensor over the 64-bit words of its raw bits, one of them weighted by place.
 
-    Equal bits give equal fingerprints; different tensors get the same one with a probability of about 2**-64.
+    Computed on the tensors' own device, in one pass over them; the host waits once for each device. Equal bits give
+    equal fingerprints; different tensors get the same one with a probability of about 2**-64.
     """
-    parts: list[int] = []
-    for tensor in tensors:
-        bits = tensor.detach().contiguous().view(-1).view(_INTEGER[tensor.element_size()])
-        plain = torch.zeros((), dtype=torch.int64, device=bits.device)
-        weighted = torch.zeros((), dtype=torch.int64, device=bits.device)
-        for chunk_number, chunk in enumerate(bits.split(_CHUNK)):
-            wide = chunk.to(torch.int64)
-            position = torch.arange(len(chunk), device=bits.device) + chunk_number * _CHUNK
-            plain += wide.sum()
-            weighted += (wide * (position * 0x9E3779B1 + 1)).sum()
-        parts += [int(plain), int(weighted)]
-    return tuple(parts)
+    sums = [torch.stack([_word_sums(p) for p in plain_tensors(t.detach())]).sum(0) for t in tensors]
+    on_host: dict[torch.device, list[list[int]]] = {}
+    for device in {both.device for both in sums}:
+        on_host[device] = torch.stack([both for both in sums if both.device == device]).tolist()
+    following = {device: iter(numbers) for device, numbers in on_host.items()}
+    return tuple(number for both in sums for number in next(following[both.device]))
+
+
+def _word_sums(tensor: Tensor) -> Tensor:
+    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    flat = flat.view(_INTEGER[flat.element_size()])
+    word = 8 // flat.element_size()
+    plain = torch.zeros((), dtype=torch.int64, device=flat.device)
+    weighted = torch.zeros_like(plain)
+    for number, part in enumerate(flat.split(_CHUNK * word)):
+        whole = len(part) // word * word
+        if whole < len(part):
+            part = torch.cat([part, part.new_zeros(whole + word - len(part))])
+        # a view that begins in mid-word cannot be read in words where it lies
+        aligned = part if part.storage_offset() % word == 0 else part.clone()
+        words = aligned.view(torch.int64)
+        place = torch.arange(1, len(words) + 1, device=flat.device) + number * _CHUNK
+        place *= 0x9E3779B97F4A7C1  # mixed, so that no sum over neighbours cancels
+        place ^= place >> 29
+        plain += words.sum()
+        weighted += place.mul_(words).sum()
+    return torch.stack([plain, weighted])
 
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
+"""Words read at once: the temporary tensors are of this length."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from harness.measuring import census
-from harness.measuring.census import begin_census, fingerprint, live_bytes_outside
+from harness.measuring.census import begin_census, fingerprint, live_bytes_outside, state_bytes, storage_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -129,3 +129,40 @@ def test_a_fingerprint_does_not_depend_on_memory_layout_or_chunks(monkeypatch: p
     assert fingerprint([tensor.t().contiguous().t()]) == whole
     monkeypatch.setattr(census, "_CHUNK", 10)
     assert fingerprint([tensor]) == whole
+
+
+def test_a_fingerprint_reads_views_that_begin_anywhere_and_numbers_of_any_size() -> None:
+    base = torch.arange(41, dtype=torch.int16).view(torch.bfloat16)
+    for start in range(5):
+        assert fingerprint([base[start:]]) == fingerprint([base[start:].clone()])
+    for dtype in (torch.uint8, torch.bool, torch.float64, torch.complex64, torch.complex128):
+        ones = torch.ones(3, dtype=dtype)
+        assert fingerprint([ones]) != fingerprint([torch.zeros(3, dtype=dtype)])
+    assert fingerprint([torch.ones(())]) != fingerprint([torch.zeros(())])
+    assert fingerprint([]) == ()
+
+
+def test_a_tensor_around_others_is_counted_and_read_by_what_it_holds() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    def pair(first: float, second: float) -> torch.Tensor:
+        wrapped: torch.Tensor = TwoTensor(torch.full((10,), first), torch.full((10,), second))
+        return wrapped
+
+    assert sum(storage_bytes([pair(1.0, 1.0)]).values()) == 80
+    assert fingerprint([pair(1.0, 1.0)]) != fingerprint([pair(1.0, 2.0)])
+    assert fingerprint([pair(1.0, 2.0)]) == fingerprint([pair(1.0, 2.0)])
+
+
+def test_an_optimizers_state_is_counted_in_lists_and_objects_and_a_storage_once() -> None:
+    class Projector:
+        def __init__(self) -> None:
+            self.matrix, self.rank = torch.ones(5), 3
+
+    model = nn.Linear(2, 2, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    flat = torch.ones(100)
+    state = {"projector": Projector(), "pairs": [torch.ones(3), (torch.ones(2),)], "a": flat[:50], "b": flat[50:]}
+    optimizer.state[model.weight] = state
+    assert state_bytes(optimizer, counts=lambda _: True) == 4 * (5 + 3 + 2 + 100)
+    assert state_bytes(None, counts=lambda _: True) == 0
