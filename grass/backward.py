@@ -56,6 +56,21 @@ def stop_at_lowest_layer(model: nn.Module) -> None:
                 del embedding._forward_hooks[key]
 
 
+def checkpointing_is_reentrant(model: nn.Module) -> bool:
+    """Whether a transformers model checkpoints in the way that cuts backward off behind a frozen embedding.
+
+    transformers passes `use_reentrant=False` by default; torch itself is re-entrant if the argument is missing. A
+    model's own checkpointing cannot be inspected and counts as not re-entrant.
+    """
+    functions = [
+        m._gradient_checkpointing_func
+        for m in model.modules()
+        if getattr(m, "gradient_checkpointing", False) and hasattr(m, "_gradient_checkpointing_func")
+    ]
+    options = [getattr(function, "keywords", None) for function in functions]
+    return any(o is not None and o.get("use_reentrant") is not False for o in options)
+
+
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
     """Checkpoint a Hugging Face model's decoder layers; leave other models, and those already checkpointed, alone."""

@@ -26,7 +26,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grass.backward import stop_at_lowest_layer
+from grass.backward import checkpointing_is_reentrant, stop_at_lowest_layer
 from grass.optimizer import Grass
 
 
@@ -69,7 +69,7 @@ class GrassCallback(TrainerCallback):  # type: ignore[misc]
         """Check the settings, then probe; by now a checkpoint has been loaded, and there are no gradients."""
         _refuse(args, self.opt, model, optimizer, resumed_at=state.global_step)
         self.opt.accumulation_steps = args.gradient_accumulation_steps
-        if not _checkpointing_is_reentrant(model):
+        if not checkpointing_is_reentrant(model):
             stop_at_lowest_layer(model)
         if not self.opt.needs_probe or self.opt.importance is not None:
             return
@@ -139,7 +139,7 @@ def _refuse(
             f"TrainingArguments(max_grad_norm=0.0) and Grass(max_grad_norm={args.max_grad_norm})",
         ),
         (
-            _checkpointing_is_reentrant(model) and _embedding_is_frozen(model),
+            checkpointing_is_reentrant(model) and _embedding_is_frozen(model),
             "re-entrant gradient checkpointing cannot start below a frozen embedding: set "
             'TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})',
         ),
@@ -152,15 +152,6 @@ def _refuse(
     ):
         if found:
             raise ValueError(sentence)
-
-
-def _checkpointing_is_reentrant(model: Any) -> bool:
-    # transformers passes use_reentrant=False by default; torch itself is re-entrant if the argument is missing
-    return any(
-        module.gradient_checkpointing and module._gradient_checkpointing_func.keywords.get("use_reentrant") is not False
-        for module in model.modules()
-        if hasattr(module, "_gradient_checkpointing_func")
-    )
 
 
 def _embedding_is_frozen(model: Any) -> bool:

@@ -8,6 +8,7 @@ two), the final norm, and the language-model head.
 from __future__ import annotations
 
 import ast
+import difflib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,14 @@ from typing import Any
 from torch import nn
 
 OUTSIDE = ("embedding", "final_norm", "head")
+
+
+class LayersError(ValueError):
+    """The decoder layers are not found, or cannot be trained one by one; the message says what to pass as `layers`."""
+
+    def __init__(self, reason: str, mend: str) -> None:
+        super().__init__(f"{reason}: {mend}")
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class LayerMap:
         return [list(layer.parameters()) for layer in self.layers]
 
 
-def find_layers(model: nn.Module, *, layers: Sequence[nn.Module] | None = None) -> LayerMap:
+def find_layers(model: nn.Module, *, layers: str | Sequence[nn.Module] | None = None) -> LayerMap:
     """Find the decoder layers of `model` and group the parameters outside them.
 
     The stack is the outermost `nn.ModuleList` whose children share a base class more specific than `nn.Module` and hold
@@ -65,13 +74,20 @@ def find_layers(model: nn.Module, *, layers: Sequence[nn.Module] | None = None) 
 
     Args:
         model: a causal language model, or any module if `layers` is given.
-        layers: the layers, bottom first, if they cannot be found or others are wanted.
+        layers: the layers, bottom first, if they cannot be found or others are wanted; or the attribute path of their
+            list, such as `"model.language_model.layers"`. A path may begin anywhere in the tree if only one list ends
+            with it, so that it also holds for a model that a wrapper (PEFT) contains.
 
     Raises:
-        ValueError: no stack, or more than one candidate (the message lists them and says to pass `layers`); a passed
-            layer that is not part of the model; a layer without parameters; a parameter that two layers share.
+        LayersError: no stack, or more than one candidate (the message lists them and says to pass `layers`); a layer
+            without parameters; a parameter that two layers share.
+        ValueError: a passed layer that is not part of the model; a path that leads to no list of modules, or to
+            several.
     """
-    if layers is not None:
+    if isinstance(layers, str):
+        name, stack = _list_at(model, layers)
+        found = tuple(stack)
+    elif layers is not None:
         if not layers:
             raise ValueError("layers: the given list is empty")
         inside = {id(module) for module in model.modules()}
@@ -105,6 +121,18 @@ def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
             parameter.grad = None
 
 
+def _list_at(model: nn.Module, path: str) -> tuple[str, Iterable[nn.Module]]:
+    """Name and modules of the list at an attribute path."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
+    ends = [path] if path in lists else [name for name in lists if name.endswith(f".{path}")]
+    if len(ends) == 1:
+        return ends[0], lists[ends[0]]
+    if ends:
+        raise ValueError(f"layers={path!r} leads to {' and to '.join(ends)}: give more of the path")
+    near = difflib.get_close_matches(path, lists, n=3, cutoff=0.0) or ["none"]
+    raise ValueError(f"layers={path!r} leads to no list of modules in this model; lists that it has: {', '.join(near)}")
+
+
 def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
@@ -119,15 +147,15 @@ def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
     # lists of single projections or embeddings (one per codebook, for example) may accompany a stack but are not one
     candidates = {name: m for name, m in candidates.items() if any(map(_is_deep, m))} or candidates
     if not candidates:
-        raise ValueError(
-            "no stack of decoder layers (an nn.ModuleList of equal modules) in this model: pass layers=[...]"
+        raise LayersError(
+            "no stack of decoder layers (an nn.ModuleList of equal modules) in this model", "pass layers=[...]"
         )
     if len(candidates) > 1:
         listed = ", ".join(
             f"{name} ({len(m)} x {type(m[0]).__name__}, {sum(p.numel() for p in m.parameters()):,} parameters)"
             for name, m in candidates.items()
         )
-        raise ValueError(f"more than one stack could be the decoder ({listed}): pass layers=list(model.<name>)")
+        raise LayersError(f"more than one stack could be the decoder ({listed})", "pass layers='<name>'")
     return next(iter(candidates.items()))
 
 
@@ -146,16 +174,18 @@ def _check_own_parameters(layers: Sequence[nn.Module]) -> None:
     for index, layer in enumerate(layers):
         named = list(layer.named_parameters())
         if not named:
-            raise ValueError(
+            raise LayersError(
                 f"layer {index} ({type(layer).__name__}) has no parameters, so there is nothing to train when it is "
-                "drawn: pass layers=[...] without it"
+                "drawn",
+                "pass layers=[...] without it",
             )
         for name, parameter in named:
             first = owner.setdefault(id(parameter), index)
             if first != index:
-                raise ValueError(
+                raise LayersError(
                     f"layers {first} and {index} share the parameter {name}, so that freezing one would freeze the "
-                    "other: pass layers=[...] that share none"
+                    "other",
+                    "pass layers=[...] that share none",
                 )
 
 

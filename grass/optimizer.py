@@ -41,7 +41,8 @@ class Grass(Optimizer):
 
     Args:
         model: a causal language model with one stack of decoder layers, or any module if `layers` is given.
-        layers: the decoder layers, bottom first, if they cannot be found or others are wanted.
+        layers: the decoder layers, bottom first, or the attribute path of their list ("model.language_model.layers"),
+            if they cannot be found or others are wanted.
         lr: like all other options, explained in `grass.options.Options`, which also says whether it is the paper's.
 
     Raises:
@@ -79,7 +80,7 @@ class Grass(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         max_grad_norm: float | None = None,
-        layers: Sequence[nn.Module] | None = None,
+        layers: str | Sequence[nn.Module] | None = None,
     ) -> None:
         # the signature is for readers and editors; options are defined, explained and checked only in Options
         self.options = Options(**{k: v for k, v in locals().items() if k in Options.__dataclass_fields__})

@@ -223,8 +223,28 @@ def test_an_encoder_decoder_is_ambiguous_and_both_stacks_are_named() -> None:
     assert said.startswith("more than one stack could be the decoder (")
     assert "encoder.block (2 x T5Block, " in said
     assert "decoder.block (2 x T5Block, " in said
-    assert said.endswith("): pass layers=list(model.<name>)")
-    assert len(find_layers(model, layers=list(model.decoder.block)).layers) == 2
+    assert said.endswith("): pass layers='<name>'")
+    by_path, by_hand = (find_layers(model, layers=given) for given in ("decoder.block", list(model.decoder.block)))
+    assert (by_path.name, by_path.layers, len(by_path.layers)) == ("decoder.block", by_hand.layers, 2)
+    assert by_path.outside.keys() == by_hand.outside.keys()
+
+
+def test_a_path_may_begin_anywhere_if_one_list_ends_with_it() -> None:
+    model = nn.Module()
+    model.wrapped = nn.Module()
+    model.wrapped.vision, model.wrapped.language_model = Stacks(layers=[Block()]), Stacks(layers=[Block(), Block()])
+    found = find_layers(model, layers="language_model.layers")
+    assert (found.name, len(found.layers)) == ("wrapped.language_model.layers", 2)
+    with pytest.raises(
+        ValueError, match=r"^layers='layers' leads to wrapped\.vision\.layers and to wrapped\.language_model\.layers"
+    ):
+        find_layers(model, layers="layers")
+    with pytest.raises(
+        ValueError, match=r"^layers='language\.layers' leads to no list .* wrapped\.language_model\.layers"
+    ):
+        find_layers(model, layers="language.layers")
+    with pytest.raises(ValueError, match=r"^layers='x' leads to no list of modules in this model; .*: none$"):
+        find_layers(nn.Linear(2, 2), layers="x")
 
 
 def test_the_experts_of_a_layer_are_no_stack_of_their_own() -> None:
