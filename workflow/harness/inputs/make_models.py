@@ -16,6 +16,8 @@ from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import CameFrom, ModelRecord, Provenance
 from harness.step.architecture import attention_of
+from harness.step.facts import layers_of
+from harness.step.outcomes import CannotRunError
 from harness.study.identity import WEIGHTS, files_of, stamp_files
 from harness.study.jobs import ModelJob
 from harness.study.paths import resolve
@@ -87,6 +89,10 @@ def describe_model(
     """
     files = _checked_files(weights, asked=where)
     model = check_checkpoint(weights, asked=where)
+    try:
+        layers_of(model)
+    except CannotRunError as error:
+        raise UserError(f"{where}: {error}") from error
     load_tokenizer(weights)
     attention = attention_of(model)
     # noted before they are hashed: a file that changes meanwhile is noticed by its time

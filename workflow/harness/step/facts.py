@@ -8,12 +8,33 @@ from typing import Any
 from torch import nn
 
 from baselines.method import ModelFacts
-from grass.layers import find_layers
+from grass.layers import LayerMap, LayersError, find_layers
+from harness.step.outcomes import CannotRunError
+
+
+def layers_of(model: nn.Module) -> LayerMap:
+    """The decoder layers of a model and the parameters outside them.
+
+    Raises:
+        CannotRunError: they are not found, or cannot be trained one by one. A study takes no `layers`: in a model of
+            several towers, parameters that no text reaches would count as trained.
+    """
+    try:
+        return find_layers(model)
+    except LayersError as error:
+        raise CannotRunError(
+            f"{error.reason}: studies and forecasts take language models with one stack of layers; Grass and Audit "
+            "take layers= in a script of your own"
+        ) from error
 
 
 def facts_of(model: nn.Module) -> ModelFacts:
-    """Count the parameters of a model by decoder layer, embedding, final norm and head; weights may be on `meta`."""
-    found = find_layers(model)
+    """Count the parameters of a model by decoder layer, embedding, final norm and head; weights may be on `meta`.
+
+    Raises:
+        CannotRunError: as `layers_of`.
+    """
+    found = layers_of(model)
     config: Any = model.config
     head = _size(found.outside["head"])
     return ModelFacts(

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grass.layers import declared_module, find_layers
+from grass.layers import declared_module
 from harness.inputs.models import check_savable, generation_why, load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
@@ -17,7 +17,8 @@ from harness.inputs.tokens import Encoded, check_ids, encode_rows
 from harness.records.reading import read
 from harness.records.run import DataUse, RowsRecord
 from harness.step.architecture import Attention, attention_of, check_length
-from harness.step.attach import Attached, attach, new_method, refusals
+from harness.step.attach import Attached, attach, new_method
+from harness.step.facts import layers_of
 from harness.step.observer import Observer
 from harness.study.identity import files_of, known_model
 from harness.study.jobs import MODEL, ROWS, ProbeJob, Training
@@ -81,8 +82,8 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     """Load model and rows, attach the method.
 
     Raises:
-        CannotRunError: a package is missing, the method refuses, or the model has too few positions; the message is the
-            reason.
+        CannotRunError: a package is missing, the method refuses, the layers are not found, or the model has too few
+            positions; the message is the reason.
         UserError: the model's folder is at fault: see `load_model`, `load_tokenizer`, `check_ids` and `check_savable`.
     """
     recipe = training.recipe
@@ -103,8 +104,7 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
         rows, batch_size=recipe.batch_size, micro_batch_size=recipe.micro_batch_size, seed=seed, **on_device
     )
     observed = fixed_batches(held[: observation.rows if observation else 0], size=recipe.micro_batch_size, **on_device)
-    with refusals():
-        layers, own = find_layers(model), list(model.parameters())
+    layers, own = layers_of(model), list(model.parameters())
     # from here on every new tensor that stays alive counts as the method's
     watch = Watch(model, layers)
     attached = attach(method, model)
