@@ -6,13 +6,18 @@ from typing import Any
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The score of the planted defects, and by which check each was caught."""
-    tried = [
+    """The score of the planted defects, by which check each was caught, and how many sound scripts were let through."""
+    calls = [
         report
         for outcome in ("passed", "failed")
         for report in terminalreporter.stats.get(outcome, [])
-        if "test_defect_is_caught" in report.nodeid and report.when == "call"
+        if report.when == "call"
     ]
+    sound = [report for report in calls if "test_sound_script_is_not_called_broken" in report.nodeid]
+    if sound:
+        right = sum(report.outcome == "passed" for report in sound)
+        terminalreporter.section(f"sound scripts: {right} of {len(sound)} not called BROKEN")
+    tried = [report for report in calls if "test_defect_is_caught" in report.nodeid]
     if tried:
         names = {"defect": "unnamed", "caught_by": "its own test"}
         caught = [names | dict(report.user_properties) for report in tried if report.outcome == "passed"]

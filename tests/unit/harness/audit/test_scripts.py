@@ -1,0 +1,31 @@
+"""Both ways: the audit calls no sound script BROKEN, and every broken one; the test run's end prints both scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from audited import BROKEN, SOUND
+from harness.audit import judge
+
+
+@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sound_script_is_not_called_broken(name: str, tmp_path: Path) -> None:
+    if name == "lomo":
+        pytest.importorskip("lomo_optim")
+    audit = SOUND[name](tmp_path)
+    assert [finding.text for finding in judge(audit.facts) if finding.verdict == "BROKEN"] == []
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_defect_is_caught_by_the_audit(
+    name: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    script, words = BROKEN[name]
+    said = [finding.text for finding in judge(script(tmp_path).facts) if finding.verdict == "BROKEN"]
+    record_property("defect", name)
+    record_property("caught_by", f"audit: {said[0] if said else None}")
+    assert any(words in text for text in said)
