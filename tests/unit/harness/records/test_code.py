@@ -167,7 +167,7 @@ RUNS = {f"{kind} {m}" for kind in ("training", "search") for m in ("lora", "gras
         ("baselines/grass.py", GRASS),
         ("baselines/lisa.py", set()),
         # so does a helper deep in the closure: the rounding of weights, in the contract's default optimizer
-        ("grass/rounding.py", LORA | GRASS | {"score"}),
+        ("grass/rounding.py", LORA | GRASS | {"score", "model", "own model"}),
         ("grass/offload/blocks.py", GRASS),
         ("workflow/harness/training/schedule.py", RUNS),
         ("workflow/harness/measuring/nvml.py", RUNS | {"measurement lora", "measurement grass"}),
