@@ -13,19 +13,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from grass.layers import find_layers
+from grass.layers import declared_module, find_layers
 from grass.probing import Prober
-from harness.errors import UserError, first_line
+from harness.errors import UserError
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
-from harness.inputs.tokens import encode_rows
+from harness.inputs.tokens import check_ids, encode_rows
 from harness.measuring.device import AllocatorMeter
 from harness.progress import Progress
 from harness.records.code import PROBE
 from harness.records.columns import NORMS
 from harness.records.provenance import provenance
 from harness.records.run import DataUse, ProbedBatch, ProbeRecord
+from harness.step.architecture import check_length
+from harness.step.attach import refusals
 from harness.step.loss import label_tokens
 from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
 from harness.study.jobs import ProbeJob
@@ -121,11 +123,13 @@ class _Probe:
                 f"probes: {job.probes.batches} batches of {job.probes.rows} rows are {wanted} rows, but task "
                 f"{job.rows.label} has {len(rows)} training rows that keep an answer; ask for fewer"
             )
-        model = load_model(inputs.model, weight_dtype=job.weight_dtype).to(job.device)
-        try:
+        model = load_model(inputs.model, weight_dtype=job.weight_dtype)
+        check_length(model, job.max_length, what="recipe.max_length")
+        ids = (row.input_ids for row in rows)
+        check_ids(ids, tokenizer=tokenizer, embedding=declared_module(model, "get_input_embeddings"))
+        model = model.to(job.device)
+        with refusals():
             found = find_layers(model).layers
-        except ValueError as error:
-            raise CannotRunError(first_line(error)) from error
         self.layers = [kinds_of(layer) for layer in found]
         self.kinds = list(dict.fromkeys(kind for kinds in self.layers for kind in kinds))
         batches = Batches(

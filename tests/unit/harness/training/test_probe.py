@@ -14,6 +14,7 @@ from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import encode_rows
+from harness.records.atomic import write_json
 from harness.records.columns import NORMS
 from harness.records.run import ProbeRecord
 from harness.study.jobs import ProbeJob
@@ -116,6 +117,25 @@ def test_a_probe_repeats_itself_and_reads_back(inputs: Inputs) -> None:
 def test_too_few_rows_are_a_sentence_with_both_numbers(inputs: Inputs) -> None:
     with pytest.raises(UserError, match=r"20 batches of 4 rows are 80 rows, but task rows has 64 training rows"):
         probe(job(batches=20, rows=4), inputs)
+
+
+def test_more_tokens_than_learned_positions_are_a_record_with_both_numbers(tmp_path: Path) -> None:
+    record = probe(job(max_length=200), tiny_inputs(tmp_path, "gpt2"))
+    assert record.status == "skipped"
+    assert record.status_why is not None
+    assert "200" in record.status_why
+    assert "128" in record.status_why
+
+
+def test_a_token_without_a_row_of_the_embedding_is_a_sentence(tmp_path: Path) -> None:
+    inputs = tiny_inputs(tmp_path)
+    tokenizer = load_tokenizer(inputs.model)
+    tokenizer.add_tokens(["plus"])
+    tokenizer.save_pretrained(inputs.model)
+    rows = [{**row, "output": f"plus {row['output']}"} for row in read_rows(inputs.rows / "train.json")]
+    write_json(inputs.rows / "train.json", rows)
+    with pytest.raises(UserError, match=r"the token 'plus' has id \d+, and the model's embedding has \d+ rows"):
+        probe(job(), inputs)
 
 
 def test_a_norm_that_is_not_finite_is_a_record_with_its_reason(tmp_path: Path) -> None:
