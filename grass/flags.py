@@ -45,6 +45,8 @@ class Flags:
         self._ids = {id(p) for p in self._own.values()}
         self._looks = {name: _Look(p, p.shape, p.dtype) for name, p in named.items()}
         self._noted: dict[str, bool] = {}
+        self.frozen_entries = sum(p.numel() for name, p in named.items() if name not in self._own)
+        """Entries of all parameters that the user froze."""
 
     @property
     def own(self) -> dict[str, nn.Parameter]:

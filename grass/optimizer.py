@@ -326,7 +326,12 @@ class Grass(Optimizer):
     # ------------------------------------------------------------ small
 
     def _check_ranks(self, *, weights: bool = False) -> None:
-        facts = {**self.options.of_all_ranks(), "steps": self.steps, "layers": list(self.active)}
+        facts = {
+            **self.options.of_all_ranks(),
+            "steps": self.steps,
+            "frozen entries": f"{self._flags.frozen_entries:,}",
+            "layers": list(self.active),
+        }
         check_ranks(facts, self.model, self.param_groups, weights=weights)
 
     def _draw(self) -> tuple[int, ...]:

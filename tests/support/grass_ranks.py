@@ -200,6 +200,14 @@ def refused(attempt: Callable[[], Any], error: type[Exception]) -> str | None:
     return None
 
 
+def norms_frozen(layers: int) -> Any:
+    """A model whose lowest `layers` layers keep their first norm as it is."""
+    model = llama()
+    for layer in model.model.layers[:layers]:
+        layer.input_layernorm.requires_grad_(False)
+    return model
+
+
 def disagreements(rank: int) -> dict[str, str | None]:
     """What each rank is told where rank 1 does something else than rank 0."""
 
@@ -246,6 +254,7 @@ def disagreements(rank: int) -> dict[str, str | None]:
         "active_layers": differently(active_layers=2 + rank),
         "sampler": refused(lambda: built([rank], sampler=["importance", "uniform"][rank]), RuntimeError),
         "reprobe": differently(reprobe=bool(rank)),
+        "frozen": refused(lambda: Grass(norms_frozen(rank), **COMMON, sampler="fixed"), RuntimeError),
         "trained groups": differently(train_head=not rank),
         "model": refused(lambda: Grass(llama(layers=4 + rank), **COMMON, sampler="uniform"), RuntimeError),
         "weights": stepping(spoil),

@@ -221,6 +221,7 @@ MEND = "give Grass the same model, weights, options, seed and state dict on ever
         ("sampler", "sampler (here importance)", "sampler (here uniform)"),
         ("reprobe", "reprobe (here False)", "reprobe (here True)"),
         ("trained groups", "train_head (here True)", "train_head (here False)"),
+        ("frozen", "frozen entries (here 0)", "frozen entries (here 16)"),
         ("model", "parameters (here 39 with 10,384 entries)", "parameters (here 48 with 12,720 entries)"),
         ("weights", "weights (here checksum ", "weights (here checksum "),
         ("learning rate", "learning rates (here [0.01])", "learning rates (here [0.003, 0.01])"),
