@@ -15,6 +15,8 @@ from harness.step.outcomes import CannotRunError
 
 _POSITIONS = re.compile(r"(^|\.)(wpe|\w*position\w*)$")
 """Names of modules and buffers that hold one row a position."""
+_OTHER_TOWER = re.compile(r"vision|visual|image|img|audio|speech")
+"""In the name of what a multimodal model has beside its text: its positions are not the text's."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,29 @@ def positions_of(model: nn.Module) -> int | None:
 
     A table is an embedding by position other than the token embedding, learned (GPT-2, OPT) or fixed (GPT-J, CTRL). Its
     first rows are left out where the class adds an offset (OPT) or starts behind the padding index (RoBERTa).
-    Rotary angles and biases by distance are computed for any length, whatever `max_position_embeddings` says.
+    Rotary angles and biases by distance are computed for any length, whatever `max_position_embeddings` says; MPT's
+    biases are not.
     """
     getter: Any = model.get_input_embeddings
     tokens = getter()
     sizes = [
         module.num_embeddings - _unused_rows(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens and _POSITIONS.search(name)
+        if isinstance(module, nn.Embedding) and module is not tokens and _of_text(name) and _POSITIONS.search(name)
     ]
-    tables: list[Any] = [buffer for name, buffer in model.named_buffers() if name.endswith("embed_positions")]
+    tables: list[Any] = [
+        buffer for name, buffer in model.named_buffers() if _of_text(name) and name.endswith("embed_positions")
+    ]
     tables += [getattr(module, "pos_encoding", None) for module in model.modules()]
     sizes += [len(table) for table in tables if isinstance(table, Tensor) and table.dim() == 2]
+    config: Any = model.config
+    if config.model_type == "mpt":
+        sizes.append(config.max_seq_len)  # its biases are made anew in each forward pass, and no longer than this
     return min(sizes, default=None)
+
+
+def _of_text(name: str) -> bool:
+    return _OTHER_TOWER.search(name) is None
 
 
 def _unused_rows(table: nn.Embedding) -> int:
