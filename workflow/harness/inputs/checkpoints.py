@@ -35,12 +35,12 @@ def complaint(model: nn.Module, info: Mapping[str, Collection[Any]]) -> str | No
     if shapes := sorted(info["mismatched_keys"]):
         key, there, wanted = shapes[0]
         return (
-            f"{len(shapes)} of its tensors have another shape than config.json says, first {key}: {_shape(there)} in "
-            f"the checkpoint, {_shape(wanted)} in the architecture; take the config.json that belongs to these weights"
+            f"{_count(shapes)} of another shape than config.json says, first {key}: {_shape(there)} in the checkpoint, "
+            f"{_shape(wanted)} in the architecture; take the config.json that belongs to these weights"
         )
     if missing or beside:
-        lacks = f"lacks {len(missing)} tensors of the architecture, first {missing[0]}" if missing else ""
-        has = f"holds {len(beside)} that the architecture has not, first {beside[0]}" if beside else ""
+        lacks = f"lacks {_count(missing)} of the architecture, first {missing[0]}" if missing else ""
+        has = f"holds {_count(beside)} that the architecture has not, first {beside[0]}" if beside else ""
         return f"the checkpoint {' and '.join(filter(None, [lacks, has]))}; {_mend(missing, beside)}"
     if errors := info["error_msgs"]:
         return f"its weights cannot be loaded ({first_line(ValueError(next(iter(errors))))}); fetch them again"
@@ -132,6 +132,10 @@ def _prefix(long: Sequence[str], short: Sequence[str]) -> str | None:
     ends = set(short)
     found = {key[:at] for key in long for at in range(1, len(key)) if key[at - 1] == "." and key[at:] in ends}
     return found.pop() if len(found) == 1 else None
+
+
+def _count(keys: Sequence[Any]) -> str:
+    return f"{len(keys)} tensor{'s' if len(keys) > 1 else ''}"
 
 
 def _shape(size: Iterable[int]) -> str:

@@ -36,7 +36,7 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed", "probes", "probed")
     }
     tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
-    models = _Models(plan, paths)
+    models = OneModelEach(plan, paths)
     for name, job in plan.runs.items():
         folder = paths.run(name)
         record = read(folder / "train.json", TrainRecord)
@@ -80,7 +80,7 @@ def collect(plan: Plan, paths: Paths) -> Frames:
     return Frames(**frames)
 
 
-class _Models:
+class OneModelEach:
     """The models that a study's records were made from, by the hashes of their files: one for each model job.
 
     Their manifests decide; without one, the first record.
