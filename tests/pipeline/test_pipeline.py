@@ -210,6 +210,28 @@ def test_an_edited_config_adds_runs_and_touches_none(study: Study) -> None:
     assert study.results() == before
 
 
+def test_a_failed_job_leaves_the_others_their_tables(study: Study) -> None:
+    text = study.config.read_text()
+    out = study.folder / "results" / "micro" / "partial"
+    before = study.results()
+    try:
+        cut = "  cut: {module: full, lr: 1.0e-3, recipe: {max_length: 2}}\nrecipe:\n"
+        study.config.write_text(text.replace("recipe:\n", cut, 1))
+        failed = study.snakemake()
+        assert failed.returncode != 0
+        assert "4 of 5 runs are there: results/micro/partial/report.html" in failed.stderr
+        assert re.search(
+            r"^missing: mini--arithmetic--cut--seed0--\w+: train failed: .*max_length 2", failed.stderr, re.M
+        )
+        (row,) = _rows(out / "tables" / "runs.csv", "cut")
+        assert row["status"] == "failed"
+    finally:
+        study.config.write_text(text)
+    assert {name: study.results()[name] for name in before} == before
+    assert study.snakemake("--forcerun", "page").returncode == 0
+    assert not out.exists()
+
+
 def _rows(table: Path, method: str) -> list[dict[str, str]]:
     with table.open(newline="") as file:
         return [row for row in csv.DictReader(file) if row["method"] == method]

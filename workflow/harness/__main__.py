@@ -13,7 +13,7 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from harness.errors import UserError, missing_package
+from harness.errors import OWN_FAULT, UserError, missing_package
 from harness.stderr import copied_stderr
 
 STAGES = {
@@ -28,6 +28,7 @@ STAGES = {
     "tables": "write a study's tables",
     "figures": "draw a study's figures",
     "page": "write a study's page",
+    "partial": "write tables, figures and page of what is there, where jobs failed",
     "publish": "copy a finished study to results/published/",
     "check": "hold one method to the contract: a table of checks",
     "forecast": "predict the peak memory of a step or of a study's run, without a GPU",
@@ -35,9 +36,6 @@ STAGES = {
     "advise": "compare methods on a model and a card's memory, without a GPU",
     "schema": "write the JSON schemas of configs and records",
 }
-
-
-OWN_FAULT = "this is a fault of the project, not of your input: please report it with the traceback above"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 
 _OURS = ("grass", "baselines", "harness")
+OWN_FAULT = "this is a fault of the project, not of your input: please report it with the traceback above"
+"""Said below the traceback of an exception that is not the user's mistake."""
 
 
 class UserError(Exception):

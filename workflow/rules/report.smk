@@ -1,4 +1,6 @@
 # Tables, figures and one page from the records. Each can be remade separately.
+import shutil
+
 FRAMES = [
     "runs",
     "scores",
@@ -87,3 +89,13 @@ rule page:
         frames=STUDY,
     shell:
         "{PYTHON} -m harness page --config {CONFIG} --frames {params.frames} --out {output} --log {log}"
+
+
+# One failed job must not take the other runs' tables with it. They go to a folder of their own, since Snakemake must
+# not take them for its outputs.
+onerror:
+    shell("{PYTHON} -m harness partial --config {CONFIG}")
+
+
+onsuccess:
+    shutil.rmtree(STUDY / "partial", ignore_errors=True)

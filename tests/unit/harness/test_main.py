@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.__main__ import OWN_FAULT, main
-from harness.errors import UserError
+from harness.__main__ import main
+from harness.errors import OWN_FAULT, UserError
 from harness.progress import say
 from house import ROOT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.records.code import PROBE, code_of
-from harness.records.columns import ALL, FRAMES, NOT_SCORED, RUNS
+from harness.records.columns import ALL, FRAMES, LEFT_OUT, NOT_SCORED, RUNS
 from harness.records.reading import read, read_jsonl
 from harness.records.run import (
     LM_EVAL_SAMPLES,
@@ -22,15 +23,23 @@ from harness.records.run import (
     SearchRecord,
     TrainRecord,
 )
+from harness.reporting.failures import FAILED, reason
 from harness.reporting.frames import Frames, read_table, rows_to_frame
-from harness.study.jobs import MODEL, ROWS
+from harness.study.jobs import MODEL, ROWS, RunJob
 from harness.study.paths import Paths
 from harness.study.plan import Plan
 from harness.study.spec import LmEvalSuite
 
 
-def collect(plan: Plan, paths: Paths) -> Frames:
-    """All records of a study as frames; every record is checked against its schema while it is read."""
+def collect(plan: Plan, paths: Paths, *, failed: Mapping[str, str] | None = None) -> Frames:
+    """All records of a study as frames; every record is checked against its schema while it is read.
+
+    Args:
+        plan: of the study.
+        paths: of its results.
+        failed: runs without a record, with the reason: they become rows that have nothing else. Other records may then
+            be missing too. None: everything is there.
+    """
     rows: dict[str, list[dict[str, Any]]] = {
         name: []
         for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed", "probes", "probed")
@@ -38,6 +47,9 @@ def collect(plan: Plan, paths: Paths) -> Frames:
     tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
     models = OneModelEach(plan, paths)
     for name, job in plan.runs.items():
+        if failed is not None and name in failed:
+            rows["runs"].append(_failed_row(name, job, failed[name]))
+            continue
         folder = paths.run(name)
         record = read(folder / "train.json", TrainRecord)
         models.check(job.training.model.name, record.provenance, folder / "train.json")
@@ -50,12 +62,14 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         if name not in plan.evaluation_of:
             continue
         score_file = paths.score(name, plan.evaluation_of[name])
+        if failed is not None and not score_file.is_file():
+            _note(rows["runs"][-1], reason(paths, "evaluate", f"{name}--{plan.evaluation_of[name]}"))
+            continue
         score = read(score_file, EvalRecord)
         rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
         rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
         if score.status == "oom":
-            noted = rows["runs"][-1]
-            noted["notes"] = "; ".join(filter(None, [noted["notes"], f"{NOT_SCORED}{score.status_why}"]))
+            _note(rows["runs"][-1], str(score.status_why))
         if score.status != "skipped":
             kinds = {"documents": ".parquet"}
             if any(isinstance(suite.source, LmEvalSuite) for suite in plan.evals[score.name].all_suites):
@@ -65,10 +79,14 @@ def collect(plan: Plan, paths: Paths) -> Frames:
                 # older tables lack the newest columns; samples have more than are reported
                 tables[kind].append(table.reindex(columns=list(FRAMES[kind])))
     for name, searched in plan.searches.items():
+        if failed is not None and not (paths.search(name) / "search.json").is_file():
+            continue
         search = read(paths.search(name) / "search.json", SearchRecord)
         models.check(searched.training.model.name, search.provenance, paths.search(name) / "search.json")
         rows["trials"] += _trial_rows(search)
     for name, probing in plan.probes.items():
+        if failed is not None and not (paths.probe(name) / "probe.json").is_file():
+            continue
         probe = read(paths.probe(name) / "probe.json", ProbeRecord)
         models.check(probing.model.name, probe.provenance, paths.probe(name) / "probe.json")
         rows["probes"].append(_probe_row(probe))
@@ -78,6 +96,25 @@ def collect(plan: Plan, paths: Paths) -> Frames:
         joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
         frames[kind] = rows_to_frame(kind, joined.to_dict("records"))  # type: ignore[arg-type]
     return Frames(**frames)
+
+
+def _failed_row(name: str, job: RunJob, why: str) -> dict[str, Any]:
+    known = {
+        "run": name,
+        "model": job.training.model.label,
+        "task": job.training.rows.label,
+        "method": job.training.label,
+        "module": job.training.module,
+        "seed": job.seed,
+        "status": FAILED,
+        "status_why": why,
+    }
+    return {**dict.fromkeys([*RUNS, *LEFT_OUT]), **known}
+
+
+def _note(run: dict[str, Any], why: str) -> None:
+    """Note on a row of the runs why it has no scores."""
+    run["notes"] = "; ".join(filter(None, [run["notes"], f"{NOT_SCORED}{why}"]))
 
 
 class OneModelEach:

@@ -20,6 +20,7 @@ from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
 from harness.records.reading import read_json
 from harness.reporting.answer import answer
+from harness.reporting.failures import FAILED
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.score_tables import MEASURES
@@ -189,6 +190,7 @@ def _methods(study: Study) -> list[dict[str, str]]:
 
 def _provenance(frames: Frames, folder: Path) -> dict[str, str]:
     runs = frames.runs
+    made = runs[runs["status"] != FAILED]
     stale = int(runs["stale"].fillna(False).sum())
     paths = [folder / f"{name}.parquet" for name in FRAMES]
     files = {path.name: sha256(path)[:16] for path in paths if path.exists()}
@@ -196,7 +198,7 @@ def _provenance(frames: Frames, folder: Path) -> dict[str, str]:
     commits = sorted(set(runs["git_commit"].dropna()))
     return {
         "git commits of the runs": ", ".join(c[:12] for c in commits) or "unknown",
-        "machines": "; ".join(sorted({f"{p}, {d}" for p, d in zip(runs["platform"], runs["device"], strict=True)})),
+        "machines": "; ".join(sorted({f"{p}, {d}" for p, d in zip(made["platform"], made["device"], strict=True)})),
         "runs made by code that has changed since": f"{stale} of {len(runs)}",
         "sha256 over the run names": names,
         "sha256 of the tables": ", ".join(f"{name} {digest}" for name, digest in files.items()),

@@ -1,0 +1,94 @@
+"""A failed job takes no other run's tables with it: what is there is shown, what is missing has its reason."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from harness.__main__ import main
+from harness.checking.contract import Case
+from harness.checking.tiny import tiny_inputs
+from harness.errors import OWN_FAULT
+from harness.records import atomic
+from harness.reporting.failures import failed_runs
+from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN
+from harness.study.paths import Paths
+from harness.study.plan import Plan, resolve_study
+from study_files import load, written
+
+
+def log(paths: Paths, rule: str, job: str, *lines: str) -> None:
+    atomic.write_text(paths.root / "logs" / rule / f"{job}.log", "".join(f"{line}\n" for line in lines))
+
+
+def there(plan: Plan, paths: Paths) -> None:
+    """Models and rows have been made."""
+    for kind in (MODEL, ROWS):
+        for name in plan.jobs(kind):
+            atomic.write_text(paths.output(kind, name), "{}")
+
+
+def test_the_first_job_without_output_is_the_reason(tmp_path: Path) -> None:
+    plan, paths = resolve_study(load(tmp_path)), Paths(tmp_path / "results")
+    by_method = {f"{run.training.label} {run.seed}": name for name, run in plan.runs.items()}
+    assert set(failed_runs(plan, paths).values()) == {"pretrain did not run"}
+    there(plan, paths)
+    log(paths, "train", by_method["fixed 0"], "Traceback", "ValueError: shapes differ", f"harness train: {OWN_FAULT}")
+    log(paths, "train", by_method["fixed 1"], "harness train: rows.json: no rows", "")
+    full = next(run.search_job() for run in plan.runs.values() if run.training.label == "full")
+    assert full is not None
+    log(paths, "search", full.name, "MemoryError")
+    lora = next(run.search_job() for run in plan.runs.values() if run.training.label == "lora")
+    assert lora is not None
+    atomic.write_text(paths.output(SEARCH, lora.name), "{}")
+    atomic.write_text(paths.output(TRAIN, by_method["lora 1"]), "{}")
+    found = failed_runs(plan, paths)
+    told = {method: found.get(name, "").partition(" (")[0] for method, name in by_method.items()}
+    assert told == {
+        "fixed 0": "train failed: ValueError: shapes differ",
+        "fixed 1": "train failed: harness train: rows.json: no rows",
+        "full 0": "search failed: MemoryError",
+        "full 1": "search failed: MemoryError",
+        "lora 0": "train did not run",
+        "lora 1": "",
+    }
+    assert found[by_method["full 0"]].endswith(f"({paths.root / 'logs' / 'search' / full.name}.log)")
+
+
+def test_what_is_there_has_its_tables_and_what_is_missing_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    plan, paths = resolve_study(load(tmp_path)), Paths()
+    there(plan, paths)
+    record = Case("full", {}, tiny_inputs(tmp_path / "inputs"), tmp_path / "case").standard()
+    for name, run in plan.runs.items():
+        if run.training.label == "fixed":
+            labels = {"name": name, "model": "tiny", "task": "sums", "method": "fixed", "seed": run.seed}
+            atomic.write_json(paths.output(TRAIN, name), record.model_copy(update=labels).model_dump(mode="json"))
+    assert main(["partial", "--config", str(config)]) == 0
+    said = capsys.readouterr().err
+    out = Path("results/mine/partial")
+    assert f"2 of 6 runs are there: {out / 'report.html'}" in said
+    assert len(re.findall("^missing: ", said, re.MULTILINE)) == 1, "one reason, one line"
+    assert "and 3 more: search did not run" in said
+    runs = pd.read_parquet(out / "runs.parquet").set_index("method")
+    assert set(runs.loc[["full", "lora"], "status"]) == {"failed"}
+    assert set(runs.loc["fixed", "status"]) == {"ok"}
+    assert set(runs.loc["fixed", "notes"]) == {"not scored: evaluate did not run"}
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "2 of 6 runs are ok; 4 failed" in page
+    assert "lora on tiny, sums, seeds 0, 1: failed — search did not run" in page
+
+
+def test_where_nothing_is_there_only_the_reasons_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["partial", "--config", str(config)]) == 0
+    assert "and 5 more: pretrain did not run" in capsys.readouterr().err
+    assert not Path("results/mine").exists()
