@@ -55,3 +55,11 @@ def two_optimizers_one_scheduled(_: Path) -> Audit:
     both = [torch.optim.Muon(inner, lr=1e-2), adamw(rest)]
     schedule = torch.optim.lr_scheduler.LambdaLR(both[0], lambda step: 0.9**step)
     return audited(model, both, lambda: lisa(model, *both, between=lambda _: schedule.step()))
+
+
+@sound
+def a_plateau_schedule_with_a_floor_for_one_group(_: Path) -> Audit:
+    model = llama()
+    optimizer = adamw([{"params": model.model.parameters()}, {"params": model.lm_head.parameters()}])
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, min_lr=[0.0, 1e-2])
+    return audited(model, optimizer, lambda: lisa(model, optimizer, between=lambda _: schedule.step(1.0)))

@@ -36,6 +36,23 @@ def audited_for_two_of_three_calls(path: Path) -> Audit:
 
 
 @sound
+def gradients_add_up_over_calls_while_layers_switch(_: Path) -> Audit:
+    """Accumulation within the optimizer: a layer that trained in the first call sleeps when the update comes."""
+    model = llama()
+    optimizer = EveryThird(model.parameters(), lr=1e-2)
+
+    def run() -> None:
+        for step in range(12):
+            switch(model, [step % 4])
+            model(**batch(step)).loss.backward()
+            optimizer.step()
+            if step % 3 == 2:
+                optimizer.zero_grad()
+
+    return audited(model, optimizer, run)
+
+
+@sound
 def closures(_: Path, *, kind: type[torch.optim.Optimizer] = torch.optim.LBFGS, switches: bool = False) -> Audit:
     model = llama()
     optimizer = kind(model.parameters(), lr=0.1)  # type: ignore[call-arg]

@@ -12,6 +12,10 @@ Event = Literal[
 """What can be seen of a tensor in a step: the counts of `Tensor`."""
 
 
+FLAT = 1e-9
+"""Relative change of a learning rate that counts as none."""
+
+
 @dataclass
 class Tensor:
     """One parameter of the model or of an adapter, over the whole audit. Counts are numbers of intervals."""
@@ -89,7 +93,7 @@ class Group:
     high: float
     steps: int = 0
     scheduled: bool = False
-    """Whether a scheduler of torch knows it (`initial_lr`)."""
+    """Whether a scheduler of torch knows it."""
     parts: list[str] = field(default_factory=list)
     """Parts that it held at its last step."""
 
@@ -97,6 +101,16 @@ class Group:
         """Note the rate of one step."""
         self.low, self.high = min(self.low, rate), max(self.high, rate)
         self.steps += 1
+
+    @property
+    def varies(self) -> bool:
+        """Whether its rate changed."""
+        return self.high - self.low > FLAT * max(self.high, FLAT)
+
+    @property
+    def stays_unasked(self) -> bool:
+        """Whether it kept a rate above 0 though no scheduler of torch is known to want that."""
+        return not self.varies and self.steps > 1 and self.high > 0 and not self.scheduled
 
 
 @dataclass

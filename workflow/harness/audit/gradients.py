@@ -34,7 +34,7 @@ class Gradients:
         self._parameters = parameters
         self._hooks: dict[str, Any] = {}
         self._arrived: set[str] = set()
-        """Names whose gradient a backward pass computed since they were last looked at."""
+        """Names whose gradient a backward pass computed since it was last used."""
         self._flags: frozenset[str] | None = None
         """Names that required gradients when the last forward pass with gradients began."""
         self._made: dict[str, StorageWeakRef] = {}
@@ -66,7 +66,8 @@ class Gradients:
             p = self._parameters[name]
             came = name in self._arrived
             flagged = p.requires_grad if self._flags is None else name in self._flags
-            if flagged or (came and p.grad is not None):
+            # a gradient that no update has used yet is wanted, whatever the flag says by now
+            if flagged or (came and _is_there(p.grad)):
                 looked.on.add(name)
                 if came or p.grad is not None:
                     looked.graded.add(name)
@@ -77,17 +78,26 @@ class Gradients:
                 # clipping and zeroing in place leave the storage as it was; a gradient set by hand brings its own
                 left = made is not None and made.cdata == StorageWeakRef(_storage(p.grad)).cdata
                 (looked.left_over if left else looked.by_hand).add(name)
-            self._arrived.discard(name)
         return looked
+
+    def used(self, names: Iterable[str]) -> None:
+        """An update has used the gradients of these parameters: what is there of them from now on is left over."""
+        self._arrived.difference_update(names)
 
 
 def usable(gradient: Tensor | None) -> bool:
     """Whether it is there, not all zero (Adam does not move then) and finite (a loss scaler skips the step if not)."""
-    if gradient is None:
-        return False
+    return gradient is not None and 0 < _largest(gradient) < float("inf")
+
+
+def _is_there(gradient: Tensor | None) -> bool:
+    """Whether it is neither missing nor set to zero."""
+    return gradient is not None and _largest(gradient) != 0
+
+
+def _largest(gradient: Tensor) -> float:
     values = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient
-    largest = float(torch.linalg.vector_norm(values.detach(), float("inf")))
-    return 0 < largest < float("inf")
+    return float(torch.linalg.vector_norm(values.detach(), float("inf")))
 
 
 def _storage(gradient: Tensor) -> torch.UntypedStorage:

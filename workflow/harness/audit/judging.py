@@ -11,8 +11,6 @@ from harness.audit.facts import Event, Facts, Group, Tensor
 from harness.audit.words import amount, names, where
 
 _CHANGES: tuple[Event, ...] = ("moved", "dragged", "moved_alone", "written")
-FLAT = 1e-9
-"""Relative change of a learning rate that counts as none."""
 
 
 @dataclass(frozen=True)
@@ -202,31 +200,27 @@ def _state(facts: Facts) -> Iterator[Finding]:
 
 
 def _schedule(facts: Facts) -> Iterator[Finding]:
-    varying = [group for group in facts.groups if _varies(group)]
-    flat = [group for group in facts.groups if not _varies(group) and group.steps > 1]
+    varying = [group for group in facts.groups if group.varies]
+    flat = [group for group in facts.groups if not group.varies and group.steps > 1]
+    # rate 0 times any factor is 0, and a scheduler of torch that keeps a rate was told to
+    doubtful = [group for group in flat if group.stays_unasked]
+    # a group that was never to follow has a rate of its own
+    forgotten = [g for g in doubtful if any(g.owner == v.owner and g.first == v.first for v in varying)]
+    other = [group for group in doubtful if group not in forgotten]
     if not varying:
         yield Finding("ok", "every learning rate stayed as it was")
         return
-    # rate 0 times any factor is 0, and a scheduler of torch that keeps a rate was told to
-    doubtful = [group for group in flat if group.high > 0 and not group.scheduled]
-    # a group that was never to follow has a rate of its own
-    forgotten = [g for g in doubtful if any(g.owner == v.owner and g.first == v.first for v in varying)]
     if forgotten:
         yield Finding(
             "BROKEN",
             f"the schedule does not reach every parameter group: {_rates(facts, forgotten)}. Let it set the rate of "
             "every group, those that came late too",
         )
-    if other := [group for group in doubtful if group not in forgotten]:
+    if other:
         yield Finding("LOOK", f"while other rates follow a schedule, {_rates(facts, other)}: is it meant to?")
-    if not doubtful and flat:
-        yield Finding("ok", f"the schedule reached every parameter group; {_rates(facts, flat)}, as it says")
-    elif not doubtful:
-        yield Finding("ok", "the schedule reached every parameter group")
-
-
-def _varies(group: Group) -> bool:
-    return group.high - group.low > FLAT * max(group.high, FLAT)
+    if not doubtful:
+        kept = f"; {_rates(facts, flat)}, as it says" if flat else ""
+        yield Finding("ok", f"the schedule reached every parameter group{kept}")
 
 
 def _rates(facts: Facts, groups: Iterable[Group]) -> str:

@@ -17,7 +17,7 @@ from grass.layers import find_layers
 from harness.audit.facts import Event, Facts, Group
 from harness.audit.facts import Tensor as Seen
 from harness.audit.gradients import Gradients, Looked, usable
-from harness.audit.optimizers import family, held_by, listed, unwrapped, who_waits
+from harness.audit.optimizers import family, held_by, listed, on_plateau, unwrapped, who_waits
 from harness.audit.report import report
 from harness.audit.rounds import Round, Tally
 from harness.audit.state import Kept, kept_by, totals
@@ -111,6 +111,10 @@ class Audit:
         forgotten = {name: self._parameters[name] for name, t in facts.tensors.items() if t.forgotten}
         for name, waiting in who_waits(forgotten, besides=self._numbers).items():
             facts.tensors[name].waiting = waiting
+        if any(group.varies for group in facts.groups) and any(group.stays_unasked for group in facts.groups):
+            governed = on_plateau()
+            for group in facts.groups:
+                group.scheduled |= id(self._watched[group.owner]) in governed
         if not self.quiet:
             print(self.report())
 
@@ -158,6 +162,7 @@ class Audit:
         events["dragged"] |= changed & looked.left_over
         events["moved_alone"] |= changed - looked.on - looked.left_over
         if changed:
+            self._gradients.used({*step.compared, *step.free})
             events["idle"] |= {n for n in looked.on & step.rated - changed if self._should_move(n, known="idle")}
         events["pending"] |= {n for n in looked.on & set(step.free) if self._should_move(n, known="pending")}
         self._kept[step.number] = kept_by(family(step.optimizer), self._names)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+T = TypeVar("T")
 
 
 def unwrapped(given: Any) -> list[Optimizer]:
@@ -66,11 +69,19 @@ def who_waits(parameters: Mapping[str, nn.Parameter], *, besides: Container[int]
         parameters: by name; if empty, nothing is searched.
         besides: ids of optimizers that are not meant.
     """
+    names = {id(p): name for name, p in parameters.items()}
     found: dict[str, str] = {}
-    if parameters:
-        names = {id(p): name for name, p in parameters.items()}
-        # type(), not isinstance(): isinstance makes the lazy objects of other libraries import large packages
-        for one in (o for o in gc.get_objects() if issubclass(type(o), Optimizer) and id(o) not in besides):
-            if "param_groups" in vars(one):
-                found |= {names[id(p)]: type(one).__name__ for p in held_by([one]) if id(p) in names}
+    for one in _living(Optimizer) if names else ():
+        if id(one) not in besides and "param_groups" in vars(one):
+            found |= {names[id(p)]: type(one).__name__ for p in held_by([one]) if id(p) in names}
     return found
+
+
+def on_plateau() -> set[int]:
+    """Ids of optimizers under a `ReduceLROnPlateau`, the one scheduler of torch that leaves no mark on their groups."""
+    return {id(scheduler.optimizer) for scheduler in _living(ReduceLROnPlateau)}
+
+
+def _living(kind: type[T]) -> Iterator[T]:
+    # type(), not isinstance(): isinstance makes the lazy objects of other libraries import large packages
+    return (one for one in gc.get_objects() if issubclass(type(one), kind))
