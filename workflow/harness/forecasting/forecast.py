@@ -6,11 +6,14 @@ import gc
 import importlib
 import importlib.util
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 
@@ -21,6 +24,7 @@ from harness.forecasting.fake_device import CountingHost, ForecastHost, tensors_
 from harness.forecasting.memo import Memo
 from harness.forecasting.tracker import Kind, Span, Tracker
 from harness.measuring.census import state_bytes, state_tensors
+from harness.step.architecture import Attention, attention_of
 from harness.step.cell import CellRun, Phase
 from harness.step.spec import Cell, Shape
 from harness.step.worst_case import run_worst_case
@@ -132,13 +136,13 @@ def forecast(
             if looks is not None:
                 run.look(looks)
         except ValueError as error:
-            raise NoForecastError(str(error)) from error
+            raise NoForecastError(first_line(error)) from error
         except (RuntimeError, AssertionError) as error:
             if not isinstance(error, NO_VALUES) and not any(sign in str(error) for sign in _SIGNS):
                 raise
             raise NoForecastError(
-                "the code asks a tensor for values, or a device, that a forecast does not have (numbers are read "
-                f"through baselines.method.host_number): {first_line(error)}"
+                f"{_place(error)}: the code asks a tensor for values, or a device, that a forecast does not have (a "
+                f"method reads numbers through baselines.method.host_number): {first_line(error)}"
             ) from error
         return run.forecast(wall_s=time.perf_counter() - started, auto=cell.options.get("offload") == "auto")
 
@@ -250,7 +254,9 @@ class _Watched:
             host_bytes=self._host_bytes(),
             facts=run.facts,
             promise=run.promise,
-            assumed=_assumptions(drawn=self._drawn, visited=run.promise.state_of == "visited", auto=auto),
+            assumed=_assumptions(
+                attention_of(run.model), drawn=self._drawn, visited=run.promise.state_of == "visited", auto=auto
+            ),
             wall_s=wall_s,
         )
 
@@ -269,11 +275,14 @@ def _by_draw(spans: list[Span]) -> dict[str, int]:
     return found
 
 
-def _assumptions(*, drawn: bool, visited: bool, auto: bool) -> tuple[str, ...]:
+def _assumptions(attention: Attention, *, drawn: bool, visited: bool, auto: bool) -> tuple[str, ...]:
+    kernel = "scaled_dot_product_attention with a fused kernel"
+    if attention.why is not None:
+        kernel = f"products of whole matrices ({attention.why})"
     said = [
         "live storages, rounded up to 512 bytes each; a GPU adds its context (0.4 to 0.6 GiB), fragments and buffers "
         "inside kernels",
-        "no padding; attention by scaled_dot_product_attention with a fused kernel",
+        f"no padding; attention by {kernel}",
     ]
     if drawn:
         said.append("the worst of the draws tried, one of them with layer 0 and the topmost layers")
@@ -282,6 +291,17 @@ def _assumptions(*, drawn: bool, visited: bool, auto: bool) -> tuple[str, ...]:
     if auto:
         said.append("offload: auto moves states, as it does where free memory at the peak is short")
     return tuple(said)
+
+
+def _place(error: BaseException) -> str:
+    """The last line outside torch and this package that an exception went through: of a model, or of a method."""
+    apart = (Path(torch.__file__).parent, Path(__file__).parent)
+    lines = [
+        (path, line)
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if not any((path := Path(frame.f_code.co_filename)).is_relative_to(folder) for folder in apart)
+    ]
+    return f"{lines[-1][0].name}, line {lines[-1][1]}"
 
 
 @contextmanager

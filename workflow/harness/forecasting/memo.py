@@ -43,9 +43,9 @@ class _Part:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What an operator returned: one tensor, or a list or tuple of them."""
+    """What an operator returned: one tensor, or a list or tuple of tensors and None."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[_Part | None, ...]
     among: type | None
 
 
@@ -68,6 +68,9 @@ class Memo:
 
     def __call__(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """The operator's result."""
+        if func is torch.ops.aten.rand.default and not args[0]:
+            # a number drawn alone is read, as LayerDrop reads one a layer; like every number read, it is 1.0
+            return torch.tensor(1.0)
         key = _key(func, args, kwargs)
         if key is None:
             return func(*args, **kwargs)
@@ -85,11 +88,16 @@ class Memo:
         """How the result can be made again; None where it cannot."""
         among = type(result) if type(result) in _SEVERAL else None
         made = [result] if among is None else list(result)
-        parts = [part for tensor in made if (part := self._part(args, kwargs, tensor)) is not None]
-        own = [t.untyped_storage()._cdata for t, part in zip(made, parts, strict=False) if part.argument is None]
-        if not parts or len(parts) < len(made) or len(set(own)) < len(own):
-            return None
-        return _Answer(tuple(parts), among)
+        parts: list[_Part | None] = []
+        own: list[int] = []
+        for tensor in made:
+            part = self._part(args, kwargs, tensor)
+            if part is None and (tensor is not None or among is None):
+                return None
+            if part is not None and part.argument is None:
+                own.append(tensor.untyped_storage()._cdata)
+            parts.append(part)
+        return _Answer(tuple(parts), among) if len(set(own)) == len(own) else None
 
     def _part(self, args: Sequence[Any], kwargs: Mapping[str, Any], tensor: Any) -> _Part | None:
         """How one tensor of the result can be made again; None where it cannot."""
@@ -107,6 +115,7 @@ class Memo:
             tensor.fake_device,
         )  # fmt: skip
         again = self._make(part, args)
+        assert again is not None
         same = again is tensor or (
             again.requires_grad == tensor.requires_grad
             and torch._C._dispatch_key_set(again) == torch._C._dispatch_key_set(tensor)
@@ -115,8 +124,10 @@ class Memo:
         )
         return part if same else None
 
-    def _make(self, part: _Part, args: Sequence[Any]) -> Tensor:
+    def _make(self, part: _Part | None, args: Sequence[Any]) -> Tensor | None:
         """A tensor of the result, from the arguments of this call."""
+        if part is None:
+            return None
         if part.is_argument:
             found: Tensor = args[part.argument]  # type: ignore[index]
             return found

@@ -69,6 +69,15 @@ def test_the_second_answer_is_the_first_one_made_again(through: Through) -> None
         assert made_again(f"aten.{operator}")
 
 
+def test_a_result_may_lack_some_of_its_tensors(through: Through) -> None:
+    x, scale = torch.ones(2, 4), torch.ones(4)
+    _, mean, deviation = aten.native_layer_norm(x, [4], scale, scale, 1e-5)
+    for _ in range(2):
+        found = aten.native_layer_norm_backward(x, x, [4], mean, deviation, scale, scale, [True, False, True])
+        assert [one is None for one in found] == [False, True, False]
+    assert made_again("aten.native_layer_norm_backward.default")
+
+
 def test_an_operator_in_place_returns_its_argument_and_changes_its_version(through: Through) -> None:
     for _ in range(2):
         x = torch.ones(3)
