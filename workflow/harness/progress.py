@@ -51,15 +51,22 @@ class Progress:
             self._done * 10 // self.total > (self._done - 1) * 10 // self.total and now - self._last_line > LINE_EVERY_S
         ):
             self._last_line = now
-            rate = (self._done - self._first) / (now - self._started)
-            left = duration((self.total - self._done) / rate)
-            counted = f"{self._done}/{self.total} {self.unit}s, {rate:.1f} {self.unit}s/s, {left} left"
+            seconds = (now - self._started) / (self._done - self._first)
+            left = duration((self.total - self._done) * seconds)
+            counted = f"{self._done}/{self.total} {self.unit}s, {pace(seconds, self.unit)}, {left} left"
             say(f"{self.label}: {counted}{', ' + note if note else ''}")
 
 
 def say(line: str) -> None:
     """One line on stderr, at once."""
     print(line, file=sys.stderr, flush=True)
+
+
+def pace(seconds: float, unit: str) -> str:
+    """Speed of work whose units take `seconds` each: `4.2 steps/s`, or for slow units `2.5 s/step`, `21 s/step`."""
+    if seconds < 1:
+        return f"{1 / max(seconds, 1e-9):.1f} {unit}s/s"
+    return f"{seconds:.1f} s/{unit}" if seconds < 9.95 else f"{seconds:.0f} s/{unit}"
 
 
 def duration(seconds: float) -> str:

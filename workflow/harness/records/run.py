@@ -168,6 +168,12 @@ class Timing(Record):
     load_s: float
     prepare_s: float | None
     train_s: float | None = Field(description="sum of the steps")
+    processor_s: float | None = Field(
+        default=None, description="processor time of the steps, all threads together; null on a GPU"
+    )
+    waited_s: float | None = Field(
+        default=None, description="time in the steps that a thread was ready to run and no processor was free"
+    )
     warmup_steps: int = Field(description="steps before the first timed one, which begins a period of the method")
     timed_steps: int | None = Field(default=None, description="whole periods of the method only")
     step_median_s: float | None

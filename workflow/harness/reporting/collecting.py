@@ -10,7 +10,7 @@ import pandas as pd
 
 from harness.errors import UserError
 from harness.records.code import PROBE, code_of
-from harness.records.columns import ALL, FRAMES, LEFT_OUT, NOT_SCORED, RUNS
+from harness.records.columns import ALL, FRAMES, LEFT_OUT, NOT_SCORED, RUNS, STEP_COLUMNS
 from harness.records.reading import read, read_jsonl
 from harness.records.run import (
     LM_EVAL_SAMPLES,
@@ -151,7 +151,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _step_row(run: str, row: dict[str, Any]) -> dict[str, Any]:
     """A row of the steps table; runs made before padding was counted have no total."""
-    return {"run": run, "total_tokens": None, **row}
+    made = {"run": run, "total_tokens": None, **row}
+    return {column: made[column] for column in STEP_COLUMNS}
 
 
 def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from baselines.method import LayerTrace, StepFacts
 from grass.importance import effective_layers
+from harness.measuring.processors import ProcessorTime, crowded_why
 from harness.records import atomic
 from harness.records.run import Timing
 from harness.training.engagement import Period
@@ -42,8 +43,9 @@ class Log:
         facts: StepFacts,
         batches: Sequence[Mapping[str, Tensor]],
         seconds: float,
+        processor: ProcessorTime | None = None,
     ) -> None:
-        """One optimizer step on the micro-batches `batches`."""
+        """One optimizer step on the micro-batches `batches`; `processor` is its processor time, None on a GPU."""
         self.steps.append(
             {
                 "step": step,
@@ -54,6 +56,8 @@ class Log:
                 "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
                 "total_tokens": sum(batch["attention_mask"].numel() for batch in batches),
                 "step_s": seconds,
+                "processor_s": None if processor is None else processor.ran_s,
+                "waited_s": None if processor is None else processor.waited_s,
             }
         )
 
@@ -100,21 +104,46 @@ class Log:
         known = [s["clipped"] for s in self.steps if s["clipped"] is not None]
         return float(np.mean(known)) if known else None
 
-    def judge_times(self, *, foreign_why: str | None, alloc_retries: int | None) -> None:
-        """Void the step times if another process was on the GPU, and note slowed ones. Call it before `write`.
+    def judge_times(self, *, foreign_why: str | None, alloc_retries: int | None) -> str | None:
+        """Void the step times if other work slowed them, and note slowed ones. Call it before `write`.
 
         Args:
             foreign_why: which other process was on the GPU; None if there was none.
             alloc_retries: how often the allocator emptied its cache, which waits for the device.
+
+        Returns:
+            Why all times are void; None if they count.
         """
+        crowded = self._crowded_why()
         if alloc_retries:
             self.notes.append(
                 f"the allocator ran out of memory and emptied its cache {alloc_retries} times, on the steps' clock"
             )
         if foreign_why is not None:
             self.notes.append(f"memory and speed are void: {foreign_why}")
+        elif crowded is not None:
+            self.notes.append(f"speed is void: {crowded}")
+        why = foreign_why or crowded
+        if why is not None:
             for row in self.steps:
                 row["step_s"] = None
+        return why
+
+    def _crowded_why(self) -> str | None:
+        """Which part of their time the steps waited for a processor, if it was too much; None on a GPU."""
+        # a run resumed from an old resume state has no processor time for its first steps
+        rows = [row for row in self.steps if row.get("processor_s") is not None]
+        waited = [row["waited_s"] for row in rows]
+        return crowded_why(
+            ran_s=sum(row["processor_s"] for row in rows),
+            waited_s=None if None in waited else sum(waited),
+            wall_s=sum(row["step_s"] for row in rows),
+        )
+
+    def _total(self, key: str) -> float | None:
+        """Sum over the steps; None where a step has no such number."""
+        values = [row.get(key) for row in self.steps]
+        return None if not values or None in values else float(sum(values))  # type: ignore[arg-type]
 
     def timing(
         self,
@@ -122,7 +151,7 @@ class Log:
         load_s: float,
         period_steps: int,
         clock: Literal["perf_counter", "cuda events"],
-        foreign_why: str | None = None,
+        void_why: str | None = None,
     ) -> Timing:
         """The clock's figures; throughput is null, with a reason, if too few steps were made.
 
@@ -130,13 +159,13 @@ class Log:
             load_s: seconds to load model and rows.
             period_steps: only whole periods of this many steps are timed, so that draws have their proper weight.
             clock: the clock that timed the steps.
-            foreign_why: which other process was on the GPU; if there was one, every step time is null.
+            void_why: as `judge_times` says; if given, every step time is null.
         """
         steps = len(self.steps)
         warmup = max(MIN_WARMUP, round(WARMUP_SHARE * steps)) if steps else 0
         first = -(-warmup // period_steps) * period_steps
         timed = self.steps[first : steps // period_steps * period_steps]
-        why = None if foreign_why is None else f"void: {foreign_why}"
+        why = None if void_why is None else f"void: {void_why}"
         if why is None and not timed:
             what = f"no whole period of {period_steps} steps" if period_steps > 1 else "no step"
             why = f"{what} after the warm-up"
@@ -150,8 +179,10 @@ class Log:
 
         return Timing(
             load_s=load_s,
-            prepare_s=self.prepare_s if foreign_why is None else None,
-            train_s=sum(s["step_s"] for s in self.steps) if foreign_why is None else None,
+            prepare_s=self.prepare_s if void_why is None else None,
+            train_s=sum(s["step_s"] for s in self.steps) if void_why is None else None,
+            processor_s=self._total("processor_s"),
+            waited_s=self._total("waited_s"),
             warmup_steps=min(first, steps),
             timed_steps=len(timed),
             step_median_s=float(np.median(seconds)) if why is None else None,

@@ -79,7 +79,7 @@ def train(
     run.meters.close()
     memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
     gpu, gpu_why = run.meters.gpu_record()
-    run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
+    void_why = run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
     if folder is not None:
         run.log.write(folder, run.periods)
     return TrainRecord(
@@ -112,7 +112,7 @@ def train(
             load_s=run.load_s,
             period_steps=(loaded and loaded.promise.period_steps) or 1,
             clock=run.clock.kind,
-            foreign_why=memory.foreign_why,
+            void_why=void_why,
         ),
         memory=memory,
         gpu=gpu,
@@ -237,7 +237,15 @@ class _Run:
         seconds, loss = self.clock.stop(), context.mean_loss()
         if not math.isfinite(loss) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
             raise DivergedError(f"at step {step}: loss {loss}, gradient norm {facts.grad_norm}")
-        self.log.step(step, loss=loss, factor=factor, facts=facts, batches=context.batches, seconds=seconds)
+        self.log.step(
+            step,
+            loss=loss,
+            factor=factor,
+            facts=facts,
+            batches=context.batches,
+            seconds=seconds,
+            processor=self.clock.processor,
+        )
         context.release_tensors()
         if context.starts_period:
             run.watch.after_update()

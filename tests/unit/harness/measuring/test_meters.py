@@ -15,6 +15,7 @@ from harness.measuring.clock import StepClock
 from harness.measuring.device import AllocatorMeter, PhasePeaks, allocator_settings
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.meters import Meters, is_watched
+from harness.measuring.processors import ProcessorTime
 from harness.measuring.rates import transfer_rates, with_rates
 from harness.records.provenance import provenance
 from harness.records.run import TrainRecord
@@ -346,6 +347,38 @@ def test_the_clock_of_a_step_leaves_pauses_out_on_the_cpu() -> None:
     time.sleep(0.02)
     assert 0.04 <= clock.stop() < 0.15
     assert clock.kind == "perf_counter"
+
+
+def test_on_the_cpu_a_step_has_the_processor_time_between_its_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = iter([1.0, 1.5, 7.0, 7.25])
+    monkeypatch.setattr("harness.measuring.processors._waited_s", lambda: next(waited))
+    clock = StepClock("cpu")
+    clock.start()
+    with clock.paused():
+        pass
+    clock.stop()
+    assert clock.processor is not None
+    assert clock.processor.waited_s == pytest.approx(0.75), "what was waited for in the pause is left out"
+    assert clock.processor.ran_s >= 0
+    monkeypatch.setattr("harness.measuring.processors._waited_s", lambda: None)
+    clock.start()
+    clock.stop()
+    assert clock.processor.waited_s is None
+    assert StepClock("cuda", FakeCuda()).processor is None
+
+
+def test_the_kernel_tells_a_busy_thread_from_one_that_sleeps() -> None:
+    before = ProcessorTime.now()
+    time.sleep(0.2)
+    asleep = ProcessorTime.now().since(before)
+    assert asleep.ran_s < 0.1
+    before, until = ProcessorTime.now(), time.perf_counter() + 0.2
+    while time.perf_counter() < until:
+        pass
+    busy = ProcessorTime.now().since(before)
+    if busy.waited_s is None:
+        pytest.skip("this kernel keeps no schedstat")
+    assert busy.ran_s + busy.waited_s == pytest.approx(0.2, abs=0.1)
 
 
 def test_on_cuda_a_step_is_what_its_own_stream_did_between_the_marks() -> None:

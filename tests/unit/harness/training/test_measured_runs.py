@@ -16,7 +16,9 @@ import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.errors import UserError
+from harness.measuring import processors
 from harness.measuring.meters import Meters
+from harness.measuring.processors import ProcessorTime
 from harness.records import columns
 from harness.records.columns import ADDED, FRAMES
 from harness.records.reading import read_jsonl
@@ -42,6 +44,12 @@ ME, STRANGER = os.getpid(), 4711
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return tiny_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(autouse=True)
+def _processors_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else this machine does now."""
+    monkeypatch.setattr(processors, "_waited_s", lambda: 0.0)
 
 
 class RunningCuda(FakeCuda):
@@ -152,6 +160,34 @@ def test_a_foreign_process_voids_memory_and_speed_but_not_accuracy(
     assert row["validation_loss"] == alone.validation_loss
 
 
+def test_other_work_on_the_processors_voids_speed_alone(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = train("full", {}, inputs, tmp_path / "alone", monkeypatch)
+    assert alone.timing is not None
+    assert alone.timing.throughput_tokens_per_s is not None
+    assert alone.timing.waited_s == 0
+    seconds = iter(range(10_000))
+    monkeypatch.setattr(processors, "_waited_s", lambda: float(next(seconds)))
+    beside = train("full", {}, inputs, tmp_path / "beside", monkeypatch)
+    times = beside.timing
+    assert times is not None
+    assert times.train_s is times.prepare_s is times.step_median_s is times.step_p95_s is None
+    assert times.throughput_tokens_per_s is times.throughput_total_tokens_per_s is None
+    why = str(times.throughput_why)
+    assert why.startswith("void: other work held the processors for ")
+    assert f"speed is {why}" in beside.notes
+    assert times.processor_s is not None
+    assert times.waited_s is not None
+    assert times.waited_s >= 12, "one second a step at least"
+    assert {row["step_s"] for row in read_jsonl(tmp_path / "beside" / "steps.jsonl")} == {None}
+    assert beside.memory is not None
+    assert beside.memory.host_peak_bytes["steady"] is not None
+    assert (beside.status, beside.validation_loss) == ("ok", alone.validation_loss)
+    rows = [collecting._step_row("run", row) for row in read_jsonl(tmp_path / "beside" / "steps.jsonl")]
+    assert rows_to_frame("steps", rows)["step_s"].isna().all()
+
+
 def test_an_allocator_that_ran_out_marks_the_runs_times(
     inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +227,54 @@ def test_only_whole_periods_after_the_warm_up_are_timed() -> None:
     assert timing.throughput_total_tokens_per_s == pytest.approx(12 * 40 / sum(timed))
     assert timing.train_s == sum(seconds)
     assert (timing.clock, timing.device_synchronised) == ("cuda events", True)
+
+
+def crowded_log(*steps: tuple[float, float, float | None]) -> Log:
+    """Of steps with these (seconds, processor time, time waited)."""
+    log = log_of([])
+    for step, (seconds, ran, waited) in enumerate(steps):
+        log.step(
+            step, loss=1.0, factor=1.0, facts=StepFacts(grad_norm=None, clipped=None), batches=[], seconds=seconds,
+            processor=ProcessorTime(ran, waited),
+        )  # fmt: skip
+    return log
+
+
+@pytest.mark.parametrize(
+    ("steps", "share"),
+    [
+        ([(1.0, 0.95, 0.05)] * 9, None),
+        ([(1.0, 0.5, 0.5), (1.0, 1.0, 0.0)], 25),
+        # one long wait among many steps is no reason
+        ([(1.0, 1.0, 0.0)] * 19 + [(2.0, 1.0, 1.0)], None),
+        # two threads: the processor time of both, and what both waited
+        ([(1.0, 1.9, 0.1)], None),
+        ([(1.0, 1.2, 0.8)], 40),
+        # a process that sleeps waits for no processor
+        ([(1.0, 0.3, 0.0)], None),
+        # the kernel does not say: one thread at least has work to do all the time
+        ([(1.0, 0.6, None)], 40),
+        ([(1.0, 1.3, None)], None),
+    ],
+)
+def test_a_wait_for_processors_is_a_share_of_the_time_wanted(
+    steps: list[tuple[float, float, float | None]], share: int | None
+) -> None:
+    log = crowded_log(*steps)
+    why = log.judge_times(foreign_why=None, alloc_retries=None)
+    if share is None:
+        assert (why, log.notes) == (None, [])
+        assert None not in [row["step_s"] for row in log.steps]
+    else:
+        assert f"for {share} % of the time that the steps wanted one (10 % are allowed)" in str(why)
+        assert {row["step_s"] for row in log.steps} == {None}
+
+
+def test_steps_on_a_gpu_and_of_older_resume_states_wait_for_no_processor() -> None:
+    log = log_of([0.5] * 3)
+    del log.steps[0]["processor_s"]
+    assert log.judge_times(foreign_why=None, alloc_retries=None) is None
+    assert log.timing(load_s=0.0, period_steps=1, clock="cuda events").processor_s is None
 
 
 @pytest.mark.parametrize(
