@@ -255,7 +255,7 @@ def test_the_recommended_code_trains(method: str, settings: str, tmp_path: Path)
     cell = small(method, settings)
     model = build_model(cell.model, weight_dtype="bf16", device="cpu")
     model.save_pretrained(tmp_path)  # type: ignore[operator]
-    made = RandomBatches(Shape(batch=2, length=8), vocabulary=96, chunked=False, device="cpu", seed=0)
+    made = RandomBatches(Shape(batch=2, length=8), vocabulary=96, chunked=False, autocast=False, device="cpu", seed=0)
     names: dict[str, Any] = {"batches": [made.batch(i) for i in range(3)], "calibration": [made.batch(9)]}
     exec(snippet(cell, model=str(tmp_path)).replace('"cuda"', '"cpu"').replace("'cuda'", "'cpu'"), names)
     trained = names["model"].state_dict()

@@ -19,7 +19,7 @@ def test_a_finished_study_is_copied_with_every_record_and_its_spec(
     config, paths = study_files.written(tmp_path), Paths()
     plan = open_study(config, paths)
     listed = outputs(plan, paths)
-    assert {output.kind for output in listed} == {kind for kind in KINDS if kind.name != "forecast"}
+    assert {output.kind for output in listed} == {kind for kind in KINDS if kind.name not in {"forecast", "probe"}}
     for output in listed[1:]:
         output.path.parent.mkdir(parents=True, exist_ok=True)
         output.path.write_text("{}")
