@@ -372,13 +372,16 @@ def test_the_kernel_tells_a_busy_thread_from_one_that_sleeps() -> None:
     time.sleep(0.2)
     asleep = ProcessorTime.now().since(before)
     assert asleep.ran_s < 0.1
-    before, until = ProcessorTime.now(), time.perf_counter() + 0.2
-    while time.perf_counter() < until:
+    outside = time.perf_counter()
+    before, began = ProcessorTime.now(), time.perf_counter()
+    while time.perf_counter() < began + 0.2:
         pass
+    inside = time.perf_counter() - began
     busy = ProcessorTime.now().since(before)
+    outside = time.perf_counter() - outside
     if busy.waited_s is None:
         pytest.skip("this kernel keeps no schedstat")
-    assert busy.ran_s + busy.waited_s == pytest.approx(0.2, abs=0.1)
+    assert 0.9 * inside <= busy.ran_s + busy.waited_s <= 1.1 * outside, "a thread that is busy runs or waits"
 
 
 def test_on_cuda_a_step_is_what_its_own_stream_did_between_the_marks() -> None:
