@@ -11,7 +11,8 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.evaluating.stock_data import load
-from harness.inputs.prompts import Prompt
+from harness.inputs.prompts import Prompt, Row
+from harness.inputs.tokens import check_ids
 from harness.records.run import LmEvalScore
 from harness.study.jobs import SuiteJob
 from harness.study.spec import LmEvalSuite
@@ -43,7 +44,8 @@ def score_stock(lm: Any, suite: SuiteJob, folder: Path) -> StockOutcome:
         folder: where `stock_data.fetch` left the data.
 
     Raises:
-        UserError: the suite asks in the chat format, and the model's tokenizer has no chat template.
+        UserError: the suite asks in the chat format, and the model's tokenizer has no chat template, or one with tokens
+            that the model's embedding lacks.
     """
     from lm_eval import evaluate
 
@@ -51,6 +53,9 @@ def score_stock(lm: Any, suite: SuiteJob, folder: Path) -> StockOutcome:
     assert isinstance(source, LmEvalSuite)
     if source.apply_chat_template and not lm.tokenizer.chat_template:
         raise UserError(f"{suite.label}: apply_chat_template: the model's tokenizer has no chat template; write false")
+    if source.apply_chat_template:
+        asked = Prompt("chat", lm.tokenizer).evaluation_tokens(Row(instruction="?", input="", output="", answer=""))
+        check_ids([asked], tokenizer=lm.tokenizer, embedding=lm.model.get_input_embeddings())
     loaded = load(source, folder)
     lm.ask_as_lm_eval(stops=Prompt("chat", lm.tokenizer).stops if source.apply_chat_template else ())
     lowered = _bound_answers(lm, loaded)

@@ -156,3 +156,7 @@ def test_a_chat_format_without_a_template_is_refused(tmp_path: Path) -> None:
     found = score_stock(lm, job, tmp_path)
     assert found.scores[0].chat_template
     assert found.settings["first_question"].startswith("Question: How many apples has Ann 0 2?\nAnswer:")
+    lm.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
+    with pytest.raises(UserError, match=r"'<\|im_end\|>' has id (\d+), and the model's embedding has \1 rows"):
+        score_stock(lm, job, tmp_path)
