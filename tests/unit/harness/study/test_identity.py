@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 
 import pytest
+from harness.__main__ import main
 from harness.errors import UserError
 from harness.records.atomic import sha256, write_json
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord
 from harness.study import identity
 from harness.study.identity import changed_file, files_of, known_model, replaced_models, stamp_files
-from harness.study.jobs import MODEL
+from harness.study.jobs import MODEL, TRAIN
 from harness.study.paths import Paths
-from harness.study.plan import open_study, resolve_study
+from harness.study.plan import open_study, outputs, resolve_study
+from harness.study.stale import current
 from study_files import load, written
 
 PRETRAIN = """\
@@ -149,6 +151,23 @@ def test_a_study_whose_model_was_exchanged_does_not_start(
     monkeypatch.setenv("A_MODEL", str(given(tmp_path / "b", **{"pytorch_model.bin": "WEIGHTS"})))
     with pytest.raises(UserError, match=r"now .*/b, holds another model than .*: pytorch_model\.bin differs"):
         open_study(config, paths, dry_run=dry_run)
+
+
+def test_plan_marks_what_was_made_from_the_model_that_was_there(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths, config = Paths(), written(tmp_path, (PRETRAIN, LOCAL))
+    plan = open_study(config, paths)
+    (name,) = plan.models
+    recorded(model, paths.output(MODEL, name))
+    run = next(output for output in outputs(plan, paths) if output.kind is TRAIN)
+    write_json(run.path, {"status": "ok", "provenance": {"source_sha256": current(run).sha256}})
+    (model / "config.json").write_text("[]", encoding="utf-8")
+    assert main(["plan", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert f"  other  train    ok         {run.name}\n" in shown
+    assert f"  other: ${{A_MODEL}}, now {model}, holds another model than {paths.output(MODEL, name)} was made" in shown
 
 
 def test_a_mirror_without_the_model_is_named_before_anything_is_made(
