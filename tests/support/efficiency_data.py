@@ -11,7 +11,7 @@ from harness.efficiency.jobs import Hello, Job, Reply
 from harness.efficiency.plan import Entry, Group, Unit, plan
 from harness.efficiency.record import CellRecord, ForecastRecord, MemoryBlock, TimingBlock
 from harness.efficiency.spec import EfficiencyStudy, load_efficiency
-from harness.efficiency.store import MeasureOptions, Store, cell_sha256
+from harness.efficiency.store import MeasureOptions, Store, cell_sha256, packages
 from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
@@ -248,7 +248,7 @@ def forecast_record(of: Entry, gib: float, **changes: Any) -> ForecastRecord:
         "by_kind_bytes": {"weights": 3 * (peak // 4), "activations": peak - 3 * (peak // 4), "loss": 0},
         "bound_tokens_per_s": 1000.0,
         "wall_s": 1.0,
-        "packages": {"torch": "2.13.0"},
+        "packages": packages(),
         "asked_sha256": cell_sha256(of.cell),
         "code_sha256": code_of(step_forecast(of.cell.module)).sha256,
     }

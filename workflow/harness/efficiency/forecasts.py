@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import threading
 import time
 from collections import deque
@@ -15,16 +14,15 @@ from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.plan import Entry
 from harness.efficiency.process import TimeIsUpError, Worker
 from harness.efficiency.record import ForecastRecord
-from harness.efficiency.store import Store, cell_sha256
+from harness.efficiency.store import Store, cell_sha256, packages
 from harness.progress import duration, say
 from harness.records.code import code_of, step_forecast
 from harness.records.units import gib
 
-PACKAGES = ("torch", "transformers", "peft")
-
 
 def make_forecast(job: Job) -> Reply:
     """Make one forecast in this process; if a cell cannot be forecast, the reply says so."""
+    from harness.errors import UserError
     from harness.forecasting.forecast import NoForecastError, forecast
     from harness.step.cell import configuration
     from harness.step.flops import attention_width, step_cost
@@ -33,7 +31,7 @@ def make_forecast(job: Job) -> Reply:
     started, code = time.perf_counter(), code_of(step_forecast(job.cell.module))
     facts: dict[str, Any] = {
         "cell": job.named,
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": packages(),
         "asked_sha256": cell_sha256(job.cell),
         "code_sha256": code.sha256,
         "sources": dict(code.sources),
@@ -43,7 +41,7 @@ def make_forecast(job: Job) -> Reply:
         found = forecast(job.cell)
     except CannotRunError as error:
         record = ForecastRecord(status="skipped", status_why=str(error), wall_s=_since(started), **facts)
-    except NoForecastError as error:
+    except (NoForecastError, UserError) as error:
         record = ForecastRecord(status="impossible", status_why=str(error), wall_s=_since(started), **facts)
     else:
         width = attention_width(configuration(job.cell.model))
@@ -66,7 +64,13 @@ def make_forecast(job: Job) -> Reply:
 
 
 def fill_forecasts(
-    entries: Sequence[Entry], store: Store, budget: Budget, *, cores: int, worker: Callable[[], Worker] | None = None
+    entries: Sequence[Entry],
+    store: Store,
+    budget: Budget,
+    *,
+    cores: int,
+    worker: Callable[[], Worker] | None = None,
+    told: Callable[[str], None] = say,
 ) -> list[str]:
     """Make the forecasts that today's code has not made yet; returns one line for each that failed by a bug.
 
@@ -76,6 +80,7 @@ def fill_forecasts(
         budget: no forecast begins when it is used up.
         cores: number of processes.
         worker: makes a handle for a process.
+        told: is given a line for each forecast that is made, from any thread.
     """
     waiting = deque(entry for entry in entries if not store.has_fresh_forecast(entry))
     total = len(waiting)
@@ -98,10 +103,10 @@ def fill_forecasts(
                 with lock:
                     if reply.forecast is None:
                         failed.append(f"{entry.words}: {reply.why}")
-                        say(f"[forecast {number}/{total}] {entry.words}: error: {reply.why}")
+                        told(f"[forecast {number}/{total}] {entry.words}: error: {reply.why}")
                         continue
                     store.keep(reply.forecast)
-                say(f"[forecast {number}/{total}] {entry.words}: {_summary(reply.forecast)}")
+                told(f"[forecast {number}/{total}] {entry.words}: {_summary(reply.forecast)}")
 
     threads = [threading.Thread(target=serve) for _ in range(min(cores, total))]
     for thread in threads:

@@ -258,14 +258,23 @@ def did_you_mean(word: str, known: Collection[str]) -> str:
 
 
 def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, shape: Shape) -> Cell:
-    """The cell with these labels, which may come from a command line; `model` may be a folder with a config.json.
+    """The cell with these labels, which may come from a command line; for `model` see `model_of`.
+
+    Raises:
+        UserError: a label that the study does not have, or a model that cannot be found.
+    """
+    return cell_with(study, model=model_of(study, model), method=method, settings=settings, shape=shape)
+
+
+def cell_with(study: EfficiencyStudy, *, model: Geometry | Path, method: str, settings: str, shape: Shape) -> Cell:
+    """The same of a model that was found.
 
     Raises:
         UserError: a label that the study does not have.
     """
     entry = study.methods[_known("method", method, study.methods)]
     return Cell(
-        model=_model(study, model),
+        model=model,
         module=entry.module,
         options=entry.options,
         settings=study.settings[_known("settings", settings, study.settings)],
@@ -274,14 +283,29 @@ def cell_of(study: EfficiencyStudy, *, model: str, method: str, settings: str, s
     )
 
 
-def _model(study: EfficiencyStudy, name: str) -> Geometry | Path:
+def model_of(study: EfficiencyStudy, name: str) -> Geometry | Path:
+    """A model of the study, or a folder with a config.json: a path, or of a repository of the hub.
+
+    Of a repository only that file is fetched; a folder `MIRROR/<org>/<name>` is taken before the network.
+
+    Raises:
+        UserError: no such model; the message says what there is.
+    """
     if name in study.models:
         return study.models[name]
     if (Path(name) / "config.json").is_file():
         return Path(name)
     if Path(name).exists():
         raise UserError(f"--model {name}: no config.json there; give the folder of a model in Hugging Face layout")
-    return study.models[_known("model", name, study.models, " (or the path of a folder with a config.json)")]
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        from harness.inputs.hub_models import find_configuration
+
+        try:
+            return find_configuration(name)
+        except UserError as error:
+            raise UserError(f"--model {name}: there is no such folder; as a repository of the hub, {error}") from error
+    beside = " (or a folder with a config.json, or <org>/<name> of the hub)"
+    return study.models[_known("model", name, study.models, beside)]
 
 
 def _known(kind: str, label: str, among: Collection[str], beside: str = "") -> str:

@@ -9,10 +9,12 @@ running number, so that folders filled on several machines can be merged.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -30,6 +32,15 @@ R = TypeVar("R", CellRecord, ForecastRecord)
 
 FORECAST = "forecast"
 """Takes the place of the card in the file name of a forecast."""
+
+
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+@cache
+def packages() -> dict[str, str]:
+    """Versions of the packages that a forecast depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def cell_sha256(cell: Cell, **more: Any) -> str:
@@ -190,9 +201,9 @@ class Store:
         return max(mine, key=lambda record: (not is_stale(record, entry.cell), _made(record)), default=None)
 
     def has_fresh_forecast(self, entry: Entry) -> bool:
-        """Whether today's code has forecast this cell."""
+        """Whether today's code has forecast this cell, with the packages that are installed."""
         found = self.forecast(entry)
-        return found is not None and not is_stale(found, entry.cell)
+        return found is not None and not is_stale(found, entry.cell) and found.packages == packages()
 
     # ------------------------------------------------------------ files
 

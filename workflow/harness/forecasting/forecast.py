@@ -100,7 +100,6 @@ class Looks:
 def forecast(
     cell: Cell,
     *,
-    capacity_bytes: int | None = None,
     looks: Looks | None = None,
     tensors: Literal["fake", "real"] = "fake",
 ) -> Forecast:
@@ -108,7 +107,6 @@ def forecast(
 
     Args:
         cell: what to forecast.
-        capacity_bytes: memory of the card, by which `offload: auto` decides; with None it always offloads.
         looks: of the run that the cell stands for; None: of the steps alone.
         tensors: `fake` only counts; `real` also computes, on the CPU, for tests of the count.
 
@@ -126,7 +124,7 @@ def forecast(
     with ExitStack() as stack:
         stack.enter_context(_steady_garbage())
         host = ForecastHost if tensors == "fake" else CountingHost
-        stack.enter_context(using(host(tracker, capacity_bytes=capacity_bytes)))
+        stack.enter_context(using(host(tracker, capacity_bytes=cell.capacity_bytes)))
         if tensors == "fake":
             tracker.call = Memo(stack.enter_context(tensors_without_values()))
         stack.enter_context(tracker)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from harness.forecasting.advise import needed_bytes
 from harness.forecasting.forecast import Looks, NoForecastError, forecast
+from harness.forecasting.needed import needed_bytes
 from harness.inputs.models import load_tokenizer
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
@@ -66,7 +66,7 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
         longest_row_tokens=longest,
         peak_bytes=None if found is None else found.peak_bytes,
         peak_phase=None if found is None else found.peak_phase,
-        needed_bytes=None if found is None else needed_bytes(found),
+        needed_bytes=None if found is None else needed_bytes(found.peak_bytes),
         peak_why=why,
         provenance=provenance(roots=roots_of(training.module), inputs={"config": model / "config.json"}),
     )

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 
 from httpx import ConnectError, HTTPError, TimeoutException
-from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -34,6 +35,7 @@ from harness.study.spec import HubModel
 _WEIGHTS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
 """Of these, the first that a repository has: many hold the same weights in several formats."""
 _TEXTS = ("*.json", "*.model", "*.txt", "*.jinja")
+_CONFIG = "config.json"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _NETWORK = (
     f"fetch it where there is a network, give --config {MIRROR}=<folder with <org>/<name>/ in it>, or use kind: local"
@@ -87,6 +89,37 @@ def find_model(source: HubModel, folder: Path) -> Found:
         ) from error
     _check_content(files, folder, source)
     return Found(folder, here, "hub", commit)
+
+
+def find_configuration(repo: str) -> Path:
+    """A folder with a model's config.json: the mirror's, else the hub client's cache, into which that file is fetched.
+
+    Raises:
+        UserError: as `find_model`, or the repository has no such file.
+    """
+    source = HubModel(kind="hub", repo=repo, revision="main")
+    text = mirrored(repo)
+    if text is not None:
+        folder = _in_mirror(source, text).folder
+        if not (folder / _CONFIG).is_file():
+            raise UserError(f"{folder}: no {_CONFIG} in it; fetch the model into the mirror again")
+        return folder
+    try:
+        # asked first, since a download tries a hub that is out of reach for half a minute
+        HfApi().model_info(repo, revision=source.revision)
+        return Path(hf_hub_download(repo, _CONFIG, revision=source.revision)).parent
+    except (ConnectError, TimeoutException, OfflineModeIsEnabled) as error:
+        try:
+            return Path(hf_hub_download(repo, _CONFIG, local_files_only=True)).parent
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"{repo}: the hub cannot be reached ({first_line(error)}), nor is its {_CONFIG} in the hub client's "
+                f"cache; set {MIRROR}=<folder with {repo}/ in it>, or give the model's folder"
+            ) from error
+    except EntryNotFoundError as error:
+        raise UserError(f"{repo}: no {_CONFIG} in it; name a repository of a transformers model") from error
+    except (HTTPError, OSError, HFValidationError) as error:
+        raise UserError(_why(error, source)) from error
 
 
 def _listed(source: HubModel) -> tuple[str, list[RepoFile]]:

@@ -76,6 +76,9 @@ class Cell(Strict):
     numerics: Numerics
     micro_batches: int = Field(default=1, gt=0, description="a step; two stand for any larger number")
     autocast: bool = later(False, description="bf16 matrix products over fp32 weights, as a run's recipe may ask for")
+    capacity_bytes: int | None = later(
+        None, description="memory of the card, by which `offload: auto` decides in a forecast; null: it always offloads"
+    )
     lr: float = 1e-5
     seed: int = 0
 

@@ -14,7 +14,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.study.jobs import EVALUATE, FORECAST, KINDS, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN, Kind
 
-RESERVED = (*dict.fromkeys(kind.root_folder for kind in KINDS), "state", "logs", "published")
+RESERVED = (*dict.fromkeys(kind.root_folder for kind in KINDS), "state", "logs", "published", "advice")
 """Names under results/ that no study may take."""
 
 MIRROR = "MIRROR"
