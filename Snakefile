@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
+from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study
@@ -40,6 +41,25 @@ STUDY = PATHS.study(PLAN.study.study)
 os.environ[STUDY_FILE] = str(CONFIG)
 os.environ[progress.STUDY_STARTED] = str(time.time())
 os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
+
+
+def disk_is_too_small(files=None):
+    """One line with the numbers, or None; `files` are those that will be made, None means all that are missing."""
+    settings = workflow.resource_settings
+    jobs = jobs_at_once(PLAN, cores=settings.cores, nodes=settings.nodes)
+    return too_little(PLAN, PATHS, jobs=jobs, files=files)
+
+
+if DRY_RUN and disk_is_too_small():
+    print(f"this would be refused: {disk_is_too_small()}", file=sys.stderr)
+
+
+# not in a dry run; a job of a cluster reads this file again, and is not asked
+onstart:
+    files = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.output}
+    line = disk_is_too_small(files) if workflow.is_main_process else None
+    if line:
+        sys.exit(line)
 
 
 include: "workflow/rules/common.smk"

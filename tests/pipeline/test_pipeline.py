@@ -24,8 +24,10 @@ class Study:
     """A working folder with one config, and Snakemake on it."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.config = folder, folder / "micro.yaml"
+        # with spaces, as people's folders have them
+        self.folder, self.config = folder, folder / "my configs" / "micro.yaml"
         self.first: subprocess.CompletedProcess[str]
+        self.config.parent.mkdir()
         shutil.copy(ROOT / "tests" / "pipeline" / "micro.yaml", self.config)
 
     def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -65,7 +67,7 @@ class Study:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    made = Study(tmp_path_factory.mktemp("study"))
+    made = Study(tmp_path_factory.mktemp("my study"))
     made.first = made.snakemake()
     assert made.first.returncode == 0, made.first.stdout[-3000:] + made.first.stderr[-3000:]
     return made
@@ -252,3 +254,20 @@ def _kill_when(process: subprocess.Popen[bytes], state: Path) -> None:
         time.sleep(0.001)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def test_a_study_that_cannot_fit_on_the_disk_is_refused_before_any_job(tmp_path: Path) -> None:
+    study = Study(tmp_path)
+    text = study.config.read_text()
+    assert text.count("layers: 4, width: 32, heads: 4") == 1
+    study.config.write_text(text.replace("layers: 4, width: 32, heads: 4", "layers: 4000, width: 65536, heads: 4"))
+    told, refused = study.snakemake("-n"), study.snakemake()
+    assert (told.returncode, refused.returncode) == (0, 1)
+    assert "this would be refused: micro: too little disk: up to " in told.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if "too little disk" in line]
+    assert re.match(r"micro: too little disk: up to [\d,.]+ GiB to come \(.*\), and [\d,.]+ GiB are free; ", line)
+    assert not list((study.folder / "results").rglob("manifest.json"))
+    # a target that writes no model is not refused
+    rows = study.snakemake("--until", "prefetch_rows")
+    assert rows.returncode == 0, rows.stderr
+    assert len(list((study.folder / "results" / "inputs" / "rows").rglob("manifest.json"))) == 1

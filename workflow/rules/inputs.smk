@@ -16,7 +16,7 @@ rule pretrain:
     params:
         spec=str(PATHS.spec(MODEL, "{model}")),
     shell:
-        "{PYTHON} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
+        "{PYTHON:q} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
 
 
 rule prefetch_model:
@@ -33,7 +33,7 @@ rule prefetch_model:
     params:
         spec=str(PATHS.spec(MODEL, "{model}")),
     shell:
-        "{PYTHON} -m harness prefetch model --spec {params.spec} --log {log}"
+        "{PYTHON:q} -m harness prefetch model --spec {params.spec} --log {log}"
 
 
 rule prefetch_rows:
@@ -50,7 +50,7 @@ rule prefetch_rows:
     params:
         spec=str(PATHS.spec(ROWS, "{rows}")),
     shell:
-        "{PYTHON} -m harness prefetch rows --spec {params.spec} --log {log}"
+        "{PYTHON:q} -m harness prefetch rows --spec {params.spec} --log {log}"
 
 
 rule prefetch_suite:
@@ -67,4 +67,4 @@ rule prefetch_suite:
     params:
         spec=str(PATHS.spec(SUITE, "{suite}")),
     shell:
-        "{PYTHON} -m harness prefetch suite --spec {params.spec} --log {log}"
+        "{PYTHON:q} -m harness prefetch suite --spec {params.spec} --log {log}"

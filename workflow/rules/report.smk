@@ -32,7 +32,7 @@ rule collect:
     params:
         out=STUDY,
     shell:
-        "{PYTHON} -m harness collect --config {CONFIG} --out {params.out} --log {log}"
+        "{PYTHON:q} -m harness collect --config {CONFIG:q} --out {params.out} --log {log}"
 
 
 rule tables:
@@ -49,7 +49,7 @@ rule tables:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness tables --config {CONFIG} --frames {params.frames} --out {output} --log {log}"
+        "{PYTHON:q} -m harness tables --config {CONFIG:q} --frames {params.frames} --out {output} --log {log}"
 
 
 rule figures:
@@ -68,7 +68,7 @@ rule figures:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness figures --config {CONFIG} --frames {params.frames} --out {output.figures} --log {log}"
+        "{PYTHON:q} -m harness figures --config {CONFIG:q} --frames {params.frames} --out {output.figures} --log {log}"
 
 
 rule page:
@@ -88,13 +88,13 @@ rule page:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON} -m harness page --config {CONFIG} --frames {params.frames} --out {output} --log {log}"
+        "{PYTHON:q} -m harness page --config {CONFIG:q} --frames {params.frames} --out {output} --log {log}"
 
 
 # One failed job must not take the other runs' tables with it. They go to a folder of their own, since Snakemake must
 # not take them for its outputs.
 onerror:
-    shell("{PYTHON} -m harness partial --config {CONFIG}")
+    shell("{PYTHON:q} -m harness partial --config {CONFIG:q}")
 
 
 onsuccess:

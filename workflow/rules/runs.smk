@@ -18,7 +18,7 @@ rule probe:
     params:
         spec=str(PATHS.spec(PROBE, "{probe}")),
     shell:
-        "{PYTHON} -m harness probe --spec {params.spec} --threads {threads} --log {log}"
+        "{PYTHON:q} -m harness probe --spec {params.spec} --threads {threads} --log {log}"
 
 
 rule forecast:
@@ -35,7 +35,7 @@ rule forecast:
     params:
         spec=str(PATHS.spec(FORECAST, "{forecast}")),
     shell:
-        "{PYTHON} -m harness forecast --spec {params.spec} --log {log}"
+        "{PYTHON:q} -m harness forecast --spec {params.spec} --log {log}"
 
 
 rule search:
@@ -56,7 +56,7 @@ rule search:
         spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
     shell:
-        "{PYTHON} -m harness search --spec {params.spec} --threads {threads}{params.forecast} --log {log}"
+        "{PYTHON:q} -m harness search --spec {params.spec} --threads {threads}{params.forecast} --log {log}"
 
 
 rule train:
@@ -77,7 +77,7 @@ rule train:
         spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
     shell:
-        "{PYTHON} -m harness train --spec {params.spec} --threads {threads}"
+        "{PYTHON:q} -m harness train --spec {params.spec} --threads {threads}"
         " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast} --log {log}"
 
 
@@ -89,6 +89,8 @@ rule evaluate:
         PATHS.score("{run}", "{evaluation}"),
     log:
         "results/logs/evaluate/{run}--{evaluation}.log",
+    # before further runs: a model may be removed once it is scored (runtime.keep)
+    priority: 14
     threads: RUNTIME.threads
     resources:
         mem_mb=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).mem_mb,
@@ -98,5 +100,5 @@ rule evaluate:
         spec=str(PATHS.spec(EVALUATE, "{evaluation}")),
         run=str(PATHS.run("{run}")),
     shell:
-        "{PYTHON} -m harness evaluate --spec {params.spec} --run {params.run} --out {output}"
+        "{PYTHON:q} -m harness evaluate --spec {params.spec} --run {params.run} --out {output}"
         " --threads {threads} --batch-size {RUNTIME.eval_batch_size} --log {log}"

@@ -27,8 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from harness.measuring.gpu import lease_for
     from harness.records.reading import read
     from harness.records.run import TrainRecord
+    from harness.study.keep import check_exported
+    from harness.study.paths import Paths
 
     record = read(args.run / "train.json", TrainRecord)
+    check_exported(args.run.name, record.checkpoint, Paths(args.run.parents[1]))
     # before torch is imported: the lease says which GPU it will see; a run without a checkpoint needs none
     with lease_for(record.recipe["device"] if record.checkpoint is not None else "cpu"):
         return _evaluate(args, record)
@@ -39,7 +42,9 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
 
     from harness.evaluating.score import evaluate
     from harness.records.reading import read
+    from harness.records.units import gib
     from harness.study.jobs import EvalJob, RunJob
+    from harness.study.keep import remove_unneeded
     from harness.study.paths import Paths
     from harness.study.progress import announce
 
@@ -57,5 +62,7 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     )
     scores = [f"{s.suite} {s.correct}/{s.rows}" for s in record.scores]
     scores += [f"{s.suite} {s.task} {s.metric} {s.value:.4f}" for s in record.lm_eval if s.value is not None]
-    announce(f"evaluate {record.run}: {', '.join(scores) or record.status_why}")
+    freed = remove_unneeded(args.run.name, paths, scored=True)
+    removed = f"; its model is removed (runtime.keep), {gib(freed)} GiB" if freed else ""
+    announce(f"evaluate {record.run}: {', '.join(scores) or record.status_why}{removed}")
     return 0

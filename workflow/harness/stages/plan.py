@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
     parser.add_argument("--config", type=Path, required=True, help="config/<study>.yaml")
     parser.add_argument("--all", action="store_true", help="also list inputs and searches, one a line")
+    parser.add_argument("--cores", type=int, help="as for snakemake: what is to come depends on it; default: all here")
 
 
 SHOWN = 12
@@ -66,15 +68,48 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {kind:<9}" + ", ".join(f"{number} {state}" for state, number in sorted(counter.items())))
     folders = {output.path.parent for output in outputs(plan, paths) if output.kind is not EVALUATE}
     print(f"  on disk  {folder_bytes(folders) / 2**20:.1f} MiB under {paths.root}/")
+    for line in _to_come(plan, paths, cores=args.cores, config=args.config):
+        print(f"  {line}")
     for message in replaced.values():
         print(f"  other: {message}")
     if changed:
         print(
             "  stale: made by other code than today's. It is kept; to make it anew: snakemake --cores 1 --configfile "
-            f"{args.config} --force <its file> (--all lists every job)"
+            f"{shlex.quote(str(args.config))} --force <its file> (--all lists every job)"
         )
         print(f"  what differs, with the number of records: {_summary(changed)}")
     return 0
+
+
+def _to_come(plan: Plan, paths: Paths, *, cores: int | None, config: Path) -> Iterator[str]:
+    """Bytes and hours to come, and what stands in their way."""
+    from harness.progress import duration
+    from harness.records.units import gib
+    from harness.study.disk import jobs_at_once, to_come, too_little
+    from harness.study.hours import hours_to_come
+    from harness.study.keep import gone, train_again
+
+    jobs = jobs_at_once(plan, cores=cores)
+    disk, hours = to_come(plan, paths, jobs=jobs), hours_to_come(plan, paths)
+    parts = f" ({disk.parts()})" if disk.peak_bytes else ""
+    yield f"to come  up to {gib(disk.peak_bytes, 1)} GiB of disk{parts}; {gib(disk.free_bytes, 1)} GiB are free"
+    if hours.by_pace or hours.by_arithmetic:
+        how = [
+            f"{hours.by_pace} at the pace of finished ones" * bool(hours.by_pace),
+            f"{hours.by_arithmetic} by arithmetic of slow machines: an upper bound, often ten times the truth"
+            * bool(hours.by_arithmetic),
+        ]
+        at_once = f", {duration(hours.seconds / jobs)} with {jobs} at once" if jobs > 1 else ""
+        yield f"to come  {duration(hours.seconds)} of jobs{at_once} ({', '.join(filter(None, how))})"
+    line = too_little(plan, paths, jobs=jobs)
+    if line is not None:
+        yield f"too little disk: snakemake will refuse: {line.partition(': too little disk: ')[2]}"
+    lost = gone(plan, paths)
+    if lost:
+        yield (
+            f"gone: {len(lost)} runs that are to be scored have no model any more (runtime.keep); they must train "
+            f"again: {train_again(lost, paths, config=config)}"
+        )
 
 
 def _prompts(plan: Plan, paths: Paths) -> Iterator[str]:

@@ -39,6 +39,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     from harness.records import atomic
     from harness.records.reading import read
     from harness.records.run import SearchRecord
+    from harness.study.keep import remove_unneeded
     from harness.study.paths import Paths
     from harness.study.progress import announce
     from harness.training.loading import inputs_of
@@ -70,5 +71,6 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
     if record.checkpoint is not None or record.status != "ok":
         # a trained model that could not be exported stays there
         shutil.rmtree(state, ignore_errors=True)
+    remove_unneeded(job.name, paths, scored=False)
     announce(f"train {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

@@ -9,17 +9,18 @@ Snakemake does not track memory and time there, and the harness leases the GPU i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from baselines import find_method
 from baselines.method import Recipe
 from harness.errors import UserError
 from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.records.units import GIB
-from harness.study.identity import WEIGHTS
-from harness.study.jobs import EvalJob, ModelJob, ProbeJob, SearchJob, SuiteJob, Training
+from harness.study.jobs import MODEL, EvalJob, ModelJob, ProbeJob, SearchJob, SuiteJob, Training
 from harness.study.paths import Paths, mirrored, resolve
 from harness.study.spec import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
 
@@ -31,7 +32,14 @@ START_S = 900.0
 STEP_S = 0.2
 """Overhead of one optimizer step beyond its arithmetic: launches, copies, logs; also of one generated token."""
 UNKNOWN_PARAMETERS = 9_000_000_000
-"""Assumed for a hub model that has not been fetched yet: the 8B class. A larger model needs more."""
+"""Assumed for a hub model that has not been fetched yet and whose name has no size: the 8B class. A larger model needs
+more."""
+NAMES_ROUND_DOWN = 1.3
+"""Most parameters of a model, by those in its name."""
+_SIZE = re.compile(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([BbMm])(?![A-Za-z0-9])")
+ADAPTER_SHARE = 0.1
+"""Upper bound of adapters' parameters, as a share of the model's: rank 128 on five matrices a layer of Llama-2-7B has
+0.04."""
 UNKNOWN_ROWS = 11_000
 """Assumed rows of a test file without a limit: HellaSwag, the largest of the protocol, has 10,042."""
 UNKNOWN_TOKENS = 256
@@ -40,10 +48,12 @@ MOST_CHOICES = 5
 """Assumed answers to choose among: the most in the files of the protocol."""
 VOCABULARY = 1_000
 """Upper bound for a model pretrained here: its tokenizer has letters, digits and some hundred words."""
-_BYTES = {"fp32": 4, "bf16": 2}
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 _FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13}
 """By device and weight dtype: one slow core; on a GPU half of an A100's peak without TF32, and a fifth of its peak in
 bf16."""
+_FETCHED_BYTES_PER_S, _READ_BYTES_PER_S = 2e7, 2e8
+"""Of a model's files, over the network and from a disk."""
 _TRAIN_FLOP, _READ_FLOP = 8.0, 2.0
 """FLOP per parameter and token: forward, recomputed forward and backward; and forward alone."""
 
@@ -56,6 +66,8 @@ class Needs:
     """Host memory, in Snakemake's unit."""
     minutes: int
     gpus: int = 0
+    seconds: float = 0.0
+    """Time without the reserve for a slow start that `minutes` has."""
 
 
 SMALL = Needs(mem_mb=8_000, minutes=30)
@@ -66,7 +78,9 @@ def of_model(job: ModelJob, paths: Paths) -> Needs:
     """Pretraining, hashing or fetching a model."""
     source = job.source
     if not isinstance(source, PretrainedHere):
-        return Needs(mem_mb=SMALL.mem_mb, minutes=120 if isinstance(source, HubModel) else 60)
+        fetched = isinstance(source, HubModel)
+        seconds = 2 * parameters(job, paths) / (_FETCHED_BYTES_PER_S if fetched else _READ_BYTES_PER_S)
+        return Needs(mem_mb=SMALL.mem_mb, minutes=120 if fetched else 60, seconds=seconds)
     count = parameters(job, paths)
     step_s = STEP_S + _TRAIN_FLOP * count * source.rows * source.length / _FLOP_PER_S["cpu", "fp32"]
     return _needs(held_bytes=20 * count, seconds=source.steps * step_s)
@@ -80,11 +94,11 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
     """
     recipe = training.recipe
     count = parameters(training.model, paths)
-    weight, state = _BYTES[recipe.weight_dtype], _BYTES[recipe.state_dtype]
+    weight, state = WEIGHT_BYTES[recipe.weight_dtype], WEIGHT_BYTES[recipe.state_dtype]
     step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
     return _needs(
         held_bytes=(3 * weight + 2 * state) * count,
-        seconds=runs * recipe.steps * step_s,
+        seconds=runs * recipe.steps * step_s if find_method(training.module).TRAINS else 0.0,
         gpus=int(recipe.device == "cuda"),
     )
 
@@ -96,7 +110,7 @@ def of_probe(job: ProbeJob, paths: Paths) -> Needs:
         STEP_S + _TRAIN_FLOP * count * job.probes.rows * job.max_length / _FLOP_PER_S[job.device, job.weight_dtype]
     )
     return _needs(
-        held_bytes=2 * _BYTES[job.weight_dtype] * count,
+        held_bytes=2 * WEIGHT_BYTES[job.weight_dtype] * count,
         seconds=job.probes.batches * batch_s,
         gpus=int(job.device == "cuda"),
     )
@@ -115,7 +129,7 @@ def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size:
     token_s = _READ_FLOP * count / _rate(recipe)
     seconds = sum(_suite_seconds(suite, job.max_length, token_s, batch_size) for suite in job.all_suites)
     return _needs(
-        held_bytes=2 * _BYTES[recipe.weight_dtype] * count, seconds=seconds, gpus=int(recipe.device == "cuda")
+        held_bytes=2 * WEIGHT_BYTES[recipe.weight_dtype] * count, seconds=seconds, gpus=int(recipe.device == "cuda")
     )
 
 
@@ -128,24 +142,50 @@ def _suite_seconds(suite: SuiteJob, max_length: int, token_s: float, batch_size:
     return 2 * rows * max_length * token_s + math.ceil(rows / batch_size) * written * (STEP_S + batch_size * token_s)
 
 
+def weight_bytes(training: Training, paths: Paths) -> int:
+    """Bytes of a model's weights in the dtype of its runs: what an exported model takes on disk."""
+    return parameters(training.model, paths) * WEIGHT_BYTES[training.recipe.weight_dtype]
+
+
+def state_bytes(training: Training, paths: Paths) -> int:
+    """Upper bound of a run's resume state: weights and both moments of whatever trains."""
+    weight, moment = WEIGHT_BYTES[training.recipe.weight_dtype], WEIGHT_BYTES[training.recipe.state_dtype]
+    share = ADAPTER_SHARE if "peft" in find_method(training.module).REQUIRES else 1.0
+    return round(share * parameters(training.model, paths) * (weight + 2 * moment))
+
+
 def parameters(job: ModelJob, paths: Paths) -> int:
-    """Upper bound of a model's parameters: counted, else from its file sizes, else `UNKNOWN_PARAMETERS`."""
+    """Upper bound of a model's parameters: counted, from its file sizes, from its name, else `UNKNOWN_PARAMETERS`."""
     source = job.source
     if isinstance(source, PretrainedHere):
         layer = 4 * source.width**2 + 3 * source.width * source.feed_forward + 2 * source.width
         return source.layers * layer + 2 * VOCABULARY * source.width
-    manifest = paths.model(job.name) / "manifest.json"
+    manifest = paths.output(MODEL, job.name)
     counted = read(manifest, ModelRecord).parameters if manifest.is_file() else None
-    if counted is not None:
-        return counted
     text = source.path if isinstance(source, LocalModel) else mirrored(source.repo)
+    named = parameters_in(source.repo) if isinstance(source, HubModel) else None
+    return counted or (text and _parameters_of_files(text)) or named or UNKNOWN_PARAMETERS
+
+
+def parameters_in(name: str) -> int | None:
+    """Upper bound by the size in a repository's name: `Llama-2-7b`, `SmolLM2-135M`, `Mixtral-8x7B`; None without one.
+
+    Names round down: Gemma-2B has 2.5 billion, Gemma-7B 8.5.
+    """
+    found = [
+        int(times or 1) * float(number) * {"m": 1e6, "b": 1e9}[unit.lower()]
+        for times, number, unit in _SIZE.findall(name.rpartition("/")[2])
+    ]
+    return round(NAMES_ROUND_DOWN * max(found)) if found else None
+
+
+def _parameters_of_files(text: str) -> int:
     try:
-        folder = None if text is None else resolve(text)
+        folder = resolve(text)
     except UserError:  # in a dry run the input files may be missing
-        folder = None
+        return 0
     # two bytes per parameter, the fewest before quantisation
-    held = 0 if folder is None else _file_bytes(folder.glob(pattern) for pattern in WEIGHTS)
-    return held // 2 or UNKNOWN_PARAMETERS
+    return _file_bytes(folder.glob(pattern) for pattern in ("*.safetensors", "*.bin")) // 2
 
 
 def _file_bytes(found: Iterable[Iterable[Path]]) -> int:
@@ -158,5 +198,8 @@ def _rate(recipe: Recipe) -> float:
 
 def _needs(*, held_bytes: float, seconds: float, gpus: int = 0) -> Needs:
     return Needs(
-        mem_mb=math.ceil((BASE_BYTES + held_bytes) / 1e6), minutes=math.ceil((START_S + seconds) / 60), gpus=gpus
+        mem_mb=math.ceil((BASE_BYTES + held_bytes) / 1e6),
+        minutes=math.ceil((START_S + seconds) / 60),
+        gpus=gpus,
+        seconds=seconds,
     )

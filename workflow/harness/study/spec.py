@@ -292,6 +292,11 @@ class Runtime(Strict):
     threads: int = Field(default=1, gt=0, description="torch threads of one job")
     checkpoint_every_steps: int = Field(default=100, gt=0, description="resume state is written this often")
     eval_batch_size: int = Field(default=64, gt=0)
+    keep: Literal["none", "last", "all"] | None = Field(
+        default=None,
+        description="exported models that stay on disk once they are scored: none, all, or last, of each method the "
+        "one of its last seed; null: none of models above 1 GiB, else all",
+    )
 
 
 class Comparison(Strict):

@@ -102,6 +102,9 @@ def test_every_rule_has_a_log_that_its_stage_writes_and_says_what_it_takes() -> 
         name = rule.partition(":")[0]
         assert f"results/logs/{name}/" in rule
         assert "--log {log}" in rule
+        # both are paths of the user's, and may have spaces; all other paths are relative and made of labels
+        assert '"{PYTHON:q} -m harness' in rule
+        assert "{CONFIG}" not in rule
         assert "mem_mb=" in rule
         assert "runtime=" in rule
         assert ("gpu=" in rule) == (name in ("probe", "search", "train", "evaluate"))
