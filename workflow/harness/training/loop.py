@@ -14,25 +14,23 @@ from pathlib import Path
 
 import torch
 
-from harness.inputs.models import load_tokenizer
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
 from harness.progress import Progress
-from harness.records import atomic
 from harness.records.code import training as roots_of
 from harness.records.provenance import provenance
-from harness.records.run import EVALUATION, Check, Status, TrainRecord
+from harness.records.run import Check, Status, TrainRecord
 from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
 from harness.step.run import run_step
 from harness.study.jobs import Training
 from harness.study.spec import Observation
 from harness.training import resume
 from harness.training.batches import CalibrationBatches
+from harness.training.ending import Ending
 from harness.training.engagement import Period
 from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.schedule import lr_factor
-from harness.training.validation import mean_loss
 from harness.training.verdict import verdict
 from harness.training.watched_step import WatchedStep
 
@@ -72,9 +70,10 @@ def train(
     torch.manual_seed(seed)
     run = _Run(training, name=name, inputs=inputs, observation=observation, refusal=refusal)
     status, why = run.attempt(lr, seed, folder, state_folder, checkpoint_every)
-    if status == "ok" and not all(check.ok for check in run.checks):
+    ending, checks = run.ending, [*run.checks, *run.ending.checks]
+    if status == "ok" and not all(check.ok for check in checks):
         status = "disengaged"
-        why = "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in run.checks if not c.ok)
+        why = "; ".join(f"{c.name}: promised {c.promised}, saw {c.observed}" for c in checks if not c.ok)
     loaded = run.loaded
     run.meters.close()
     memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
@@ -97,15 +96,15 @@ def train(
         lr=lr,
         lr_searched=lr_searched,
         steps_done=len(run.log.steps),
-        checkpoint=run.checkpoint,
-        checkpoint_why=None if run.checkpoint else (why or run.export_why or "nothing is kept of a trial"),
+        checkpoint=ending.checkpoint,
+        checkpoint_why=None if ending.checkpoint else (why or ending.checkpoint_why or "nothing is kept of a trial"),
         attention=loaded.attention.kind if loaded else None,
         attention_why=loaded.attention.why if loaded else None,
         parameters=loaded.facts.total_parameters if loaded else None,
         trainable_parameters=loaded.promise.trainable_parameters if loaded else None,
         train_loss=run.log.train_loss,
-        validation_loss=run.validation_loss,
-        validation_why=run.validation_why,
+        validation_loss=ending.validation_loss,
+        validation_why=ending.validation_why,
         clipped_share=run.log.clipped_share,
         data=loaded.data if loaded else None,
         timing=run.log.timing(
@@ -117,8 +116,8 @@ def train(
         memory=memory,
         gpu=gpu,
         gpu_why=gpu_why,
-        engagement=run.checks,
-        notes=[*(loaded.notes if loaded else []), *run.log.notes],
+        engagement=checks,
+        notes=[*(loaded.notes if loaded else []), *run.log.notes, *ending.notes],
         provenance=provenance(
             roots=roots_of(training.module),
             inputs=inputs.files(),
@@ -140,10 +139,7 @@ class _Run:
         self.log = Log()
         self.loaded: Loaded | None = None
         self.load_s = 0.0
-        self.validation_loss: float | None = None
-        self.validation_why: str | None = None
-        self.export_why: str | None = None
-        self.checkpoint: str | None = None
+        self.ending = Ending(in_phase=self._in_phase, release=self.meters.empty_cache)
         self.checks: list[Check] = []
         self._phase = "load"
 
@@ -163,8 +159,8 @@ class _Run:
             if first_step == 0:
                 self._prepare(run)
             self._train(run, first_step, state_folder, checkpoint_every)
-            self._validate(run)
-            self._export(run, folder)
+            self.ending.validate(run)
+            self.ending.export(run, folder, self.inputs)
         except CannotRunError as error:
             return "skipped", str(error)
         except DivergedError as error:
@@ -262,52 +258,6 @@ class _Run:
         frozen = run.own_parameters if run.promise.base_frozen else []
         rest = {"method": run.method.state_dict(), "watch": run.watch.state_dict(), "log": vars(self.log)}
         resume.save(folder, step=done, module=run.module, frozen=frozen, rest=rest)
-
-    # ------------------------------------------------------------ after the last step
-
-    def _validate(self, run: Loaded) -> None:
-        """Mean nats per answer token over the whole validation split; too little memory for it costs no trained model.
-
-        A forward pass has no more tokens than one of training may have, and keeps no activations.
-        """
-        try:
-            with self._in_phase(EVALUATION):
-                loss = mean_loss(
-                    run.module,
-                    run.validation,
-                    tokens_at_once=self.recipe.micro_batch_size * self.recipe.max_length,
-                    pad_id=run.pad_id,
-                    on_halved=lambda tokens: self.log.notes.append(
-                        f"validation ran out of memory and went on with {tokens} tokens at once"
-                    ),
-                )
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.validation_why = out_of_memory_why(error, EVALUATION)
-        else:
-            if not math.isfinite(loss):
-                raise DivergedError(f"the validation loss is {loss}")
-            self.validation_loss = loss
-        self.meters.empty_cache()
-
-    def _export(self, run: Loaded, folder: Path | None) -> None:
-        """Write a plain model folder; if the model was not trained, the record names its original folder."""
-        if folder is None:
-            return
-        if not run.method.TRAINS:
-            self.checkpoint = self.inputs.model_text or str(self.inputs.model)
-            return
-        try:
-            with self._in_phase("save"), atomic.whole_folder(folder / "model") as temporary:
-                run.method.export(temporary)
-                load_tokenizer(self.inputs.model).save_pretrained(temporary)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.export_why = out_of_memory_why(error, "save")
-        else:
-            self.checkpoint = str(folder / "model")
 
     # ------------------------------------------------------------ small
 

@@ -11,7 +11,7 @@ from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.records.reading import read_jsonl
 from harness.records.run import TrainRecord
 from harness.study.spec import Observation
-from harness.training import loop
+from harness.training import ending, loop
 from harness.training.loading import Inputs
 from safetensors.torch import load_file
 
@@ -76,6 +76,71 @@ def test_an_export_that_dies_is_made_again_without_training(
     assert [c.ok for c in again.engagement] == [c.ok for c in straight.engagement]
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("straight", "again"))
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+COMPARED = "the exported model is the trained one"
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [("full", {}), ("lora", {"rank": 4, "alpha": 8}), ("grass", {"active_layers": 2, "sample_every": 3})],
+)
+def test_what_was_exported_is_compared_with_what_was_trained(
+    module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[Any] = []
+    usual, load = loop.load, ending.load_model
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        trained.append(usual(*args, **kwargs))
+        return trained[-1]
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        run = trained[-1]
+        assert sum(p.numel() for p in [*run.module.parameters(), *run.own_parameters]) == 0, "two models in memory"
+        assert not run.method.optimizer.state
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "load", watched)
+    monkeypatch.setattr(ending, "load_model", alone)
+    record = train(inputs, tmp_path, module, options)
+    check = next(check for check in record.engagement if check.name == COMPARED)
+    assert (record.status, check.ok, check.promised) == ("ok", True, "the same loss to 0.1 %")
+    assert len(trained) == 1
+
+
+def test_an_export_that_is_another_model_is_noticed(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from baselines.lora import Lora
+
+    def unmerged(method: Any, path: Path) -> None:
+        method.wrapped.unload().save_pretrained(path)
+
+    monkeypatch.setattr(Lora, "export", unmerged)
+    record = train(inputs, tmp_path, "lora", {"rank": 4, "alpha": 64})
+    assert record.status == "disengaged"
+    assert str(record.status_why).startswith(f"{COMPARED}: promised the same loss to 0.1 %, saw loss ")
+    assert record.checkpoint is not None
+
+
+def test_an_export_that_transformers_cannot_load_is_noticed(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Full, "export", lambda method, path: method.model.config.save_pretrained(path))
+    record = train(inputs, tmp_path)
+    assert record.status == "disengaged"
+    assert "transformers cannot use it: " in str(record.status_why)
+
+
+def test_without_memory_for_a_second_model_nothing_is_compared(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ending, "load_model", full)
+    record = train(inputs, tmp_path)
+    assert (record.status, record.checkpoint) == ("ok", str(tmp_path / "model"))
+    assert "there was no memory to compare the exported model with the trained one" in record.notes
+    assert COMPARED not in [check.name for check in record.engagement]
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_an_allocator_that_ran_out_marks_the_runs_times(
 ) -> None:
     class Tight(FakeCuda):
         def empty_cache(self) -> None:
-            self.retries += 1  # anything that happens between the start and the end of the run
+            self.retries = 1  # anything that happens between the start and the end of the run
 
     record = train("full", {}, inputs, tmp_path, monkeypatch, nvml=FakeNvml(), cuda=Tight())
     assert record.memory is not None
