@@ -1,8 +1,15 @@
-"""What the whole test run says at its end; here, since with several workers only this file is known to the first."""
+"""What holds for every test, and what the whole run says at its end.
+
+The summary stands here, since with several workers only this file is known to the first.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from typing import Any
+
+import pytest
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -25,3 +32,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section(f"planted defects: {len(caught)} of {len(tried)} caught")
         for properties in caught:
             terminalreporter.write_line(f"  {properties['defect']:<28} {properties['caught_by'][:140]}")
+
+
+@pytest.fixture(autouse=True)
+def environment_of_its_own() -> Iterator[None]:
+    """What a stage sets for its own process, such as offline flags, must not reach the next test."""
+    before = dict(os.environ)
+    yield
+    # pytest keeps its own variable, which names the running test
+    for name in set(os.environ) - set(before) - {"PYTEST_CURRENT_TEST"}:
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if name != "PYTEST_CURRENT_TEST"})

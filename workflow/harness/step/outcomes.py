@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Literal
 
 _ALLOCATORS_SAY = (
     "can't allocate memory",  # the CPU's
@@ -19,6 +21,28 @@ class CannotRunError(Exception):
 
 class DivergedError(Exception):
     """The loss or the gradient norm is not finite any more."""
+
+
+def outcome_of(
+    work: Callable[[], None], phase: Callable[[], str]
+) -> tuple[Literal["ok", "skipped", "diverged", "oom"], str | None]:
+    """Do `work`; a bad outcome becomes a status with its reason, and a bug raises.
+
+    Args:
+        work: training or measurement, from loading to its end.
+        phase: where `work` is, asked when memory has run out.
+    """
+    try:
+        work()
+    except CannotRunError as error:
+        return "skipped", str(error)
+    except DivergedError as error:
+        return "diverged", str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "oom", out_of_memory_why(error, phase())
+    return "ok", None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from harness.progress import Progress
 from harness.records.code import training as roots_of
 from harness.records.provenance import provenance
 from harness.records.run import Check, Status, TrainRecord
-from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
+from harness.step.outcomes import CannotRunError, DivergedError, outcome_of
 from harness.step.run import run_step
 from harness.study.jobs import Training
 from harness.study.spec import Observation
@@ -69,7 +69,10 @@ def train(
     """
     torch.manual_seed(seed)
     run = _Run(training, name=name, inputs=inputs, observation=observation, refusal=refusal)
-    status, why = run.attempt(lr, seed, folder, state_folder, checkpoint_every)
+    status: Status
+    status, why = outcome_of(
+        lambda: run.whole(lr, seed, folder, state_folder, checkpoint_every), phase=lambda: run.current_phase
+    )
     ending, checks = run.ending, [*run.checks, *run.ending.checks]
     if status == "ok" and not all(check.ok for check in checks):
         status = "disengaged"
@@ -127,7 +130,7 @@ def train(
 
 
 class _Run:
-    """The parts of one run, in the order in which `attempt` calls them."""
+    """The parts of one run, in the order in which `whole` calls them."""
 
     def __init__(
         self, training: Training, *, name: str, inputs: Inputs, observation: Observation | None, refusal: str | None
@@ -141,35 +144,29 @@ class _Run:
         self.load_s = 0.0
         self.ending = Ending(in_phase=self._in_phase, release=self.meters.empty_cache)
         self.checks: list[Check] = []
-        self._phase = "load"
+        self.current_phase = "load"
 
-    def attempt(
+    def whole(
         self, lr: float | None, seed: int, folder: Path | None, state_folder: Path | None, checkpoint_every: int
-    ) -> tuple[Status, str | None]:
-        """Do the whole run; bad outcomes become a status with its reason."""
-        try:
-            if self.refusal is not None:
-                raise CannotRunError(self.refusal)
-            with self._in_phase("load"):
-                started = time.perf_counter()
-                run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
-                self.loaded, self.load_s = run, time.perf_counter() - started
-            run.method.calibration = CalibrationBatches(run.batches, autocast=self.recipe.autocast)
-            first_step = self._resume(run, state_folder)
-            if first_step == 0:
-                self._prepare(run)
-            self._train(run, first_step, state_folder, checkpoint_every)
-            self.ending.validate(run)
-            self.ending.export(run, folder, self.inputs)
-        except CannotRunError as error:
-            return "skipped", str(error)
-        except DivergedError as error:
-            return "diverged", str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "oom", out_of_memory_why(error, self._phase)
-        return "ok", None
+    ) -> None:
+        """Do the whole run.
+
+        Raises:
+            CannotRunError, DivergedError, MemoryError, RuntimeError: bad outcomes, for `outcome_of`.
+        """
+        if self.refusal is not None:
+            raise CannotRunError(self.refusal)
+        with self._in_phase("load"):
+            started = time.perf_counter()
+            run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
+            self.loaded, self.load_s = run, time.perf_counter() - started
+        run.method.calibration = CalibrationBatches(run.batches, autocast=self.recipe.autocast)
+        first_step = self._resume(run, state_folder)
+        if first_step == 0:
+            self._prepare(run)
+        self._train(run, first_step, state_folder, checkpoint_every)
+        self.ending.validate(run)
+        self.ending.export(run, folder, self.inputs)
 
     # ------------------------------------------------------------ before the first step
 
@@ -273,6 +270,6 @@ class _Run:
     @contextmanager
     def _in_phase(self, name: str) -> Iterator[None]:
         """Attribute the block's memory peaks and errors to the phase `name`."""
-        self._phase = name
+        self.current_phase = name
         with self.meters.phase(name):
             yield

@@ -9,11 +9,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from grass.layers import declared_module, find_layers
+from grass.layers import declared_module
 from grass.probing import Prober
 from harness.errors import UserError
 from harness.inputs.models import load_model, load_tokenizer
@@ -27,9 +26,9 @@ from harness.records.columns import NORMS
 from harness.records.provenance import provenance
 from harness.records.run import DataUse, ProbedBatch, ProbeRecord
 from harness.step.architecture import check_length
-from harness.step.attach import refusals
+from harness.step.facts import layers_of
 from harness.step.loss import label_tokens
-from harness.step.outcomes import CannotRunError, DivergedError, is_out_of_memory, out_of_memory_why
+from harness.step.outcomes import DivergedError, outcome_of
 from harness.study.jobs import ProbeJob
 from harness.training.batches import Batches, CalibrationBatches
 from harness.training.loading import Inputs
@@ -46,7 +45,7 @@ def probe(job: ProbeJob, inputs: Inputs) -> ProbeRecord:
     """
     started = time.perf_counter()
     run = _Probe(job)
-    status, why = run.attempt(inputs)
+    status, why = outcome_of(lambda: run.whole(inputs), phase=lambda: run.current_phase)
     return ProbeRecord(
         name=job.name,
         status=status,
@@ -91,23 +90,17 @@ class _Probe:
         self.kinds: list[str] = []
         self.data: DataUse | None = None
         self.batches: list[ProbedBatch] = []
+        self.current_phase = "load"
 
-    def attempt(self, inputs: Inputs) -> tuple[Any, str | None]:
-        """Do the whole probe; bad outcomes become a status with its reason."""
-        phase = "load"
-        try:
-            model, batches = self._load(inputs)
-            phase = "probe"
-            self._measure(model, batches)
-        except CannotRunError as error:
-            return "skipped", str(error)
-        except DivergedError as error:
-            return "diverged", str(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return "oom", out_of_memory_why(error, phase)
-        return "ok", None
+    def whole(self, inputs: Inputs) -> None:
+        """Load, then measure.
+
+        Raises:
+            CannotRunError, DivergedError, MemoryError, RuntimeError: bad outcomes, for `outcome_of`.
+        """
+        model, batches = self._load(inputs)
+        self.current_phase = "probe"
+        self._measure(model, batches)
 
     def _load(self, inputs: Inputs) -> tuple[nn.Module, CalibrationBatches]:
         job, wanted = self.job, self.job.probes.batches * self.job.probes.rows
@@ -128,9 +121,7 @@ class _Probe:
         ids = (row.input_ids for row in rows)
         check_ids(ids, tokenizer=tokenizer, embedding=declared_module(model, "get_input_embeddings"))
         model = model.to(job.device)
-        with refusals():
-            found = find_layers(model).layers
-        self.layers = [kinds_of(layer) for layer in found]
+        self.layers = [kinds_of(layer) for layer in layers_of(model).layers]
         self.kinds = list(dict.fromkeys(kind for kinds in self.layers for kind in kinds))
         batches = Batches(
             rows,

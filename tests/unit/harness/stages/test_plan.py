@@ -21,7 +21,7 @@ from study_files import written
 
 def prompts(config: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     capsys.readouterr()
-    assert stage.run(argparse.Namespace(config=config, all=False)) == 0
+    assert stage.run(argparse.Namespace(config=config, all=False, cores=1)) == 0
     return [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("prompt ")]
 
 
