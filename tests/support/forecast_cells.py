@@ -1,4 +1,4 @@
-"""Cells for the tests of forecasts: a Llama of 3 layers in true bf16, and the study of config/efficiency.yaml."""
+"""Cells for the tests of forecasts: a Llama of 3 layers in true bf16, of config/efficiency.yaml, and a study as text."""
 
 from __future__ import annotations
 
@@ -24,6 +24,37 @@ SMALL = Geometry(
     tie_word_embeddings=False,
     parameters=PARAMETERS,
 )
+# as a file: the small model as plain text, three methods, one setting
+STUDY = """\
+study: mine
+title: A study
+models:
+  small:
+    architecture: llama
+    hidden_size: 32
+    intermediate_size: 80
+    num_hidden_layers: 4
+    num_attention_heads: 4
+    num_key_value_heads: 2
+    head_dim: 8
+    vocab_size: 96
+    tie_word_embeddings: false
+    parameters: 49440
+methods:
+  full: {module: full}
+  lora: {module: lora, options: {rank: 64, alpha: 16}}
+  uniform: {module: grass, options: {active_layers: 1, sampler: uniform, offload: auto}}
+settings:
+  lean: {activation_checkpointing: true, chunked_loss: true}
+shapes:
+  short: {batch: 1, length: 16}
+numerics: {weight_dtype: bf16, state_dtype: bf16, max_grad_norm: 1.0}
+anchor: {cuda: small, cpu: small}
+compared: [full, lora]
+corners: [{settings: lean, shape: short}]
+order: [{kind: everything}]
+reference: full
+"""
 SETTINGS = {
     "plain": Settings(activation_checkpointing=False, chunked_loss=False),
     "lean": Settings(activation_checkpointing=True, chunked_loss=True),

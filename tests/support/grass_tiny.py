@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,3 +60,25 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def layer_weights(opt: Grass, layer: int) -> list[Tensor]:
     return [p.detach().clone() for p in opt.layer_parameters[layer]]
+
+
+def straight_and_resumed(stop: int, file: Path, *same_at_once: str, **options: Any) -> tuple[Grass, Grass]:
+    """The optimizers of a run of 11 steps and of the same run killed after `stop` steps and resumed from its state.
+
+    Both end with the same weights; the attributes `same_at_once` are the same right after loading too.
+    """
+    straight, first, second = llama(), llama(), llama()
+    opt, before = grass_of(straight, **options), grass_of(first, **options)
+    train(straight, opt, 0, 11)
+    train(first, before, 0, stop)
+    torch.save({"model": first.state_dict(), "opt": before.state_dict()}, file)
+    # another seed and no probe: everything must come from the state
+    after = Grass(second, lr=1e-2, sample_every=3, seed=99, **{"active_layers": 2, **options})
+    saved = torch.load(file, weights_only=True)
+    second.load_state_dict(saved["model"])
+    after.load_state_dict(saved["opt"])
+    for name in same_at_once:
+        assert getattr(after, name) == getattr(before, name), name
+    train(second, after, stop, 11)
+    assert same(weights(second), weights(straight))
+    return opt, after

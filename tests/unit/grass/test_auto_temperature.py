@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from grass_tiny import batch, grass_of, llama, same, train, weights
+from grass_tiny import batch, grass_of, llama, same, straight_and_resumed, train, weights
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -204,23 +204,7 @@ def test_static_keeps_the_temperature_of_the_probe_and_uniform_has_none() -> Non
 
 @pytest.mark.parametrize("stop", [1, 3, 4, 6, 7])
 def test_a_resumed_run_ends_as_if_nothing_had_happened(stop: int, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"refresh_every": 6, "active_layers": 1}
-    straight = llama()
-    opt = grass_of(straight, **options)
-    train(straight, opt, 0, 11)
-
-    first = llama()
-    before = grass_of(first, **options)
-    train(first, before, 0, stop)
-    torch.save({"model": first.state_dict(), "opt": before.state_dict()}, tmp_path / "state.pt")
-    second = llama()
-    after = Grass(second, lr=1e-2, sample_every=3, seed=99, **options)
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    second.load_state_dict(saved["model"])
-    after.load_state_dict(saved["opt"])
-    assert after.temperature == before.temperature
-    train(second, after, stop, 11)
-    assert same(weights(second), weights(straight))
+    opt, after = straight_and_resumed(stop, tmp_path / "state.pt", "temperature", refresh_every=6, active_layers=1)
     assert (after.active, after.probability, after.temperature) == (opt.active, opt.probability, opt.temperature)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from grass_tiny import batch, grass_of, layer_weights, llama, same, train, weights
+from grass_tiny import batch, grass_of, layer_weights, llama, same, straight_and_resumed, train, weights
 from torch import nn
 
-from grass import Grass
 from grass.adamw import AdamW
 
 
@@ -173,24 +172,7 @@ def test_clipping_changes_the_update_and_not_what_is_measured() -> None:
 def test_a_resumed_run_ends_as_if_nothing_had_happened(stop: int, state: Any, tmp_path: Any) -> None:
     """Period 3, refresh every 6: stops in mid-period, at a draw, just before, at and after a refresh."""
     options: dict[str, Any] = {"refresh_every": 6, "state": state, "max_grad_norm": 0.5, "temperature": 0.2}
-    straight = llama()
-    opt = grass_of(straight, **options)
-    train(straight, opt, 0, 11)
-
-    first = llama()
-    before = grass_of(first, **options)
-    train(first, before, 0, stop)
-    torch.save({"model": first.state_dict(), "opt": before.state_dict()}, tmp_path / "state.pt")
-    second = llama()
-    # another seed and no probe: everything must come from the state
-    after = Grass(second, lr=1e-2, active_layers=2, sample_every=3, seed=99, **options)
-    saved = torch.load(tmp_path / "state.pt", weights_only=True)
-    second.load_state_dict(saved["model"])
-    after.load_state_dict(saved["opt"])
-    assert after.active == before.active
-    train(second, after, stop, 11)
-
-    assert same(weights(second), weights(straight))
+    opt, after = straight_and_resumed(stop, tmp_path / "state.pt", "active", **options)
     assert (after.active, after.probability) == (opt.active, opt.probability)
     assert after.importance == opt.importance
     assert after.age_steps == opt.age_steps

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from grass_tiny import batch, grass_of, llama, same, train, weights
+from grass_tiny import batch, grass_of, llama, same, straight_and_resumed, train, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,21 +132,8 @@ def test_cyclic_is_shuffled_anew_in_every_round() -> None:
 
 
 @pytest.mark.parametrize("kind", ["importance", "uniform", "inverse", "topk", "fixed", "static", "age", "cyclic"])
-def test_every_sampler_trains_resumes_and_repeats_bit_for_bit(kind: Any) -> None:
-    straight = llama()
-    opt = grass_of(straight, sampler=kind, temperature=0.3)
-    train(straight, opt, 0, 14)
-
-    first = llama()
-    before = grass_of(first, sampler=kind, temperature=0.3)
-    train(first, before, 0, 7)
-    second = llama()
-    second.load_state_dict(first.state_dict())
-    after = Grass(second, lr=1e-2, active_layers=2, sample_every=3, seed=99, sampler=kind, temperature=0.3)
-    after.load_state_dict(before.state_dict())
-    train(second, after, 7, 14)
-
-    assert same(weights(second), weights(straight))
+def test_every_sampler_trains_resumes_and_repeats_bit_for_bit(kind: Any, tmp_path: Path) -> None:
+    opt, after = straight_and_resumed(5, tmp_path / "state.pt", sampler=kind, temperature=0.3)
     assert (after.active, after.probability) == (opt.active, opt.probability)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from bare_machine import modules_beside, without
-from forecast_cells import SETTINGS, small
+from forecast_cells import SETTINGS, STUDY, small
 from harness.__main__ import main
 from harness.checking.tiny import tiny_inputs
 from harness.efficiency.advice import Advice, Option
@@ -21,37 +21,6 @@ from harness.forecasting.snippets import snippet
 from harness.records.units import GIB
 from harness.step.spec import Cell
 from model_hub import Hub, running
-
-STUDY = """\
-study: mine
-title: A study
-models:
-  small:
-    architecture: llama
-    hidden_size: 32
-    intermediate_size: 80
-    num_hidden_layers: 4
-    num_attention_heads: 4
-    num_key_value_heads: 2
-    head_dim: 8
-    vocab_size: 96
-    tie_word_embeddings: false
-    parameters: 49440
-methods:
-  full: {module: full}
-  lora: {module: lora, options: {rank: 64, alpha: 16}}
-  uniform: {module: grass, options: {active_layers: 1, sampler: uniform, offload: auto}}
-settings:
-  lean: {activation_checkpointing: true, chunked_loss: true}
-shapes:
-  short: {batch: 1, length: 16}
-numerics: {weight_dtype: bf16, state_dtype: bf16, max_grad_norm: 1.0}
-anchor: {cuda: small, cpu: small}
-compared: [full, lora]
-corners: [{settings: lean, shape: short}]
-order: [{kind: everything}]
-reference: full
-"""
 
 
 def advise(folder: Path, capsys: pytest.CaptureFixture[str], **words: str) -> tuple[int, str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from forecast_cells import SMALL, small
+from forecast_cells import SMALL, STUDY, small
 from harness.__main__ import main
 from harness.efficiency.spec import load_efficiency
 from harness.errors import UserError
@@ -23,37 +23,6 @@ from house import ROOT
 from torch import Tensor
 
 from baselines.method import StepFacts
-
-STUDY = """\
-study: mine
-title: A study
-models:
-  small:
-    architecture: llama
-    hidden_size: 32
-    intermediate_size: 80
-    num_hidden_layers: 4
-    num_attention_heads: 4
-    num_key_value_heads: 2
-    head_dim: 8
-    vocab_size: 96
-    tie_word_embeddings: false
-    parameters: 49440
-methods:
-  full: {module: full}
-  lora: {module: lora, options: {rank: 64, alpha: 16}}
-  uniform: {module: grass, options: {active_layers: 1, sampler: uniform, offload: move}}
-settings:
-  lean: {activation_checkpointing: true, chunked_loss: true}
-shapes:
-  short: {batch: 1, length: 16}
-numerics: {weight_dtype: bf16, state_dtype: bf16, max_grad_norm: 1.0}
-anchor: {cuda: small, cpu: small}
-compared: [full, lora]
-corners: [{settings: lean, shape: short}]
-order: [{kind: everything}]
-reference: full
-"""
 
 
 @pytest.fixture

@@ -18,22 +18,9 @@ from harness.study.jobs import MODEL, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import open_study, outputs, resolve_study
 from harness.study.stale import current
-from study_files import load, written
+from study_files import STUDY, load, written
 
-PRETRAIN = """\
-  tiny:
-    kind: pretrain
-    layers: 2
-    width: 16
-    heads: 2
-    feed_forward: 32
-    corpus: {one_step_share: 0.3, fact_share: 0.8, guess_share: 0.5}
-    steps: 5
-    rows: 4
-    length: 32
-    lr: 1.0e-3
-    seed: 0
-"""
+PRETRAIN = STUDY[STUDY.index("  tiny:\n") : STUDY.index("tasks:\n")]
 LOCAL = '  tiny: {kind: local, path: "${A_MODEL}"}\n'
 FILES = {"config.json": "{}", "pytorch_model.bin": "weights", "tokenizer.json": "[]", "chat_template.jinja": "{{}}"}
 
