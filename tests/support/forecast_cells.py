@@ -1,4 +1,4 @@
-"""Cells for the tests of forecasts: a Llama of 3 layers in true bf16, of config/efficiency.yaml, and a study as text."""
+"""Cells for the tests of forecasts: a Llama of 3 layers in true bf16, of the efficiency study, and a study as text."""
 
 from __future__ import annotations
 
