@@ -90,6 +90,8 @@ class Lora(Method):
         from grass.layers import find_layers
 
         found = find_layers(model)
+        # weights kept as buffers are in no gradient's reach: a tower beside the text
+        unreached = [name for name, module in model.named_modules() if "weight" in module._buffers]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             self.wrapped = get_peft_model(
@@ -99,6 +101,7 @@ class Lora(Method):
                     lora_alpha=self.options.alpha,
                     lora_dropout=self.options.dropout,
                     target_modules=list(self.options.targets) if self.options.targets else "all-linear",
+                    exclude_modules=unreached or None,
                     task_type="CAUSAL_LM",
                     use_rslora=self.options.rslora,
                     init_lora_weights="pissa" if self.options.init == "pissa" else True,

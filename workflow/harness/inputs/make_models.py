@@ -16,7 +16,7 @@ from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import CameFrom, ModelRecord, Provenance
 from harness.step.architecture import attention_of
-from harness.step.facts import layers_of
+from harness.step.facts import layers_of, unreached_as_buffers
 from harness.step.outcomes import CannotRunError
 from harness.study.identity import WEIGHTS, files_of, stamp_files
 from harness.study.jobs import ModelJob
@@ -89,6 +89,8 @@ def describe_model(
     """
     files = _checked_files(weights, asked=where)
     model = check_checkpoint(weights, asked=where)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    unreached_as_buffers(model, as_built=model)
     try:
         layers_of(model)
     except CannotRunError as error:
@@ -103,7 +105,7 @@ def describe_model(
         came_from=came_from,
         revision=revision,
         files_sha256={file.name: sha256(file) for file in files},
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         attention=attention.kind,
         attention_why=attention.why,
         pretraining_loss=list(losses),

@@ -14,14 +14,14 @@ from transformers.utils.logging import disable_progress_bar
 from baselines.method import torch_dtype
 from harness.errors import UserError, first_line
 from harness.inputs.checkpoints import check_checkpoint, complaint, load_with_info, quiet
-from harness.step.facts import constants_as_buffers
+from harness.step.facts import unreached_as_buffers
 
 disable_progress_bar()  # transformers' bar for each loaded file would hide the harness's own progress
 
 
 def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: Any) -> nn.Module:
     """A causal language model in training mode on the CPU (or where `kwargs` put it), every parameter requiring grad:
-    constants that the architecture keeps as frozen parameters become buffers.
+    constants that the architecture keeps as frozen parameters, and towers beside the text, become buffers.
 
     Attention is as `harness.step.architecture` asks for it, unless `kwargs` say otherwise; `kwargs` can also ask for
     quantised loading. Pass `use_cache=False` to the forward pass in training: the setting is not changed here, since it
@@ -41,7 +41,7 @@ def load_model(path: Path, *, weight_dtype: Literal["fp32", "bf16"], **kwargs: A
         raise UserError(f"{path}: {why}")
     with torch.device("meta"):
         as_built = type(model)(model.config)
-    return constants_as_buffers(model, as_built=as_built).train()
+    return unreached_as_buffers(model, as_built=as_built).train()
 
 
 def generation_why(path: Path) -> str | None:

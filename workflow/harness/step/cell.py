@@ -22,7 +22,7 @@ from harness.errors import first_line
 from harness.step.architecture import asked_attention, check_length
 from harness.step.attach import attach, new_method, refusals
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
-from harness.step.facts import constants_as_buffers
+from harness.step.facts import unreached_as_buffers
 from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
 from harness.step.observer import Observer
 from harness.step.run import Batch, Part, StepContext, run_step
@@ -53,7 +53,7 @@ def configuration(model: Geometry | Path) -> Any:
 
 def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"], device: str) -> nn.Module:
     """A causal language model with random weights, in training mode, every parameter requiring a gradient (see
-    `constants_as_buffers`).
+    `unreached_as_buffers`).
 
     Raises:
         ConfigError: the geometry's model does not have the published number of parameters.
@@ -69,7 +69,7 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
             f"the {model.architecture} geometry of {model.num_hidden_layers} layers of width {model.hidden_size} makes "
             f"{count:,} parameters, and its `parameters` says {model.parameters:,}; correct one of them"
         )
-    return constants_as_buffers(built, as_built=built).train()
+    return unreached_as_buffers(built, as_built=built).train()
 
 
 class RandomBatches:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from baselines.method import ModelFacts
-from grass.layers import LayerMap, LayersError, find_layers
+from grass.layers import LayerMap, LayersError, declared_module, find_layers
 from harness.step.outcomes import CannotRunError
 
 
@@ -16,15 +16,15 @@ def layers_of(model: nn.Module) -> LayerMap:
     """The decoder layers of a model and the parameters outside them.
 
     Raises:
-        CannotRunError: they are not found, or cannot be trained one by one. A study takes no `layers`: in a model of
-            several towers, parameters that no text reaches would count as trained.
+        CannotRunError: they are not found, or cannot be trained one by one. A study takes no `layers`: of the towers of
+            a multimodal model, `unreached_as_buffers` leaves the one that text reaches.
     """
     try:
         return find_layers(model)
     except LayersError as error:
         raise CannotRunError(
-            f"{error.reason}: studies and forecasts take language models with one stack of layers; Grass and Audit "
-            "take layers= in a script of your own"
+            f"{error.reason}: studies and forecasts take models whose text goes through one stack of layers; "
+            "Grass and Audit take layers= in a script of your own"
         ) from error
 
 
@@ -43,32 +43,47 @@ def facts_of(model: nn.Module) -> ModelFacts:
         embedding_parameters=_size(found.outside["embedding"]),
         head_parameters=head,
         final_norm_parameters=_size(found.outside["final_norm"]),
-        hidden_size=config.hidden_size,
+        hidden_size=config.get_text_config().hidden_size,
         tied_embeddings=head == 0,
         tensor_parameters={name: p.numel() for name, p in model.named_parameters()},
     )
 
 
-def constants_as_buffers(model: nn.Module, *, as_built: nn.Module) -> nn.Module:
-    """Turn the parameters that an architecture freezes itself into buffers, in place; returns the model.
+def unreached_as_buffers(model: nn.Module, *, as_built: nn.Module) -> nn.Module:
+    """Turn parameters that training on text cannot reach into buffers, in place; returns the model.
 
-    Some families keep constants as parameters with `requires_grad` False: tables of sinusoids (RoFormer, Pegasus), the
-    experts' correction biases (Ernie 4.5, AFMoE), a patcher of bytes (BLT). A method that sets flags would train them,
-    or promise to train what never gets a gradient. As buffers they are on the same device and in the same checkpoint,
-    under the same key, and no method sees them.
+    A method that sets flags would train them, or promise to train what never gets a gradient. As buffers they are on
+    the same device and in the same checkpoint, under the same key, and no method sees them. They are of two kinds:
+
+    - Constants that an architecture freezes itself: tables of sinusoids (RoFormer, Pegasus), the experts' correction
+      biases (Ernie 4.5, AFMoE), a patcher of bytes (BLT).
+    - The towers of a multimodal model beside its text (Gemma 3's vision): what lies neither in the module that
+      `get_decoder` returns nor in the embedding or the head.
 
     Args:
         model: its own flags do not count: `from_pretrained` makes everything trainable (transformers 5.17).
         as_built: the same architecture as its constructor leaves it, which may be on `meta`, or the model itself.
     """
-    frozen = {name for name, p in as_built.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    unreached = {name for name, p in as_built.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    unreached |= _beside_text(model)
     for prefix, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             # packed weights of a quantised model are no constants
-            if f"{prefix}.{name}".lstrip(".") in frozen and parameter.is_floating_point():
+            if f"{prefix}.{name}".lstrip(".") in unreached and parameter.is_floating_point():
                 del module._parameters[name]
                 module.register_buffer(name, parameter.detach())
     return model
+
+
+def _beside_text(model: nn.Module) -> set[str]:
+    """Names of the parameters of a multimodal model that its text does not go through; none of any other model."""
+    config: Any = getattr(model, "config", None)
+    decoder = declared_module(model, "get_decoder")
+    if config is None or config.get_text_config() is config or decoder is None or decoder is model:
+        return set()
+    text = [decoder, *(declared_module(model, f"get_{side}_embeddings") for side in ("input", "output"))]
+    inside = {id(p) for module in text if module is not None for p in module.parameters()}
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if id(p) not in inside}
 
 
 def _size(parameters: Iterable[nn.Parameter]) -> int:

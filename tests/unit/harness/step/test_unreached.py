@@ -1,4 +1,7 @@
-"""Constants that an architecture keeps as frozen parameters: no method trains them, and checkpoints keep them."""
+"""What no gradient of text reaches: constants kept as frozen parameters, and the towers of multimodal models.
+
+No method trains them, and checkpoints keep them.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ def test_every_layerwise_method_keeps_its_promises(module: str, experts: Inputs,
 
 
 def test_sinusoids_stay_as_they_are_and_a_quantised_weight_is_no_constant() -> None:
-    from harness.step.facts import constants_as_buffers
+    from harness.step.facts import unreached_as_buffers
     from transformers import RoFormerConfig, RoFormerForCausalLM
 
     config = RoFormerConfig(
@@ -82,9 +85,59 @@ def test_sinusoids_stay_as_they_are_and_a_quantised_weight_is_no_constant() -> N
     table = model.roformer.encoder.embed_positions.weight
     packed = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     model.register_parameter("packed", packed)
-    constants_as_buffers(model, as_built=model)
+    unreached_as_buffers(model, as_built=model)
     assert isinstance(model.packed, torch.nn.Parameter)
     model.requires_grad_(False)
     assert torch.equal(model.roformer.encoder.embed_positions.weight, table)
     assert "roformer.encoder.embed_positions.weight" in dict(model.named_buffers())
     assert torch.equal(model(ids).logits, before)
+
+
+# ------------------------------------------------------------ towers
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    """A vision-language model, as `AutoModelForCausalLM` makes of Gemma 3."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
+
+    inputs = tiny_inputs(tmp_path_factory.mktemp("towers"))
+    tokenizer: Any = AutoTokenizer.from_pretrained(inputs.model)
+    shared = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    text = {"vocab_size": len(tokenizer) + 3, "num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 8, **shared}
+    vision = {"num_hidden_layers": 2, "image_size": 28, "patch_size": 14, **shared}
+    first = len(tokenizer)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(
+        Gemma3Config(
+            text_config=text, vision_config=vision, image_token_index=first, boi_token_index=first + 1,
+            eoi_token_index=first + 2, mm_tokens_per_image=4, pad_token_id=tokenizer.pad_token_id,
+        )
+    ).save_pretrained(inputs.model)  # fmt: skip
+    return inputs
+
+
+def beside(model: Any) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.state_dict().items() if "vision_tower" in key or "projector" in key}
+
+
+def test_the_towers_are_buffers_and_the_text_has_the_layers(towers: Inputs) -> None:
+    model: Any = load_model(towers.model, weight_dtype="fp32")
+    assert len(beside(model)) > 30
+    assert not beside(model).keys() & dict(model.named_parameters()).keys()
+    facts = facts_of(model)
+    assert facts.layers == 4
+    assert facts.total_parameters == sum(p.numel() for p in model.model.language_model.parameters())
+    assert facts.hidden_size == 32
+
+
+@pytest.mark.parametrize("module", method_names())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_every_method_trains_the_text_of_a_multimodal_model(module: str, towers: Inputs, tmp_path: Path) -> None:
+    case = Case(module, find_method(module).EXAMPLES[0], towers, tmp_path)
+    assert promises_hold(case) is None
+    checkpoint = case.standard().checkpoint
+    assert checkpoint is not None
+    before, after = (beside(load_model(Path(folder), weight_dtype="fp32")) for folder in (towers.model, checkpoint))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
