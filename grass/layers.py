@@ -53,7 +53,8 @@ def find_layers(model: nn.Module, *, layers: str | Sequence[nn.Module] | None = 
     """Find the decoder layers of `model` and group the parameters outside them.
 
     The stack is the outermost `nn.ModuleList` whose children share a base class more specific than `nn.Module` and hold
-    two or more matrices each; if no list has such children, a list of smaller modules is accepted.
+    two or more matrices each; if no list has such children, a list of smaller modules is accepted. Of a multimodal
+    model's, those of its text count (`text_decoder`).
 
     The first of these rules that applies decides the group of a parameter outside the stack:
 
@@ -113,6 +114,16 @@ def declared_module(model: nn.Module, getter: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
+def text_decoder(model: nn.Module) -> nn.Module | None:
+    """The part of a multimodal model of transformers that its text goes through; None of any other model."""
+    config = getattr(model, "config", None)
+    text_config = getattr(config, "get_text_config", None)
+    if text_config is None or text_config() is config:
+        return None
+    decoder = declared_module(model, "get_decoder")
+    return None if decoder is model else decoder
+
+
 def set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:
     """Set `requires_grad`; a parameter that is frozen also loses its gradient."""
     for parameter in parameters:
@@ -146,6 +157,8 @@ def _decoder_stack(model: nn.Module) -> tuple[str, nn.ModuleList]:
             candidates[name] = module
     # lists of single projections or embeddings (one per codebook, for example) may accompany a stack but are not one
     candidates = {name: m for name, m in candidates.items() if any(map(_is_deep, m))} or candidates
+    text = {id(module) for module in (text_decoder(model) or model).modules()}
+    candidates = {name: m for name, m in candidates.items() if id(m) in text} or candidates
     if not candidates:
         raise LayersError(
             "no stack of decoder layers (an nn.ModuleList of equal modules) in this model", "pass layers=[...]"

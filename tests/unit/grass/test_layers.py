@@ -229,6 +229,17 @@ def test_an_encoder_decoder_is_ambiguous_and_both_stacks_are_named() -> None:
     assert by_path.outside.keys() == by_hand.outside.keys()
 
 
+def test_the_layers_of_a_multimodal_model_are_those_of_its_text() -> None:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = {"vocab_size": 32, "num_hidden_layers": 3, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
+    vision = {"num_hidden_layers": 2, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text | small, vision_config=vision | small, mm_tokens_per_image=4)
+    found = find_layers(Gemma3ForConditionalGeneration(config))
+    assert (found.name, len(found.layers)) == ("model.language_model.layers", 3)
+
+
 def test_a_path_may_begin_anywhere_if_one_list_ends_with_it() -> None:
     model = nn.Module()
     model.wrapped = nn.Module()

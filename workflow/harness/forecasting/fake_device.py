@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import AttentionMaskInterface
+from transformers.initialization import no_init_weights
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from grass.host import PIECE_ELEMENTS, Host
@@ -123,8 +124,17 @@ class ForecastHost(CountingHost):
 
 @contextmanager
 def tensors_without_values() -> Iterator[FakeTensorMode]:
-    """Tensors made inside the block are fake; where transformers and torch would read values, they need not."""
-    with warnings.catch_warnings(), _no_mask_read(), _parameters_replaced(), FakeTensorMode() as mode:
+    """Tensors made inside the block are fake; where transformers and torch would read values, they need not.
+
+    Weights are not initialised: there are no values, and some families' initialisation (SigLIP's) reads them.
+    """
+    with (
+        warnings.catch_warnings(),
+        no_init_weights(),
+        _no_mask_read(),
+        _parameters_replaced(),
+        FakeTensorMode() as mode,
+    ):
         # every number read is 1.0, so all layers appear equally important
         warnings.filterwarnings("ignore", message="GRASS is near uniform")
         yield mode

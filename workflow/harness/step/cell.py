@@ -60,9 +60,10 @@ def build_model(model: Geometry | Path, *, weight_dtype: Literal["fp32", "bf16"]
     """
     config = configuration(model)
     with torch.device(device):
-        built: nn.Module = AutoModelForCausalLM.from_config(
+        built: Any = AutoModelForCausalLM.from_config(
             config, dtype=torch_dtype(weight_dtype), attn_implementation=asked_attention(config)
         )
+    built.tie_weights()  # a model without values is not initialised, and transformers then does not tie either
     count = sum(p.numel() for p in built.parameters())
     if isinstance(model, Geometry) and count != model.parameters:
         raise ConfigError(

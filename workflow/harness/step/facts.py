@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from baselines.method import ModelFacts
-from grass.layers import LayerMap, LayersError, declared_module, find_layers
+from grass.layers import LayerMap, LayersError, declared_module, find_layers, text_decoder
 from harness.step.outcomes import CannotRunError
 
 
@@ -77,9 +77,8 @@ def unreached_as_buffers(model: nn.Module, *, as_built: nn.Module) -> nn.Module:
 
 def _beside_text(model: nn.Module) -> set[str]:
     """Names of the parameters of a multimodal model that its text does not go through; none of any other model."""
-    config: Any = getattr(model, "config", None)
-    decoder = declared_module(model, "get_decoder")
-    if config is None or config.get_text_config() is config or decoder is None or decoder is model:
+    decoder = text_decoder(model)
+    if decoder is None:
         return set()
     text = [decoder, *(declared_module(model, f"get_{side}_embeddings") for side in ("input", "output"))]
     inside = {id(p) for module in text if module is not None for p in module.parameters()}
