@@ -4,6 +4,18 @@ Every script trains the tiny Llama in its own way and returns the audit.
 """
 
 from audited import faults, flags, in_backward, rates, several, stepping, trainers, writing
-from audited.common import BROKEN, SOUND
+from audited.common import BROKEN, DOUBTFUL, SOUND
 
-__all__ = ["BROKEN", "SOUND", "faults", "flags", "in_backward", "rates", "several", "stepping", "trainers", "writing"]
+__all__ = [
+    "BROKEN",
+    "DOUBTFUL",
+    "SOUND",
+    "faults",
+    "flags",
+    "in_backward",
+    "rates",
+    "several",
+    "stepping",
+    "trainers",
+    "writing",
+]

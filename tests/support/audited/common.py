@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from grass_tiny import batch
@@ -17,6 +17,8 @@ SOUND: dict[str, Script] = {}
 """The audit must call none of these BROKEN."""
 BROKEN: dict[str, tuple[Script, str]] = {}
 """The audit must call each of these BROKEN, in these words."""
+DOUBTFUL: dict[str, tuple[Script, str]] = {}
+"""Broken scripts that look like sound ones: the audit must say LOOK of each, in these words."""
 FORGOTTEN, DRAGGED = "got gradients and never moved", "moved while switched off"
 
 
@@ -26,11 +28,11 @@ def sound(script: Script) -> Script:
     return script
 
 
-def broken(words: str) -> Callable[[Script], Script]:
+def broken(words: str, *, verdict: Literal["BROKEN", "LOOK"] = "BROKEN") -> Callable[[Script], Script]:
     """Enter a script among the broken ones, with a part of the verdict on it."""
 
     def enter(script: Script) -> Script:
-        BROKEN[script.__name__] = script, words
+        (BROKEN if verdict == "BROKEN" else DOUBTFUL)[script.__name__] = script, words
         return script
 
     return enter

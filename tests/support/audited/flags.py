@@ -60,6 +60,13 @@ def all_layers_probed_before_each_draw(_: Path) -> Audit:
 
 
 @sound
+def layers_switched_only_to_see_their_gradients(_: Path) -> Audit:
+    model = llama()
+    optimizer = adamw(model.lm_head.parameters())
+    return audited(model, optimizer, lambda: lisa(model, optimizer))
+
+
+@sound
 def head_trained_without_freezing_the_rest(_: Path) -> Audit:
     model = llama()
     optimizer = adamw(model.lm_head.parameters())

@@ -49,6 +49,17 @@ def a_home_made_schedule_for_groups_of_their_own_rates(_: Path) -> Audit:
 
 
 @sound
+def a_home_made_schedule_keeps_one_of_two_groups(_: Path) -> Audit:
+    model = llama()
+    optimizer = adamw([{"params": model.model.parameters()}, {"params": model.lm_head.parameters()}])
+
+    def decay(step: int) -> None:
+        optimizer.param_groups[0]["lr"] *= 0.9
+
+    return audited(model, optimizer, lambda: lisa(model, optimizer, between=decay))
+
+
+@sound
 def two_optimizers_one_scheduled(_: Path) -> Audit:
     model = llama()
     inner, rest = matrices_and_rest(model)

@@ -60,11 +60,20 @@ def _moves(facts: Facts) -> Iterator[Finding]:
     waiting = [t for t in forgotten if t.waiting]
     by_hand = [t for t in _those(facts, "pending") if t.written and not (t.moved or t.in_optimizer or t.other)]
     idle = [t for t in facts.judged() if t.idle and t.unmoved]
-    if switched:
+    # where none of what rotates is held, switching may serve to look at gradients alone
+    rotating = any(t.in_optimizer and 0 < t.on < facts.intervals for t in facts.judged())
+    if switched and rotating:
         yield Finding(
             "BROKEN",
             f"{where(facts, switched)} got gradients and never moved: the optimizer does not hold them: it was built "
             "while they were frozen. Build it over all parameters first, freeze after",
+        )
+    elif switched:
+        yield Finding(
+            "LOOK",
+            f"{where(facts, switched)} were switched on and off, got gradients and never moved: the optimizer holds "
+            "nothing that is switched. Was it built while all of it was frozen? Then build it over all parameters "
+            "first. Right only if the script switches to look at gradients",
         )
     if always:
         yield Finding(
@@ -212,9 +221,9 @@ def _schedule(facts: Facts) -> Iterator[Finding]:
         return
     if forgotten:
         yield Finding(
-            "BROKEN",
-            f"the schedule does not reach every parameter group: {_rates(facts, forgotten)}. Let it set the rate of "
-            "every group, those that came late too",
+            "LOOK",
+            f"the schedule does not reach every parameter group: {_rates(facts, forgotten)}, while others that began "
+            "there changed. Unless that is meant, let it set the rate of every group, those that came late too",
         )
     if other:
         yield Finding("LOOK", f"while other rates follow a schedule, {_rates(facts, other)}: is it meant to?")
