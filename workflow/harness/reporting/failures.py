@@ -32,16 +32,20 @@ def failed_runs(plan: Plan, paths: Paths) -> dict[str, str]:
 
 
 def reason(paths: Paths, rule: str, job: str) -> str:
-    """What the log of a job that left no output says last."""
+    """What the log of a job that left no output says last. A stage that fails says so itself; one that was killed, or
+    that still runs, cannot.
+    """
     log = paths.root / "logs" / rule / f"{job}.log"
     lines = _lines(log)
-    if not lines:
+    told = [line for line in lines if OWN_FAULT not in line]
+    if not told:
         return f"{rule} did not run"
-    return f"{rule} failed: {lines[-1]} ({log})"
+    how = "failed" if any(line.startswith("harness ") for line in lines) else "did not finish"
+    return f"{rule} {how}: {told[-1]} ({log})"
 
 
 def _lines(log: Path) -> list[str]:
     if not log.is_file():
         return []
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [line for line in lines if line and OWN_FAULT not in line]
+    return [line for line in lines if line]

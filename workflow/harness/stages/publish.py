@@ -1,4 +1,4 @@
-"""`python -m harness publish`: copy a finished study, records and all, to results/published/."""
+"""`python -m harness publish`: copy a finished study, or what is there of one, to results/published/."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from harness.errors import UserError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
     parser.add_argument("--config", type=Path, required=True, help="config/<study>.yaml")
+    parser.add_argument(
+        "--partial", action="store_true", help="of a study that is not finished: what `harness partial` made"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,11 +26,18 @@ def run(args: argparse.Namespace) -> int:
 
     paths = Paths()
     plan = resolve_study(load_study(args.config, inputs_needed=False))
-    made = paths.study(plan.study.study)
-    records = {path for o in outputs(plan, paths) for path in (o.path, paths.spec(o.kind, o.job.name))}
+    made = paths.study(plan.study.study) / ("partial" if args.partial else "")
+    pairs = [(o.path, paths.spec(o.kind, o.job.name)) for o in outputs(plan, paths)]
+    if args.partial:
+        pairs = [(record, spec) for record, spec in pairs if record.exists()]
+    records = {path for pair in pairs for path in pair}
     missing = [path for path in records if not path.exists()]
     if missing or not (made / "report.html").exists():
-        raise UserError(f"{plan.study.study} is not finished ({len(missing)} records and specs missing): run it first")
+        more = ", or publish what `python -m harness partial` makes of it with --partial"
+        raise UserError(
+            f"{plan.study.study} is not finished ({len(missing)} records and specs missing): run it first"
+            f"{'' if args.partial else more}"
+        )
     target = paths.root / "published" / plan.study.study
     with atomic.whole_folder(target) as temporary:
         for path in sorted(made.iterdir()):
@@ -40,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         (temporary / "tables" / ".snakemake_timestamp").unlink(missing_ok=True)
         shutil.copy(args.config, temporary / "study.yaml")
         _refuse_machine_paths(temporary)
-    print(f"published: {target}")
+    print(f"published: {target} ({len(pairs)} of {len(outputs(plan, paths))} records)")
     return 0
 
 

@@ -47,7 +47,7 @@ def test_the_first_job_without_output_is_the_reason(tmp_path: Path) -> None:
     log(paths, "train", by_method["fixed 1"], "harness train: rows.json: no rows", "")
     full = next(run.search_job() for run in plan.runs.values() if run.training.label == "full")
     assert full is not None
-    log(paths, "search", full.name, "MemoryError")
+    log(paths, "search", full.name, "search full: 8/24 steps, 6.7 s/step, 1 min 48 s left, loss 2.343")
     lora = next(run.search_job() for run in plan.runs.values() if run.training.label == "lora")
     assert lora is not None
     atomic.write_text(paths.output(SEARCH, lora.name), "{}")
@@ -57,8 +57,8 @@ def test_the_first_job_without_output_is_the_reason(tmp_path: Path) -> None:
     assert told == {
         "fixed 0": "train failed: ValueError: shapes differ",
         "fixed 1": "train failed: harness train: rows.json: no rows",
-        "full 0": "search failed: MemoryError",
-        "full 1": "search failed: MemoryError",
+        "full 0": "search did not finish: search full: 8/24 steps, 6.7 s/step, 1 min 48 s left, loss 2.343",
+        "full 1": "search did not finish: search full: 8/24 steps, 6.7 s/step, 1 min 48 s left, loss 2.343",
         "lora 0": "train did not run",
         "lora 1": "",
     }

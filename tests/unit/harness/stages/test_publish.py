@@ -29,11 +29,22 @@ def test_a_finished_study_is_copied_with_every_record_and_its_spec(
     arguments = ["publish", "--config", str(config)]
     assert main(arguments) == 2
     assert "mine is not finished (1 records and specs missing)" in capsys.readouterr().err
+    partial = made / "partial"
+    partial.mkdir()
+    (partial / "report.html").write_text("what is there")
+    assert main([*arguments, "--partial"]) == 0
+    published = tmp_path / "results" / "published" / "mine"
+    assert (published / "report.html").read_text() == "what is there"
+    assert f"({len(listed) - 1} of {len(listed)} records)" in capsys.readouterr().out
+    there = [(published / "records" / output.path.relative_to(paths.root)).is_file() for output in listed]
+    assert there == [False, *[True] * (len(listed) - 1)]
+    (partial / "report.html").unlink()
+    partial.rmdir()
+
     listed[0].path.write_text("{}")
     (made / "figures").mkdir()
     (made / "tables").mkdir()
     assert main(arguments) == 0
-    published = tmp_path / "results" / "published" / "mine"
     for output in listed:
         for path in (output.path, paths.spec(output.kind, output.job.name)):
             assert (published / "records" / path.relative_to(paths.root)).is_file()
