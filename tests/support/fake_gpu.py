@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from harness.measuring.meters import Meters
+
 MIB = 2**20
 
 
@@ -232,3 +234,7 @@ class FakeEvent:
 
     def elapsed_time(self, end: FakeEvent) -> float:
         return end.at - self.at
+
+
+def gpu_meters(cuda: FakeCuda, nvml: FakeNvml | None = None) -> Meters:
+    return Meters("cuda", cuda=cuda, nvml=nvml if nvml is not None else FakeNvml())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grass import Grass
+from grass import Grass, LayerMap
+from grass.layers import OUTSIDE
 
 
 def llama(*, layers: int = 4, tied: bool = False, dtype: torch.dtype = torch.float32) -> Any:
@@ -60,6 +61,13 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def layer_weights(opt: Grass, layer: int) -> list[Tensor]:
     return [p.detach().clone() for p in opt.layer_parameters[layer]]
+
+
+def assert_every_parameter_is_in_one_place(model: nn.Module, found: LayerMap) -> None:
+    placed = [id(p) for parameters in found.layer_parameters() for p in parameters]
+    placed += [id(p) for key in OUTSIDE for p in found.outside[key]]
+    assert len(placed) == len(set(placed))
+    assert set(placed) == {id(p) for p in model.parameters()}
 
 
 def straight_and_resumed(stop: int, file: Path, *same_at_once: str, **options: Any) -> tuple[Grass, Grass]:

@@ -1,4 +1,4 @@
-"""GRASS under the real `transformers.Trainer` and accelerate."""
+"""GRASS under the real `transformers.Trainer`."""
 
 from __future__ import annotations
 
@@ -10,78 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from grass_tiny import batch, grass_of, llama, same, train, weights
-from safetensors.torch import load_file
+from grass_tiny import batch, grass_of, llama, same, weights
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
+from trainer_runs import NEEDS_CUDA, ROWS, Batch, collate, grass, trainer_of, with_dropout
 from transformers import Trainer, TrainerCallback, TrainingArguments, get_linear_schedule_with_warmup
 
 from grass import Grass
 from grass.hf import GrassCallback
-
-Batch = dict[str, Tensor]
-ROWS: list[dict[str, Any]] = [
-    # a column that the model does not take: the Trainer's collator drops it, the probe's must as well
-    {**{name: value[0] for name, value in batch(seed).items()}, "text": f"row {seed}"}
-    for seed in range(14)
-]
-
-NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture(autouse=True)
 def _accelerate_starts_afresh() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def collate(rows: Sequence[dict[str, Any]]) -> Batch:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-
-
-def with_dropout(model: Any) -> Any:
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = 0.3
-    return model
-
-
-def grass(model: nn.Module, **options: Any) -> Grass:
-    return Grass(model, **{"lr": 1e-2, "active_layers": 2, "sample_every": 3, **options})
-
-
-def trainer_of(
-    opt: Grass,
-    folder: Path,
-    *,
-    callbacks: Sequence[Any] = (),
-    rows: Any = ROWS,
-    optimizer: Any = None,
-    held_out: Any = None,
-    **options: Any,
-) -> Trainer:
-    """The three lines of a user, with arguments for a quick and quiet run; without `callbacks` the probe is short."""
-    chosen: dict[str, Any] = {
-        "per_device_train_batch_size": 2,
-        "max_steps": 10,
-        "max_grad_norm": 0.0,
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **options,
-    }
-    return Trainer(
-        opt.model,
-        TrainingArguments(output_dir=str(folder), **chosen),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=collate,
-        optimizers=(optimizer or opt, None),
-        callbacks=list(callbacks) or [GrassCallback(opt, probe_batches=4)],
-    )
 
 
 class Watch(TrainerCallback):
@@ -104,19 +47,6 @@ class Watch(TrainerCallback):
         (rate,) = {group["lr"] for group in optimizer.param_groups}
         self.rates.append(rate)
         self.active.append(optimizer.optimizer.active)
-
-
-class KilledError(Exception):
-    pass
-
-
-class Kill(TrainerCallback):
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.after:
-            raise KilledError
 
 
 def test_layers_rotate_and_the_loss_falls_under_the_trainer(tmp_path: Path) -> None:
@@ -284,77 +214,6 @@ def test_under_bf16_the_probe_sees_the_autocast_of_training(tmp_path: Path) -> N
     assert opt.importance != exact.importance
 
 
-@pytest.mark.parametrize(
-    ("killed_after", "settings"),
-    [
-        (4, {}),
-        (5, {}),
-        (7, {}),
-        (9, {"bf16": True, "gradient_checkpointing": True}),
-        pytest.param(7, {"use_cpu": False}, marks=NEEDS_CUDA),
-    ],
-)
-def test_a_killed_run_resumes_to_the_last_bit(killed_after: int, settings: dict[str, Any], tmp_path: Path) -> None:
-    """From the checkpoints of steps 2 (between two draws), 4 (end of an epoch), 6 (draw and refresh) and 8."""
-    settings = {**settings, "save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
-    options: dict[str, Any] = {"max_grad_norm": 0.5, "refresh_every": 6, "temperature": 0.2}
-    straight = grass(with_dropout(llama()), **options)
-    trainer_of(straight, tmp_path / "straight", **settings).train()
-
-    killed = grass(with_dropout(llama()), **options)
-    callbacks = [GrassCallback(killed, probe_batches=4), Kill(killed_after)]
-    with pytest.raises(KilledError):
-        trainer_of(killed, tmp_path / "killed", callbacks=callbacks, **settings).train()
-
-    # another seed of the draws, and a probe that would fail: everything must come from the checkpoint
-    resumed = grass(with_dropout(llama()), seed=99, **options)
-    callbacks = [GrassCallback(resumed, probe_batches=[])]
-    trainer = trainer_of(resumed, tmp_path / "killed", callbacks=callbacks, **settings)
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.global_step == resumed.steps == 10
-    assert same(weights(resumed.model), weights(straight.model))
-    assert alike(resumed.state_dict(), straight.state_dict())
-
-
-@pytest.mark.parametrize("sampler", ["importance", "uniform"])
-def test_a_checkpoint_without_optimizer_state_is_not_resumed(sampler: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "save_only_model": True}
-    trainer_of(grass(llama(), sampler=sampler), tmp_path, max_steps=4, **settings).train()
-    resumed = grass(llama(), sampler=sampler)
-    before = resumed.steps
-    said = (
-        r"resumes at step 4 from a checkpoint without the optimizer's state, .*save_only_model=False\), or begin a new"
-    )
-    with pytest.raises(ValueError, match=said):
-        trainer_of(resumed, tmp_path, **settings).train(resume_from_checkpoint=True)
-    assert resumed.steps == before == 0
-
-
-def test_the_best_weights_are_loaded_at_the_end(tmp_path: Path) -> None:
-    opt = grass(llama())
-    # the worst loss counts as best, so that the last step is not the best one
-    trainer = trainer_of(
-        opt,
-        tmp_path,
-        rows=ROWS[:4],
-        held_out=ROWS[:4],
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-    )
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    assert best is not None
-    assert not best.endswith("-10")
-    assert same(weights(opt.model), load_file(Path(best) / "model.safetensors"))
-    awake = [all(p.requires_grad for p in parameters) for parameters in opt.layer_parameters]
-    assert awake == [layer in opt.active for layer in range(4)]
-
-
 @pytest.mark.parametrize("train_embedding", [False, True])
 def test_gradient_checkpointing_changes_nothing_and_stops_at_the_lowest_layer(
     tmp_path: Path, *, train_embedding: bool
@@ -381,42 +240,6 @@ def test_reentrant_checkpointing_works_above_an_embedding_that_trains(tmp_path: 
         ends.append((weights(opt.model), opt.importance))
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
-
-
-def alike(one: Any, other: Any) -> bool:
-    """Equal in structure, types, dtypes, devices and every bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    return bool(one == other)
-
-
-@pytest.mark.parametrize("steps", [0, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sampler", ["importance", "uniform"])
-def test_accelerate_prepares_the_optimizer_without_changing_it(
-    sampler: Any, dtype: torch.dtype, steps: int, tmp_path: Path
-) -> None:
-    """`prepare` sends the state through the device and `load_state_dict`; a file and `weights_only` do as little."""
-    model = llama(dtype=dtype)
-    opt = grass_of(model, sampler=sampler)
-    train(model, opt, 0, steps)
-    before, flags = opt.state_dict(), [p.requires_grad for p in model.parameters()]
-    torch.save(before, tmp_path / "before.pt")
-    prepared = Accelerator(cpu=True).prepare(opt)
-    assert prepared.optimizer is opt
-    kept = torch.load(tmp_path / "before.pt", weights_only=True)
-    assert alike(opt.state_dict(), kept)
-    assert alike(prepared.state_dict(), kept)
-    assert [p.requires_grad for p in model.parameters()] == flags
-    assert bool(opt.state) is (steps > 0)
-    moments = [m[key] for m in opt.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    assert all(m.dtype == torch.float32 for m in moments)
 
 
 class Stream(IterableDataset[dict[str, Any]]):
@@ -447,115 +270,3 @@ def test_a_sampler_that_measures_nothing_may_leave_clipping_to_the_trainer(tmp_p
         ends.append(weights(opt.model))
     assert same(ends[0], ends[1])
     assert not same(ends[0], ends[2])
-
-
-REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    (
-        {"max_grad_norm": 1.0},
-        {"max_grad_norm": 0.5},
-        "gradients would be clipped twice, by TrainingArguments(max_grad_norm=1.0) and by Grass(max_grad_norm=0.5): "
-        "set TrainingArguments(max_grad_norm=0.0)",
-    ),
-    (
-        {"max_grad_norm": 1.0},
-        {"max_grad_norm": 0.5, "sampler": "uniform"},
-        "gradients would be clipped twice, by TrainingArguments(max_grad_norm=1.0) and by Grass(max_grad_norm=0.5): "
-        "set TrainingArguments(max_grad_norm=0.0)",
-    ),
-    (
-        {"max_grad_norm": 2.0},
-        {},
-        "TrainingArguments(max_grad_norm=2.0) clips before Grass measures importance: "
-        "set TrainingArguments(max_grad_norm=0.0) and Grass(max_grad_norm=2.0)",
-    ),
-    (
-        {"label_smoothing_factor": 0.1},
-        {},
-        "TrainingArguments(label_smoothing_factor=0.1): the probe sees only the model's own loss; "
-        "call opt.probe(batches, loss) before trainer.train()",
-    ),
-    (
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
-        {"train_embedding": False},
-        "re-entrant gradient checkpointing cannot start below a frozen embedding: "
-        'set TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})',
-    ),
-    (
-        # torch takes the re-entrant kind where it is told nothing
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": True}},
-        {"train_embedding": False},
-        "re-entrant gradient checkpointing cannot start below a frozen embedding: "
-        'set TrainingArguments(gradient_checkpointing_kwargs={"use_reentrant": False})',
-    ),
-]
-
-
-@pytest.mark.parametrize(("settings", "options", "said"), REFUSED)
-def test_a_setting_under_which_grass_is_not_grass_is_refused(
-    settings: dict[str, Any], options: dict[str, Any], said: str, tmp_path: Path
-) -> None:
-    opt = grass(llama(), **options)
-    with pytest.raises(ValueError) as caught:
-        trainer_of(opt, tmp_path, **settings).train()
-    assert str(caught.value) == said
-    assert (opt.steps, opt.importance) == (0, None)
-
-
-@pytest.mark.parametrize(
-    ("setting", "value", "said"),
-    [
-        ("fp16", True, "TrainingArguments(fp16=True) scales the gradients that Grass measures: use bf16=True"),
-        (
-            "torch_compile",
-            True,
-            "TrainingArguments(torch_compile=True) would compile anew at every draw of layers: set torch_compile=False",
-        ),
-        (
-            "fsdp",
-            True,
-            "TrainingArguments(fsdp=...) shards the layers that Grass puts to sleep: train without it",
-        ),
-        ("deepspeed_plugin", object(), "DeepSpeed shards or replaces the optimizer: train without it"),
-        (
-            "world_size",
-            2,
-            "GRASS trains in one process, not 2: start Trainer without a distributed launcher",
-        ),
-        ("n_gpu", 2, "GRASS trains on one GPU, Trainer sees 2: set CUDA_VISIBLE_DEVICES to one"),
-    ],
-)
-def test_what_this_machine_cannot_run_is_refused(
-    setting: str, value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The setting is made once the Trainer stands: with it, the Trainer would fail here in its own way."""
-    opt = grass(llama())
-    trainer = trainer_of(opt, tmp_path)
-    monkeypatch.setattr(TrainingArguments, setting, value, raising=False)
-    trainer.args.__dict__.pop(setting, None)
-    with pytest.raises(ValueError) as caught:
-        trainer.train()
-    assert str(caught.value) == said
-    assert (opt.steps, opt.importance) == (0, None)
-
-
-def test_an_optimizer_that_is_not_the_trainers_is_refused(tmp_path: Path) -> None:
-    opt = grass(llama())
-    adamw = torch.optim.AdamW(opt.model.parameters())
-    said = r"Trainer does not train with the optimizer of GrassCallback: give optimizers=\(opt, None\)"
-    with pytest.raises(ValueError, match=said):
-        trainer_of(opt, tmp_path, optimizer=adamw).train()
-    with pytest.raises(ValueError, match=said):
-        trainer_of(opt, tmp_path, optimizer=grass(opt.model)).train()
-
-
-def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
-    opt = grass(llama())
-    trainer = trainer_of(opt, tmp_path)
-    opt.model = llama()
-    with pytest.raises(ValueError, match="Grass was built over another model than Trainer's: give both the same one"):
-        trainer.train()
-
-
-def test_a_probe_of_no_batches_is_refused() -> None:
-    with pytest.raises(ValueError, match="probe_batches must be at least 1, not 0"):
-        GrassCallback(grass(llama()), probe_batches=0)

@@ -1,125 +1,18 @@
-"""Peaks by phase and part of a step, host memory, the step's clock; and a reason where there is no number."""
+"""Peaks by phase and part of a step, and all meters of a run; and a reason where there is no number."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_gpu import MIB, FakeCuda, FakeNvml
-from harness.measuring.clock import StepClock
+from fake_gpu import MIB, FakeCuda, FakeNvml, gpu_meters
 from harness.measuring.device import AllocatorMeter, PhasePeaks, allocator_settings
-from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.meters import Meters, is_watched
-from harness.measuring.processors import ProcessorTime
-from harness.measuring.rates import transfer_rates, with_rates
-from harness.records.provenance import provenance
-from harness.records.run import TrainRecord
 from hypothesis import given
 from hypothesis import strategies as st
-
-# ---------------------------------------------------------------- host
-
-
-def test_a_host_peak_is_that_of_its_own_phase() -> None:
-    meter = HostMeter()
-    if meter.why is not None:
-        pytest.skip(meter.why)
-    size = 64 * MIB
-    meter.restart()
-    before = meter.peak_bytes()
-    block = b"x" * size
-    assert len(block) == size
-    del block
-    during = meter.peak_bytes()
-    meter.restart()
-    after = meter.peak_bytes()
-    assert before is not None
-    assert during is not None
-    assert after is not None
-    # a page or two may go back to the system meanwhile
-    assert during - before >= size - MIB
-    assert abs(after - before) < 8 * MIB
-
-
-def test_a_phase_keeps_its_own_peak_and_the_higher_of_two_visits() -> None:
-    meters = Meters("cpu")
-    if HostMeter().why is not None:
-        pytest.skip(str(HostMeter().why))
-    with meters.phase("small"):
-        pass
-    with meters.phase("large"):
-        block = b"x" * (64 * MIB)
-        assert block
-        del block
-    with meters.phase("small"):
-        pass
-    with meters.phase("large"):
-        pass
-    peaks = meters.record(state_peak_bytes=None).host_peak_bytes
-    assert peaks["large"] is not None
-    assert peaks["small"] is not None
-    assert peaks["large"] - peaks["small"] >= 60 * MIB
-
-
-def test_a_phase_that_fails_is_measured_too() -> None:
-    meters = Meters("cpu")
-    with pytest.raises(MemoryError), meters.phase("load"):
-        raise MemoryError
-    assert "load" in meters.record(state_peak_bytes=None).host_peak_bytes
-
-
-def test_without_a_writable_proc_the_host_peak_is_null_with_a_reason(tmp_path: Path) -> None:
-    gone = HostMeter(tmp_path / "nowhere")
-    assert gone.peak_bytes() is None
-    assert gone.why == "the kernel's high-water mark cannot be reset here (FileNotFoundError)"
-    gone.restart()
-
-    # a kernel without the high-water mark
-    (tmp_path / "status").write_text("Name:\tpython\nVmRSS:\t100 kB\n")
-    without = HostMeter(tmp_path)
-    assert without.peak_bytes() is None
-    assert without.why == "the kernel's high-water mark cannot be reset here (LookupError)"
-
-    (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t  2048 kB\n")
-    sound = HostMeter(tmp_path)
-    assert (sound.why, sound.peak_bytes()) == (None, 2 * MIB)
-    assert (tmp_path / "clear_refs").read_text() == "5"
-
-
-def test_the_proportional_set_is_read_from_the_kernel_or_null_with_a_reason(tmp_path: Path) -> None:
-    (tmp_path / "smaps_rollup").write_text("55a7 ---p [rollup]\nRss:  1764 kB\nPss:   297 kB\nPss_Dirty: 1 kB\n")
-    assert proportional_set(tmp_path) == (297 * 1024, None)
-    assert proportional_set(tmp_path / "no") == (None, "the kernel gives no smaps_rollup here (FileNotFoundError)")
-
-
-@pytest.mark.parametrize(
-    ("membership", "file"),
-    [
-        ("0::/user.slice/job-7", "user.slice/job-7/memory.peak"),
-        ("0::/of/the/host", "memory.peak"),  # a container: the path is the host's, the mount its own group
-        ("9:name=systemd:/\n4:cpuacct,memory:/job\n0::/", "memory/job/memory.max_usage_in_bytes"),
-        ("4:memory:/of/the/host", "memory/memory.max_usage_in_bytes"),
-    ],
-)
-def test_the_control_groups_peak_is_found_in_both_versions(membership: str, file: str, tmp_path: Path) -> None:
-    (tmp_path / "cgroup").write_text(membership + "\n")
-    (tmp_path / "root" / file).parent.mkdir(parents=True)
-    (tmp_path / "root" / file).write_text("123456\n")
-    assert cgroup_peak(tmp_path, tmp_path / "root") == (123456, None)
-
-
-def test_a_control_group_without_a_peak_is_null_with_a_reason(tmp_path: Path) -> None:
-    assert cgroup_peak(tmp_path, tmp_path) == (None, "no control groups here (FileNotFoundError)")
-    (tmp_path / "cgroup").write_text("0::/job\n2:cpu:/\n")
-    value, why = cgroup_peak(tmp_path, tmp_path)
-    assert value is None
-    assert str(why).startswith("the control group keeps no peak of its memory")
-
 
 # ---------------------------------------------------------------- phases within phases
 
@@ -239,10 +132,6 @@ def test_on_the_cpu_the_parts_of_a_step_cost_nothing_and_leave_no_trace() -> Non
 # ---------------------------------------------------------------- all meters of a run
 
 
-def gpu_meters(cuda: FakeCuda, nvml: FakeNvml | None = None) -> Meters:
-    return Meters("cuda", cuda=cuda, nvml=nvml if nvml is not None else FakeNvml())
-
-
 def test_a_runs_record_has_outer_phases_parts_of_steps_and_the_allocators_state(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -333,130 +222,6 @@ def test_the_allocators_settings_are_read_under_both_names(monkeypatch: pytest.M
     assert allocator_settings() == "old"
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "new")
     assert allocator_settings() == "new"
-
-
-# ---------------------------------------------------------------- clock and copies
-
-
-def test_the_clock_of_a_step_leaves_pauses_out_on_the_cpu() -> None:
-    clock = StepClock("cpu")
-    clock.start()
-    time.sleep(0.02)
-    with clock.paused():
-        time.sleep(0.2)
-    time.sleep(0.02)
-    assert 0.04 <= clock.stop() < 0.15
-    assert clock.kind == "perf_counter"
-
-
-def test_on_the_cpu_a_step_has_the_processor_time_between_its_marks(monkeypatch: pytest.MonkeyPatch) -> None:
-    waited = iter([1.0, 1.5, 7.0, 7.25])
-    monkeypatch.setattr("harness.measuring.processors._waited_s", lambda: next(waited))
-    clock = StepClock("cpu")
-    clock.start()
-    with clock.paused():
-        pass
-    clock.stop()
-    assert clock.processor is not None
-    assert clock.processor.waited_s == pytest.approx(0.75), "what was waited for in the pause is left out"
-    assert clock.processor.ran_s >= 0
-    monkeypatch.setattr("harness.measuring.processors._waited_s", lambda: None)
-    clock.start()
-    clock.stop()
-    assert clock.processor.waited_s is None
-    assert StepClock("cuda", FakeCuda()).processor is None
-
-
-def test_the_kernel_tells_a_busy_thread_from_one_that_sleeps() -> None:
-    before = ProcessorTime.now()
-    time.sleep(0.2)
-    asleep = ProcessorTime.now().since(before)
-    assert asleep.ran_s < 0.1
-    outside = time.perf_counter()
-    before, began = ProcessorTime.now(), time.perf_counter()
-    while time.perf_counter() < began + 0.2:
-        pass
-    inside = time.perf_counter() - began
-    busy = ProcessorTime.now().since(before)
-    outside = time.perf_counter() - outside
-    if busy.waited_s is None:
-        pytest.skip("this kernel keeps no schedstat")
-    assert 0.9 * inside <= busy.ran_s + busy.waited_s <= 1.1 * outside, "a thread that is busy runs or waits"
-
-
-def test_on_cuda_a_step_is_what_its_own_stream_did_between_the_marks() -> None:
-    cuda = FakeCuda()
-    clock = StepClock("cuda", cuda)
-    cuda.work(5)
-    clock.start()
-    cuda.work(30)
-    with clock.paused():
-        cuda.work(1000)
-    cuda.work(12)
-    assert clock.stop() == pytest.approx(0.042)
-    assert cuda.waited == 1, "one wait a step, for its last event"
-    cuda.work(7)
-    clock.start()
-    cuda.work(3)
-    assert clock.stop() == pytest.approx(0.003)
-
-
-class FakeTorch:
-    """As much of torch as the copies need: a way up takes 10 ms, one down 20 ms, the first of all ten times as long."""
-
-    uint8 = "uint8"
-
-    def __init__(self, *, fails: bool = False) -> None:
-        self.cuda, self.fails, self.copies = FakeCuda(), fails, 0
-
-    def empty(self, nbytes: int, *, dtype: str, device: str = "cpu", pin_memory: bool = False) -> Any:
-        if self.fails and device == "cuda":
-            raise RuntimeError("CUDA out of memory. Tried a lot.\nmore lines")
-        outer = self
-        assert pin_memory == (device == "cpu"), "copies from pageable memory would be another measurement"
-
-        class Buffer:
-            place = device
-
-            def copy_(self, source: Any, *, non_blocking: bool) -> None:
-                outer.copies += 1
-                slow = 10 if outer.copies == 1 else 1
-                outer.cuda.work(slow * (10 if self.place == "cuda" else 20))
-
-        return Buffer()
-
-
-def test_copies_are_timed_each_way_and_both_ways_at_once_without_the_first() -> None:
-    torch = FakeTorch()
-    rates = transfer_rates(copy_bytes=1000, repeats=3, torch=torch)
-    assert rates.host_to_device_bytes_per_s == pytest.approx(1000 / 0.010)
-    assert rates.device_to_host_bytes_per_s == pytest.approx(1000 / 0.020)
-    # side by side the slower way decides
-    assert rates.both_ways_bytes_per_s == pytest.approx(2000 / 0.020)
-    assert rates.rates_why is None
-    assert torch.copies == (3 + 1) * 4
-
-
-def test_copies_that_find_no_memory_are_null_with_a_reason() -> None:
-    rates = transfer_rates(copy_bytes=1000, torch=FakeTorch(fails=True))
-    assert rates.rates_why == "RuntimeError: CUDA out of memory. Tried a lot."
-    assert rates.host_to_device_bytes_per_s is rates.device_to_host_bytes_per_s is rates.both_ways_bytes_per_s is None
-
-
-def test_a_runs_record_gets_its_machines_rates_unless_it_was_on_the_cpu_or_not_alone() -> None:
-    record = TrainRecord(
-        name="r", status="ok", model="m", task="t", method="full", module="full", options={}, seed=0,
-        recipe={"device": "cuda"}, recipe_changes=[], lr=None, lr_searched=False, steps_done=0, checkpoint=None,
-        parameters=None, provenance=provenance(roots=(), inputs={}),
-    )  # fmt: skip
-    measured = with_rates(record, torch=FakeTorch())
-    assert measured.transfer is not None
-    assert measured.transfer_why is None
-    on_the_cpu = with_rates(record.model_copy(update={"recipe": {"device": "cpu"}}), torch=FakeTorch())
-    assert (on_the_cpu.transfer, on_the_cpu.transfer_why) == (None, "the run was on the CPU")
-    memory = gpu_meters(FakeCuda(), FakeNvml(processes=[[(4711, 50)]])).record(state_peak_bytes=None)
-    beside = with_rates(record.model_copy(update={"memory": memory}), torch=FakeTorch())
-    assert (beside.transfer, beside.transfer_why) == (None, f"void: {memory.foreign_why}")
 
 
 def test_meters_and_clock_can_be_imported_without_torch() -> None:

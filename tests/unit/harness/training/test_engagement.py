@@ -8,12 +8,32 @@ from itertools import combinations, permutations
 from typing import Any
 
 import pytest
+from engagement_periods import (
+    ADAPTERS,
+    BELIEF,
+    FACTS,
+    FROZEN,
+    FULL,
+    GRADIENTS,
+    GROUPS,
+    GROUPS_MOVED,
+    LAYERS,
+    NOTHING,
+    OUTSIDE,
+    ROTATION,
+    SAMPLED,
+    SOUND,
+    STATE,
+    TRAINABLE,
+    adapter_periods,
+    broken,
+    full_periods,
+    sampled_periods,
+)
 from harness.training.engagement import Period
 from harness.training.verdict import CHANCE_LIMIT, chance_of_set, verdict
 from hypothesis import given
 from hypothesis import strategies as st
-
-from baselines.method import Expectation, ModelFacts
 
 
 def brute_force(probability: list[float], drawn: tuple[int, ...]) -> float:
@@ -51,96 +71,6 @@ def test_above_six_layers_the_chance_is_an_upper_bound() -> None:
 def test_a_set_with_a_layer_that_cannot_be_drawn_has_no_chance() -> None:
     assert chance_of_set([0.5, 0.5, 0.0], (0, 2)) == 0
     assert chance_of_set([1.0, 0.0], (0,)) == 1
-
-
-FACTS = ModelFacts(
-    architecture="Made",
-    layer_parameters=(10_000,) * 4,
-    embedding_parameters=5_000,
-    head_parameters=3_000,
-    final_norm_parameters=10,
-    hidden_size=10,
-    tied_embeddings=False,
-)
-OUTSIDE = 8_010
-SAMPLED = Expectation(
-    layers="sampled",
-    active_layers=2,
-    period_steps=3,
-    embedding=True,
-    head=True,
-    final_norm=True,
-    trainable_parameters=20_000 + OUTSIDE,
-    state_bytes_per_parameter=8,
-    state_of="visited",
-)
-FULL = Expectation(
-    layers="all",
-    embedding=True,
-    head=True,
-    final_norm=True,
-    trainable_parameters=FACTS.total_parameters,
-    state_bytes_per_parameter=8,
-    state_of="active",
-)
-ADAPTERS = Expectation(
-    layers="all", base_frozen=True, trainable_parameters=6_000, state_bytes_per_parameter=8, state_of="active"
-)
-NOTHING = Expectation(layers="none", trainable_parameters=0, state_bytes_per_parameter=0, state_of="none")
-GROUPS = ["embedding", "final_norm", "head"]
-
-
-def sampled_periods(*sets: list[int]) -> list[Period]:
-    """Periods of a sound layer-wise method that keeps the state of sleepers."""
-    periods, visited = [], set()
-    for number, layers in enumerate(sets):
-        visited |= set(layers)
-        periods.append(
-            Period(
-                first_step=3 * number,
-                last_step=3 * number + 2,
-                moved_layers=list(layers),
-                moved_base=list(layers),
-                moved_groups=list(GROUPS),
-                graded_layers=list(layers),
-                graded_groups=list(GROUPS),
-                graded_parameters=SAMPLED.trainable_parameters,
-                state_bytes=8 * (OUTSIDE + 10_000 * len(visited)),
-                believed_active=list(layers),
-                believed_probability=[0.25] * 4,
-            )
-        )
-    return periods
-
-
-SOUND = sampled_periods([0, 1], [1, 3], [0, 2])
-
-
-def full_periods() -> list[Period]:
-    every = [0, 1, 2, 3]
-    return [
-        replace(p, moved_layers=every, moved_base=every, graded_layers=every, believed_active=None,
-                graded_parameters=FULL.trainable_parameters, state_bytes=8 * FULL.trainable_parameters)
-        for p in sampled_periods([0], [0])
-    ]  # fmt: skip
-
-
-def adapter_periods() -> list[Period]:
-    return [
-        replace(p, moved_base=[], moved_groups=[], graded_groups=[], graded_parameters=6_000, state_bytes=48_000)
-        for p in full_periods()
-    ]
-
-
-def broken(promise: Expectation, periods: list[Period], **options: Any) -> list[str]:
-    """Names of the checks that fail."""
-    return [check.name for check in verdict(promise, FACTS, periods, **options) if not check.ok]
-
-
-LAYERS, GROUPS_MOVED = "layers that moved", "groups outside the layers that moved"
-GRADIENTS, TRAINABLE = "gradients exist for what moves, and for nothing else", "trainable parameters in one step"
-STATE, BELIEF = "live optimizer-state bytes", "layers that moved are those the method says"
-ROTATION, FROZEN = "the active set rotates", "base weights frozen"
 
 
 def test_sound_runs_pass_every_check() -> None:
@@ -339,67 +269,6 @@ def test_a_tied_head_is_promised_and_expected_nowhere() -> None:
     ]  # fmt: skip
     checks = verdict(replace(SAMPLED, trainable_parameters=25_010), tied, periods)
     assert [check.name for check in checks if not check.ok] == []
-
-
-SIZES = {"layers.0.q": 4_000, "layers.0.k": 6_000, "layers.1.q": 4_000, "layers.1.k": 6_000, "embedding": 5_000}
-CHOOSER = replace(FACTS, tensor_parameters=SIZES)
-CHOSEN = Expectation(
-    layers="chosen", period_steps=3, trainable_parameters=10_000, state_bytes_per_parameter=8, state_of="visited"
-)
-MOVED, CHOSEN_ROTATION = "tensors that moved are those the method names", "the chosen set rotates"
-
-
-def chosen_periods(*sets: list[str]) -> list[Period]:
-    """Periods of a sound method that chooses tensors and keeps the state of those it let go."""
-    periods, visited = [], set()
-    for number, names in enumerate(sets):
-        visited |= set(names)
-        periods.append(
-            Period(
-                first_step=3 * number,
-                last_step=3 * number + 2,
-                believed_tensors=sorted(names),
-                moved_tensors=sorted(names),
-                graded_tensors=sorted(names),
-                graded_parameters=sum(SIZES[name] for name in names),
-                state_bytes=8 * sum(SIZES[name] for name in visited),
-            )
-        )
-    return periods
-
-
-CHOICES = chosen_periods(["layers.0.q", "embedding"], ["layers.1.k"], ["layers.0.q"])
-
-
-def chosen_broken(periods: list[Period], promise: Expectation = CHOSEN, **options: Any) -> list[str]:
-    return [check.name for check in verdict(promise, CHOOSER, periods, **options) if not check.ok]
-
-
-def test_a_method_that_chooses_tensors_is_held_to_the_tensors_it_names() -> None:
-    assert chosen_broken(CHOICES) == []
-    last = CHOICES[2]
-    for wrong, failing in (
-        ({"moved_tensors": ["layers.0.k", "layers.0.q"]}, [MOVED]),
-        ({"moved_tensors": []}, [MOVED]),
-        ({"graded_tensors": ["layers.0.k", "layers.0.q"]}, [GRADIENTS]),
-        ({"graded_parameters": 10_001}, [TRAINABLE]),
-        ({"state_bytes": 8 * 4_000}, [STATE]),
-    ):
-        assert chosen_broken([*CHOICES[:2], replace(last, **wrong)]) == failing, wrong
-    assert chosen_broken([]) == [MOVED, TRAINABLE]
-
-
-def test_a_choice_that_never_changes_must_have_been_announced() -> None:
-    same = chosen_periods(["layers.0.q"], ["layers.0.q"])
-    assert chosen_broken(same) == [CHOSEN_ROTATION]
-    assert chosen_broken(same, replace(CHOSEN, rotates=False)) == []
-
-
-def test_a_chosen_tensor_may_stand_still_in_bf16_only_if_others_move() -> None:
-    still = [replace(p, moved_tensors=p.moved_tensors[:1]) for p in CHOICES]
-    assert chosen_broken(still) == [MOVED]
-    assert chosen_broken(still, bf16_weights=True) == []
-    assert chosen_broken([replace(CHOICES[0], moved_tensors=[])], bf16_weights=True) == [MOVED]
 
 
 def test_fused_backward_must_leave_no_gradient_and_its_state_is_a_constant() -> None:

@@ -3,38 +3,26 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import pytest
-import reporting_data as data
 import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.errors import UserError
 from harness.measuring import processors
 from harness.measuring.meters import Meters
-from harness.measuring.processors import ProcessorTime
 from harness.records import columns
-from harness.records.columns import ADDED, FRAMES
+from harness.records.columns import FRAMES
 from harness.records.reading import read_jsonl
-from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
+from harness.records.run import TrainRecord
 from harness.reporting import collecting
-from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames
-from harness.reporting.run_tables import efficiency_table
-from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, score_table
-from harness.reporting.table import Table
+from harness.reporting.frames import rows_to_frame
 from harness.training import loop
 from harness.training.loading import Inputs
-from harness.training.logs import Log
-from house import ROOT
 from safetensors.torch import load_file
 
-from baselines.method import StepFacts
 from grass.offload.arena import HostArena
 
 GRASS = {"active_layers": 2, "sample_every": 3, "probe_steps": 2}
@@ -203,103 +191,6 @@ def test_an_allocator_that_ran_out_marks_the_runs_times(
     assert record.timing.throughput_tokens_per_s is not None
 
 
-# ---------------------------------------------------------------- the log's times
-
-
-def log_of(seconds: list[float]) -> Log:
-    log = Log()
-    batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
-    for step, s in enumerate(seconds):
-        facts = StepFacts(grad_norm=None, clipped=None)
-        log.step(step, loss=1.0, factor=1.0, facts=facts, batches=[batch, batch], seconds=s)
-    return log
-
-
-def test_only_whole_periods_after_the_warm_up_are_timed() -> None:
-    seconds = [float(n) for n in range(1, 51)]
-    timing = log_of(seconds).timing(load_s=0.0, period_steps=8, clock="cuda events")
-    # a warm-up of 5 steps ends in the first period, and the last two steps are no whole one
-    timed = seconds[8:48]
-    assert (timing.warmup_steps, timing.timed_steps) == (8, 40)
-    assert timing.step_median_s == np.median(timed)
-    assert timing.step_p95_s == np.quantile(timed, 0.95)
-    assert timing.throughput_tokens_per_s == pytest.approx(10 * 40 / sum(timed))
-    assert timing.throughput_total_tokens_per_s == pytest.approx(12 * 40 / sum(timed))
-    assert timing.train_s == sum(seconds)
-    assert (timing.clock, timing.device_synchronised) == ("cuda events", True)
-
-
-def crowded_log(*steps: tuple[float, float, float | None]) -> Log:
-    """Of steps with these (seconds, processor time, time waited)."""
-    log = log_of([])
-    for step, (seconds, ran, waited) in enumerate(steps):
-        log.step(
-            step, loss=1.0, factor=1.0, facts=StepFacts(grad_norm=None, clipped=None), batches=[], seconds=seconds,
-            processor=ProcessorTime(ran, waited),
-        )  # fmt: skip
-    return log
-
-
-@pytest.mark.parametrize(
-    ("steps", "share"),
-    [
-        ([(1.0, 0.95, 0.05)] * 9, None),
-        ([(1.0, 0.5, 0.5), (1.0, 1.0, 0.0)], 25),
-        # one long wait among many steps is no reason
-        ([(1.0, 1.0, 0.0)] * 19 + [(2.0, 1.0, 1.0)], None),
-        # two threads: the processor time of both, and what both waited
-        ([(1.0, 1.9, 0.1)], None),
-        ([(1.0, 1.2, 0.8)], 40),
-        # a process that sleeps waits for no processor
-        ([(1.0, 0.3, 0.0)], None),
-        # the kernel does not say: one thread at least has work to do all the time
-        ([(1.0, 0.6, None)], 40),
-        ([(1.0, 1.3, None)], None),
-    ],
-)
-def test_a_wait_for_processors_is_a_share_of_the_time_wanted(
-    steps: list[tuple[float, float, float | None]], share: int | None
-) -> None:
-    log = crowded_log(*steps)
-    why = log.judge_times(foreign_why=None, alloc_retries=None)
-    if share is None:
-        assert (why, log.notes) == (None, [])
-        assert None not in [row["step_s"] for row in log.steps]
-    else:
-        assert f"for {share} % of the time that the steps wanted one (10 % are allowed)" in str(why)
-        assert {row["step_s"] for row in log.steps} == {None}
-
-
-def test_steps_on_a_gpu_and_of_older_resume_states_wait_for_no_processor() -> None:
-    log = log_of([0.5] * 3)
-    del log.steps[0]["processor_s"]
-    assert log.judge_times(foreign_why=None, alloc_retries=None) is None
-    assert log.timing(load_s=0.0, period_steps=1, clock="cuda events").processor_s is None
-
-
-@pytest.mark.parametrize(
-    ("steps", "period", "excluded", "why"),
-    [
-        (0, 1, 0, "no step after the warm-up"),
-        (3, 1, 3, "no step after the warm-up"),
-        (60, 50, 50, "no whole period of 50 steps after the warm-up"),
-    ],
-)
-def test_too_few_steps_have_no_throughput_and_a_reason(steps: int, period: int, excluded: int, why: str) -> None:
-    timing = log_of([0.5] * steps).timing(load_s=0.0, period_steps=period, clock="perf_counter")
-    assert (timing.throughput_tokens_per_s, timing.step_median_s, timing.step_p95_s) == (None, None, None)
-    assert (timing.throughput_why, timing.timed_steps, timing.warmup_steps) == (why, 0, excluded)
-    assert timing.train_s == 0.5 * steps
-
-
-def test_steps_of_an_older_resume_state_have_no_count_of_padding() -> None:
-    log = log_of([0.5] * 20)
-    del log.steps[10]["total_tokens"]
-    timing = log.timing(load_s=0.0, period_steps=1, clock="perf_counter")
-    assert timing.throughput_total_tokens_per_s is None
-    assert timing.throughput_tokens_per_s == pytest.approx(20.0)
-
-
 # ---------------------------------------------------------------- pinned memory, by construction
 
 
@@ -316,121 +207,3 @@ def test_the_arena_counts_what_it_pinned(monkeypatch: pytest.MonkeyPatch) -> Non
     arena.release(first)
     assert (arena.pinned_bytes, arena.nbytes) == (0, 4000)
     assert HostArena(pin=False, settle=lambda: None).pinned_bytes == 0
-
-
-# ---------------------------------------------------------------- tables
-
-
-@pytest.fixture(scope="module")
-def frames() -> Frames:
-    return data.frames()
-
-
-def header(table: Table) -> list[str]:
-    return [str(column) for column in table.display.columns]
-
-
-def grass_row(table: Table) -> dict[str, Any]:
-    raw = table.raw
-    (row,) = raw[(raw["method"] == "grass") & (raw["task"] == "arithmetic")].to_dict("records")
-    return {str(key): value for key, value in row.items()}
-
-
-def of_grass(frames: Frames) -> Any:
-    return (frames.runs["method"] == "grass") & (frames.runs["task"] == "arithmetic")
-
-
-def test_new_columns_are_shown_only_where_something_is_known(frames: Frames) -> None:
-    study = data.study()
-    table = efficiency_table(frames, study)
-    assert {"step p95 (ms)", "tokens/s with padding"} <= set(header(table))
-    unknown = {"host PSS (MiB)", "pinned by the method (MiB)", "device reserved (MiB)", "device delta (MiB)"}
-    assert not unknown & set(header(table))
-    assert "device_reserved_peak_bytes" in table.raw, "the csv has every column always"
-    assert grass_row(table)["step_p95_s"] == 0.6
-
-    runs = frames.runs.copy()
-    runs.loc[of_grass(frames), ["host_pss_bytes", "nvml_device_delta_peak_bytes"]] = 3 * 2**20
-    runs.loc[of_grass(frames), "method_pinned_peak_bytes"] = 0  # known, and nothing to show
-    table = efficiency_table(replace(frames, runs=runs), study)
-    assert unknown & set(header(table)) == {"host PSS (MiB)", "device delta (MiB)"}
-    shown = dict(zip(table.display["method"], table.display["device delta (MiB)"], strict=True))
-    assert shown["lisa"] == "—"
-    assert "3.0" in set(table.display["host PSS (MiB)"])
-    assert any("stands for the process where the driver does not list it" in note for note in table.footnotes)
-
-
-def test_a_table_leaves_voided_runs_out_of_memory_and_speed_and_in_accuracy(frames: Frames) -> None:
-    study = data.study()
-    runs, mine = frames.runs.copy(), of_grass(frames)
-    why = "another compute process was on the GPU during the run (pid 4711)"
-    void = ["throughput_tokens_per_s", "throughput_total_tokens_per_s", "step_median_s", "step_p95_s", "train_s"]
-
-    def voided(which: Any) -> Frames:
-        runs.loc[which, void] = None
-        runs.loc[which, "foreign_why"], runs.loc[which, "throughput_why"] = why, f"void: {why}"
-        return replace(frames, runs=runs)
-
-    one = voided(mine & (runs["seed"] == 0))
-    table = efficiency_table(one, study)
-    rest = frames.runs.loc[mine & (frames.runs["seed"] != 0), "throughput_tokens_per_s"]
-    assert grass_row(table)["throughput_median_tokens_per_s"] == pytest.approx(rest.median())
-    assert grass_row(table)["runs_beside_a_foreign_process"] == 1
-    assert any(text.startswith("3; 1 not alone^") for text in table.display["ok runs"])
-    assert any(note.endswith(f"count in no figure of device memory or speed: {why}.") for note in table.footnotes)
-    for kind in (ACCURACY, HELDOUT_LOSS):
-        pd.testing.assert_frame_equal(score_table(one, study, kind).raw, score_table(frames, study, kind).raw)
-
-    table = efficiency_table(voided(mine), study)
-    assert pd.isna(grass_row(table)["throughput_median_tokens_per_s"])
-    assert pd.isna(grass_row(table)["throughput_ratio_to_full"])
-    assert any(note.endswith(f"void: {why}") for note in table.footnotes), "where no run was alone, the dash says why"
-
-
-def test_a_speed_beside_an_emptied_cache_is_marked(frames: Frames) -> None:
-    study = data.study()
-    runs = frames.runs.copy()
-    mark = "the allocator ran out of memory and emptied its cache: the time is not comparable."
-    for retries, marked in ((0, False), (2, True)):
-        runs["alloc_retries"] = pd.array([retries] * len(runs), dtype="Int64")
-        table = efficiency_table(replace(frames, runs=runs), study)
-        assert any(mark in note for note in table.footnotes) == marked
-
-
-def test_evaluation_is_no_part_of_a_runs_peak() -> None:
-    assert largest({"load": 5, "steady": 9, "eval": 50, "save": None}, without=EVALUATION) == 9
-    assert largest({"eval": 50}, without=EVALUATION) is None
-
-
-# ---------------------------------------------------------------- what was written before
-
-
-def test_published_records_and_tables_are_still_read() -> None:
-    published = ROOT / "results" / "published"
-    records = 0
-    for kind, pattern in ((TrainRecord, "train.json"), (EvalRecord, "eval/*.json"), (SearchRecord, "search.json")):
-        for file in published.glob(f"*/records/*/*/{pattern}"):
-            kind.model_validate_json(file.read_bytes())
-            records += 1
-    assert records > 0
-    for folder in {file.parent for file in published.glob("*/runs.parquet")}:
-        frames = read_frames(folder)
-        assert len(frames.runs) > 0
-        assert {name: dict(getattr(frames, name).dtypes.astype(str)) for name in FRAMES} == FRAMES
-
-
-def test_a_column_that_older_tables_lack_is_null_and_any_other_still_missed(frames: Frames, tmp_path: Path) -> None:
-    write_frames(frames, tmp_path)
-    frames.runs.drop(columns=list(ADDED["runs"])).to_parquet(tmp_path / "runs.parquet")
-    assert read_frames(tmp_path).runs["timed_steps"].isna().all()
-    frames.runs.drop(columns=["throughput_why"]).to_parquet(tmp_path / "runs.parquet")
-    with pytest.raises(UserError, match="'throughput_why' is missing"):
-        read_frames(tmp_path)
-
-
-def test_steps_written_before_padding_was_counted_become_rows() -> None:
-    old = {"step": 0, "loss": 1.0, "lr_factor": 1.0, "grad_norm": None, "clipped": None, "tokens": 9, "step_s": 0.1}
-    rows = [collecting._step_row("run", row) for row in (old, {**old, "total_tokens": 12})]
-    totals = rows_to_frame("steps", rows)["total_tokens"]
-    assert totals.isna().tolist() == [True, False]
-    assert totals.tolist()[1] == 12
