@@ -1,4 +1,4 @@
-"""What the processes of `test_grass_distributed.py` do; a script: `python grass_ranks.py <folder>`.
+"""What the processes of `test_distributed.py` do; a script: `python grass_ranks.py <folder>`.
 
 Every scenario returns what its rank saw, which is saved as `<folder>/<scenario>-<rank>.pt`. `run_case` is also what the
 test itself runs in one process, for comparison.
