@@ -75,7 +75,7 @@ def test_what_is_there_has_its_tables_and_what_is_missing_its_reason(
     record = Case("full", {}, tiny_inputs(tmp_path / "inputs"), tmp_path / "case").standard()
     for name, run in plan.runs.items():
         if run.training.label == "fixed":
-            labels = {"name": name, "model": "tiny", "task": "sums", "method": "fixed", "seed": run.seed}
+            labels = {"name": name, "model": "tiny", "task": "sums", "method": "fixed", "seed": run.seed, "notes": []}
             atomic.write_json(paths.output(TRAIN, name), record.model_copy(update=labels).model_dump(mode="json"))
     assert main(["partial", "--config", str(config)]) == 0
     said = capsys.readouterr().err

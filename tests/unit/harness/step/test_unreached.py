@@ -131,9 +131,10 @@ def test_the_towers_are_buffers_and_the_text_has_the_layers(towers: Inputs) -> N
     assert facts.hidden_size == 32
 
 
-@pytest.mark.parametrize("module", method_names())
+# of each kind one: all parameters, layers drawn, blocks, matrices, adapters, adapters in layers that are drawn
+@pytest.mark.parametrize("module", ["full", "grass", "badam", "galore", "lora", "ist"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_every_method_trains_the_text_of_a_multimodal_model(module: str, towers: Inputs, tmp_path: Path) -> None:
+def test_methods_train_the_text_of_a_multimodal_model(module: str, towers: Inputs, tmp_path: Path) -> None:
     case = Case(module, find_method(module).EXAMPLES[0], towers, tmp_path)
     assert promises_hold(case) is None
     checkpoint = case.standard().checkpoint

@@ -27,6 +27,11 @@ from baselines.method import StepFacts
 STEPS = 6
 
 
+def notes(record: TrainRecord) -> list[str]:
+    """What a run noted, but for the other work of the machine that the tests run on."""
+    return [note for note in record.notes if not note.startswith("speed is void")]
+
+
 def trained(inputs: Inputs, folder: Path, module: str = "full", **recipe: Any) -> TrainRecord:
     return train(
         tiny_training(module, {}, steps=STEPS, **recipe), name="run", lr=None if module == "base" else LR,
@@ -52,7 +57,7 @@ def test_a_model_without_sdpa_trains_with_eager_attention_and_says_so(tmp_path: 
 
 def test_a_model_with_sdpa_says_that(tmp_path: Path) -> None:
     record = trained(tiny_inputs(tmp_path), tmp_path / "run", "base")
-    assert (record.attention, record.attention_why, record.notes) == ("sdpa", None, [])
+    assert (record.attention, record.attention_why, notes(record)) == ("sdpa", None, [])
     assert {"model config.json", "model model.safetensors", "model tokenizer.json"} < set(
         record.provenance.input_sha256
     )
@@ -129,9 +134,9 @@ def test_a_resume_state_is_not_put_onto_another_model(tmp_path: Path, monkeypatc
         record = trained(inputs, tmp_path / name)
         assert record.status == "ok"
         if inputs is first:
-            assert record.notes == ["resumed after step 4"]
+            assert notes(record) == ["resumed after step 4"]
         else:
-            assert record.notes == ["a resume state was dropped: it was made from another model model.safetensors"]
+            assert notes(record) == ["a resume state was dropped: it was made from another model model.safetensors"]
         assert record.steps_done == straight.steps_done
         found, wanted = weights(tmp_path / name), weights(tmp_path / "straight")
         assert all(torch.equal(found[key], wanted[key]) for key in wanted)
