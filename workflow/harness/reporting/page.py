@@ -47,6 +47,11 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     tables = read_json(folder / "tables" / "tables.json")
     captions = read_json(folder / "figures.json")
     figures = [{"name": name, "source": _embed(folder / "figures", name)} | texts for name, texts in captions.items()]
+    verdicts = {
+        measure: verdict_sentences(folder / "tables" / f"difference_{measure.name}.csv")
+        for measure in MEASURES
+        if f"difference_{measure.name}" in tables
+    }
     environment = Environment(
         loader=PackageLoader("harness.reporting", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -58,11 +63,8 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),
         tables={name: _trusted(table) for name, table in tables.items()},
-        verdicts={
-            measure: verdict_sentences(folder / "tables" / f"difference_{measure.name}.csv")
-            for measure in MEASURES
-            if f"difference_{measure.name}" in tables
-        },
+        verdicts=verdicts if any(verdicts.values()) else {},
+        trains=trained(study),
         figures={kind: [f for f in figures if str(f["name"]).startswith(kind)] for kind in _KINDS},
         compared={label: [f for f in figures if str(f["name"]).endswith(f"--{label}")] for label in study.comparisons},
         methods=_methods(study),

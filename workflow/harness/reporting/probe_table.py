@@ -66,10 +66,10 @@ def task_table(frames: Frames, study: Study, of_models: Mapping[str, Mapping[str
         "over layers with the importance of the layers' matrices alone; norms are vectors with few and large gradients."
     )
     taken = frames.probes[frames.probes["status"] == "ok"]
-    for truncated, rows, task in zip(taken["truncated_rows"], taken["train_rows"], taken["task"], strict=True):
-        if rows and truncated / rows > CUT:
-            share = percent(truncated / rows, 0)
-            notes.add(f"{task}: {share} of its rows are cut at {int(taken['max_length'].iloc[0])} tokens.")
+    for row in taken.to_dict("records"):
+        if row["train_rows"] and row["truncated_rows"] / row["train_rows"] > CUT:
+            share = percent(row["truncated_rows"] / row["train_rows"], 0)
+            notes.add(f"{row['task']}, {row['model']}: {share} of the rows are cut at {int(row['max_length'])} tokens.")
     settings = sorted({f"prompt {p}, rows cut at {n} tokens, {d} weights" for p, n, d in zip(
         frames.probes["prompt"], frames.probes["max_length"], frames.probes["weight_dtype"], strict=True
     )})  # fmt: skip

@@ -205,12 +205,12 @@ def suite_facts(name: str, scores: DataFrame) -> str:
 
 def _suite_notes(frames: Frames, study: Study, measure: Measure, notes: Footnotes) -> None:
     scores = frames.ok_scores()
+    alone = [task for task, suite in measure.cells(study) if suite == VALIDATION]
+    if alone:
+        columns = ", ".join(f"{task} / {VALIDATION}" for task in alone)
+        seen = ", which the search of the learning rates saw too" if study.search else ""
+        notes.add(f"{columns}: no suite; this is the loss on the task's validation rows{seen}.")
     for task, suite in measure.cells(study):
-        if suite == VALIDATION:
-            notes.add(
-                f"{task} / {VALIDATION}: the task has no suite; this is the loss on its validation rows"
-                + (", which the search of the learning rates saw too." if study.search else ".")
-            )
         mine = scores[(scores["task"] == task) & (scores["suite"] == suite)]
         if mine.empty:
             continue

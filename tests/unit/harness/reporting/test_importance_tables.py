@@ -99,7 +99,7 @@ def test_a_task_has_its_blocks_its_loss_and_the_order_without_norms() -> None:
     assert shares == pytest.approx([1 / 3] * 3)
     assert row["rank_correlation_without_norms"] == pytest.approx(1)
     assert not any("code that has changed" in note for note in table.footnotes)
-    assert any("arithmetic: 20 % of its rows are cut at 128 tokens" in note for note in table.footnotes)
+    assert any("arithmetic, tiny: 20 % of the rows are cut at 128 tokens" in note for note in table.footnotes)
 
 
 def test_a_probe_of_older_code_is_marked() -> None:

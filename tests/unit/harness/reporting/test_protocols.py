@@ -177,7 +177,7 @@ def test_a_task_without_suites_stands_with_its_validation_loss(whole: Frames, fo
     runs = whole.runs[(whole.runs["task"] == "plain") & (whole.runs["method"] == "full")]
     assert row["heldout_loss_mean_nats_per_token"] == pytest.approx(runs["validation_loss"].mean())
     shown = (folder / "tables" / "heldout_loss.md").read_text()
-    assert "plain / validation: the task has no suite; this is the loss on its validation rows, which the s" in shown
+    assert "plain / validation: no suite; this is the loss on the task's validation rows, which the s" in shown
     differences = table(folder, "difference_heldout_loss")
     row = differences[(differences["task"] == "plain") & (differences["rival"] == "lora")].iloc[0]
     assert row["difference_nats_per_token"] < 0
