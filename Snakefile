@@ -17,6 +17,7 @@ from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study
+from harness.study.supervision import pass_on_sigterm, take_folder
 
 for name, value in workflow.config_settings.config.items():
     if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) is None:
@@ -56,6 +57,10 @@ if DRY_RUN and disk_is_too_small():
 
 # not in a dry run; a job of a cluster reads this file again, and is not asked
 onstart:
+    if workflow.is_main_process:
+        if taken := take_folder(Path(".snakemake")):
+            sys.exit(taken)
+        pass_on_sigterm()
     files = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.output}
     line = disk_is_too_small(files) if workflow.is_main_process else None
     if line:

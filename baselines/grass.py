@@ -139,6 +139,11 @@ class GrassMethod(Method):
         assert self.calibration is not None
         return self.calibration.batches(self.options.probe_steps)
 
+    def begin_step(self, step: int) -> None:
+        """Read the past period's norms, which wait on the device: a resumed run has the same tensors alive."""
+        if step % self.sample_every == 0:
+            self.optimizer.history[-1:]  # one read is a read of all
+
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
         """`Grass.step` measures, clips and updates."""
         self.optimizer.step()

@@ -10,12 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from harness.records.locks import try_lock
 from house import ROOT
+from kills import KILLS, differences
 
 pytestmark = pytest.mark.pipeline
 
@@ -30,12 +31,15 @@ class Study:
         self.config.parent.mkdir()
         shutil.copy(ROOT / "tests" / "pipeline" / "micro.yaml", self.config)
 
-    def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
-        command = [
+    @property
+    def command(self) -> list[str]:
+        return [
             sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.folder),
-            "--profile", str(ROOT / "profiles" / "default"), "--cores", "2", "--configfile", str(self.config), *words,
+            "--profile", str(ROOT / "profiles" / "default"), "--cores", "2", "--configfile", str(self.config),
         ]  # fmt: skip
-        return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=self.folder)
+
+    def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*self.command, *words], capture_output=True, text=True, timeout=400, cwd=self.folder)
 
     def results(self) -> dict[str, int]:
         """Every file under results/ and when it was written."""
@@ -48,21 +52,6 @@ class Study:
     def run(self, method: str) -> Path:
         (folder,) = (self.folder / "results" / "runs").glob(f"mini--arithmetic--{method}--seed0--*")
         return folder
-
-    def train_command(self, method: str) -> list[str]:
-        spec = self.run(method).relative_to(self.folder) / "spec.json"
-        return [
-            sys.executable,
-            "-m",
-            "harness",
-            "train",
-            "--spec",
-            str(spec),
-            "--threads",
-            "1",
-            "--checkpoint-every",
-            "3",
-        ]
 
 
 @pytest.fixture(scope="module")
@@ -176,26 +165,35 @@ def test_a_lost_figure_is_drawn_again_and_nothing_else_is_made(study: Study) -> 
     assert changed - drawn == {"results/micro/figures.json"}
 
 
-def test_a_killed_job_resumes_to_the_same_weights(study: Study) -> None:
-    """The process is killed without warning after its first resume state; Snakemake then runs it again."""
-    run = study.run("grass")
-    weights = (run / "model" / "model.safetensors").read_bytes()
-    losses = [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()]
-    (run / "train.json").unlink()
-    shutil.rmtree(run / "model")
-    state = study.folder / "results" / "state" / run.name / "state.pt"
-    process = subprocess.Popen(
-        study.train_command("grass"), cwd=study.folder, stderr=subprocess.DEVNULL, start_new_session=True
+def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_path: Path) -> None:
+    """The same command each time, nothing by hand; some jobs outlive their Snakemake, and are waited for."""
+    other = Study(tmp_path)
+    text = other.config.read_text()
+    other.config.write_text(
+        "".join(line for line in text.splitlines(True) if "module: full" not in line and "lisa" not in line)
     )
-    _kill_when(process, state)
-    assert state.exists()
-    assert not (run / "train.json").exists()
-    assert study.snakemake().returncode == 0
-    record = json.loads((run / "train.json").read_text())
-    assert any(note.startswith("resumed after step") for note in record["notes"])
-    assert (run / "model" / "model.safetensors").read_bytes() == weights
-    assert [json.loads(line)["loss"] for line in (run / "steps.jsonl").read_text().splitlines()] == losses
-    assert not state.exists()
+    for kill in KILLS:
+        took = kill.carry_out(other)
+        assert took < 10 or kill.number != signal.SIGTERM, f"{kill}: a SIGTERM took {took:.0f} s"
+    done = other.snakemake()
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert differences(study.folder / "results", other.folder / "results") == []
+    assert (other.folder / "results" / "micro" / "report.html").is_file()
+    left = [path for path in (other.folder / "results").rglob(".*") if path.suffix in {".part", ".lock"}]
+    assert left == []
+
+
+def test_a_second_snakemake_in_one_folder_is_refused(study: Study) -> None:
+    lock = try_lock(study.folder / ".snakemake" / "study.lock")
+    assert lock is not None
+    before = study.results()
+    try:
+        refused = study.snakemake("--forcerun", "page")
+    finally:
+        os.close(lock)
+    assert refused.returncode != 0
+    assert f"another Snakemake works in this folder: process {os.getpid()} since " in refused.stderr
+    assert study.results() == before
 
 
 def test_an_edited_config_adds_runs_and_touches_none(study: Study) -> None:
@@ -243,17 +241,6 @@ def _holds(table: Path, method: str, column: str, value: float) -> bool:
     """Whether the only row of `method` has this number in `column`."""
     (row,) = _rows(table, method)
     return abs(float(row[column]) - value) <= 1e-6 * max(1.0, abs(value))
-
-
-def _kill_when(process: subprocess.Popen[bytes], state: Path) -> None:
-    """Kill the whole process group as soon as a resume state is on disk."""
-    deadline = time.monotonic() + 120
-    while not state.exists():
-        assert process.poll() is None, "the job ended before it wrote a resume state"
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_a_study_that_cannot_fit_on_the_disk_is_refused_before_any_job(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The only entry point of the harness: `python -m harness <stage> ...`.
 
-Each stage is a module of `harness.stages` with `add_arguments` and `run`; only the one asked for is imported.
+Each stage is a module of `harness.stages` with `add_arguments` and `run`; only the one asked for is imported. A job of
+a study also says with `output` what it writes: of two processes with one output, the second one waits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from harness.errors import OWN_FAULT, UserError, missing_package
+from harness.records.locks import one_at_a_time
 from harness.stderr import copied_stderr
 
 STAGES = {
@@ -73,7 +75,10 @@ def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
         stage = importlib.import_module(f"harness.stages.{name}")
         own = argparse.ArgumentParser(prog=f"python -m harness {name}", description=stage.__doc__, parents=[of_all])
         stage.add_arguments(own)
-        return int(stage.run(own.parse_args(words)))
+        args = own.parse_args(words)
+        output = stage.output(args) if hasattr(stage, "output") else None
+        with nullcontext(True) if output is None else one_at_a_time(output) as to_do:
+            return int(stage.run(args)) if to_do else 0
     except BrokenPipeError:
         # as in `plan | head`: the reader closed the pipe; Python's own flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,6 +92,9 @@ def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
             return _own_fault(name)
         _complain(name, f"the package {package} is not installed: pip install 'grass-bench[bench]'")
         return 2
+    except KeyboardInterrupt:
+        _complain(name, "stopped by SIGINT")
+        return 130
     except Exception:  # noqa: BLE001  this is the outermost frame: print every error in full
         return _own_fault(name)
 

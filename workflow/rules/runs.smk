@@ -56,7 +56,8 @@ rule search:
         spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
     shell:
-        "{PYTHON:q} -m harness search --spec {params.spec} --threads {threads}{params.forecast} --log {log}"
+        "{PYTHON:q} -m harness search --spec {params.spec} --threads {threads}"
+        " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast} --log {log}"
 
 
 rule train:

@@ -6,20 +6,16 @@ reason. Leases separate the jobs of one user on one machine; `harness.measuring.
 
 from __future__ import annotations
 
-import fcntl
 import importlib
-import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,12 +23,9 @@ from typing import Any
 from harness.errors import UserError
 from harness.measuring.card import cuda_is_initialised, in_mig_mode, text_of
 from harness.progress import duration, say
+from harness.records.locks import POLL_S, holder, try_lock
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-POLL_S = 2.0
-"""Seconds between two tries of a waiting job."""
-COMMAND_LENGTH = 200
-"""Characters of the holder's command that are shown to waiting jobs."""
 
 
 class NoGpuError(UserError):
@@ -125,7 +118,7 @@ def _wait(devices: Sequence[Device], folder: Path, tell: Callable[[str], None], 
     started, told = time.monotonic(), False
     while True:
         for device in devices:
-            lock = _try_lock(_lock_file(folder, device))
+            lock = try_lock(_lock_file(folder, device))
             if lock is not None:
                 if told:
                     tell(f"{device} is free after {duration(time.monotonic() - started)}")
@@ -140,40 +133,18 @@ def _lock_file(folder: Path, device: Device) -> Path:
     return folder / f"{re.sub(r'[^A-Za-z0-9-]', '_', device.uuid)}.lock"
 
 
-def _try_lock(path: Path) -> int | None:
-    """An open descriptor that holds the lock, or None where somebody else does."""
-    # not truncated: it holds the present holder's description
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    holder = {"pid": os.getpid(), "command": _command(), "since": datetime.now().isoformat(" ", "minutes")}
-    os.ftruncate(descriptor, 0)
-    os.write(descriptor, json.dumps(holder).encode())
-    return descriptor
-
-
-def _command() -> str:
-    """How this process was started, on one line."""
-    program, *rest = sys.orig_argv
-    return " ".join(" ".join([Path(program).name, *rest]).split())[:COMMAND_LENGTH]
-
-
 def _holder_of(folder: Path, device: Device) -> str:
     """Description of the process that holds a device.
 
     Raises:
         RuntimeError: this process holds it, and would wait for itself.
     """
-    try:
-        holder: dict[str, Any] = json.loads(_lock_file(folder, device).read_text(encoding="utf-8"))
-    except ValueError:  # the holder has just taken the lock, and not written its description yet
+    held = holder(_lock_file(folder, device))
+    if held is None:
         return f"{device} is held"
-    if holder["pid"] == os.getpid():
+    if held[0] == os.getpid():
         raise RuntimeError(f"this process holds {device} already: a job computes on one GPU")
-    return f"{device} is held by process {holder['pid']} since {holder['since']} ({holder['command']})"
+    return f"{device} is held by {held[1]}"
 
 
 # ---------------------------------------------------------------- which devices there are

@@ -1,12 +1,18 @@
-"""Files that are either complete or absent: written to a temporary path, flushed to the disk, then renamed."""
+"""Files that are either complete or absent: written to a temporary path, flushed to the disk, then renamed.
+
+What a killed process leaves half-written is removed by whoever writes the same file next: a temporary path is locked
+(`flock`) while its writer lives.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,25 +21,17 @@ from typing import Any
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on a clean exit it is flushed and renamed to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _temporary(path, Path.touch) as temporary:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """The same for a folder; an existing folder at `path` is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with _temporary(path, Path.mkdir) as temporary:
         yield temporary
         for file in temporary.rglob("*"):
             _flush(file)
@@ -41,8 +39,49 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
         _flush(path.parent)
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """A new, locked temporary path beside `path`, after those of dead writers have been removed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        if (descriptor := _locked(left)) is not None:
+            _remove(left)
+            os.close(descriptor)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _remove(temporary)
+    make(temporary)
+    while (descriptor := _locked(temporary)) is not None and not temporary.exists():
+        os.close(descriptor)  # taken for a dead writer's before it was locked
+        make(temporary)
+    try:
+        yield temporary
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock of a file or folder; None where its writer has it, or no lock can be had."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held; or a file system without such locks, as some shared ones are
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

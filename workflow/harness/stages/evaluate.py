@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, required=True, help="rows per forward pass")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    out: Path = args.out
+    return out
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a run that left no checkpoint gives a skipped record and exit code 0 all the same."""
     # Read by the libraries while they are imported: no network, no bars among the log lines.

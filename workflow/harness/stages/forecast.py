@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, bytes as integers")
 
 
+def output(args: argparse.Namespace) -> Path | None:
+    """What the job writes; None where the forecast is printed."""
+    spec: Path | None = args.spec
+    return None if spec is None else spec.with_name("forecast.json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Forecast a step or a run; 0 also where there is no forecast, which is an answer."""
     if args.spec is not None:

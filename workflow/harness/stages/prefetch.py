@@ -13,6 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", type=Path, required=True, help="spec.json; results go beside it")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    spec: Path = args.spec
+    return spec.with_name("manifest.json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write manifest.json, and what it names, beside the spec."""
     from harness.records.reading import read

@@ -12,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, required=True, help="torch threads")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    spec: Path = args.spec
+    return spec.with_name("manifest.json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the model and its manifest beside the spec."""
     import torch

@@ -16,6 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, required=True, help="torch threads")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    spec: Path = args.spec
+    return spec.with_name("probe.json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write probe.json beside the spec; a probe that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for

@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", type=Path, required=True, help="results/searches/<search>/spec.json")
     parser.add_argument("--forecast", type=Path, help="forecast.json, for a run on a GPU: what cannot fit never starts")
     parser.add_argument("--threads", type=int, required=True, help="torch threads")
+    parser.add_argument("--checkpoint-every", type=int, required=True, help="steps between two resume states")
+
+
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    spec: Path = args.spec
+    return spec.with_name("search.json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,7 +51,13 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
     folder: Path = args.spec.parent
     paths = Paths(folder.parents[1])
     inputs = inputs_of(job.training, paths)
-    record = search(job, inputs=inputs, trials_folder=paths.state(job.name), refusal=refusal_of(args.forecast))
+    record = search(
+        job,
+        inputs=inputs,
+        trials_folder=paths.state(job.name),
+        checkpoint_every=args.checkpoint_every,
+        refusal=refusal_of(args.forecast),
+    )
     atomic.write_json(folder / "search.json", record.model_dump(mode="json"))
     shutil.rmtree(paths.state(job.name), ignore_errors=True)
     announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")

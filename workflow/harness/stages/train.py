@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint-every", type=int, required=True, help="steps between two resume states")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    spec: Path = args.spec
+    return spec.with_name("train.json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for

@@ -31,6 +31,7 @@ from harness.training.engagement import Period
 from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.schedule import lr_factor
+from harness.training.termination import Termination
 from harness.training.verdict import verdict
 from harness.training.watched_step import WatchedStep
 
@@ -204,7 +205,7 @@ class _Run:
         """Run all optimizer steps, with the observer and the engagement watch between them."""
         total = self.recipe.steps if run.method.TRAINS else 0
         period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
-        with Progress(total, self.name, done=first_step) as progress:
+        with Progress(total, self.name, done=first_step) as progress, Termination() as termination:
             for step in range(first_step, total):
                 with self._in_phase("first_step" if step == 0 else "steady"):
                     loss = self._step(run, step, period)
@@ -215,9 +216,11 @@ class _Run:
                 if self.observation and (done % self.observation.every_steps == 0 or done == total):
                     self._observe(run, done)
                 # after the last step too: what fails later is then done again without training
-                if state_folder is not None and (done % checkpoint_every == 0 or done == total):
+                due = done % checkpoint_every == 0 or done == total or termination.asked
+                if state_folder is not None and due:
                     self._save(run, state_folder, done)
                 progress.advance(f"loss {loss:.3f}")
+                termination.leave_if_asked(f"{self.name}, after step {done}")
         coarse = self.recipe.weight_dtype == "bf16"
         self.checks = verdict(run.promise, run.facts, self.periods, bf16_weights=coarse)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +24,14 @@ from harness.training.loop import train
 Attempt = Callable[..., TrainRecord]
 
 
-def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str | None = None) -> SearchRecord:
+def search(
+    job: SearchJob,
+    *,
+    inputs: Inputs,
+    trials_folder: Path,
+    checkpoint_every: int = 100,
+    refusal: str | None = None,
+) -> SearchRecord:
     """Train at every rate of the grid with every search seed; extend the grid while the best lies at its edge.
 
     The rule: lowest validation loss, averaged over the search seeds; a rate at which any seed diverged or ran out of
@@ -33,13 +41,18 @@ def search(job: SearchJob, *, inputs: Inputs, trials_folder: Path, refusal: str 
     Args:
         job: the resolved spec.
         inputs: folders of model and rows.
-        trials_folder: finished trials are written there one by one, and reused after a kill.
+        trials_folder: finished trials are written there one by one, and reused after a kill; the trial that was killed
+            goes on from its own resume state.
+        checkpoint_every: steps between two resume states of a trial.
         refusal: reason, known beforehand, why no trial must start.
     """
     started = time.perf_counter()
     if dropped := resume.claim(trials_folder, inputs.made_from):
         say(f"{job.name}: {dropped}")
-    attempt = partial(train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal)
+    attempt = partial(
+        train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal,
+        checkpoint_every=checkpoint_every,
+    )  # fmt: skip
     given = sorted(job.search.grid)
     grid, trials = list(given), []
     for lr in given:
@@ -76,7 +89,8 @@ def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension:
     if path.exists():
         return read(path, Trial)
     label = f"{job.training.rows.label} {job.training.label} lr {lr:g} seed {seed}"
-    record = attempt(name=label, lr=lr, seed=seed)
+    state = path.with_suffix("")
+    record = attempt(name=label, lr=lr, seed=seed, state_folder=state)
     trial = Trial(
         lr=lr,
         seed=seed,
@@ -86,6 +100,7 @@ def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension:
         extension=extension,
     )
     atomic.write_json(path, trial.model_dump(mode="json"))
+    shutil.rmtree(state, ignore_errors=True)
     return trial
 
 

@@ -322,7 +322,7 @@ def test_every_stage_that_computes_takes_its_lease_before_torch_is_imported(devi
     threads = ["--threads", "1"]
     commands = [
         ["train", "--spec", str(tmp_path / "spec.json"), *threads, "--checkpoint-every", "9"],
-        ["search", "--spec", str(tmp_path / "search.json"), *threads],
+        ["search", "--spec", str(tmp_path / "search.json"), "--checkpoint-every", "1", *threads],
     ]
     for name, checkpoint in (("scored", "model"), ("skipped", None)):
         record = TrainRecord(

@@ -1,0 +1,81 @@
+"""Files and folders are whole or absent, and what a killed writer left goes with the next one."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.records.atomic import whole_file, whole_folder, write_text
+
+WRITE = """
+import sys
+from pathlib import Path
+from harness.records import atomic
+with getattr(atomic, sys.argv[1])(Path(sys.argv[2])) as temporary:
+    (temporary / "inner" if temporary.is_dir() else temporary).write_text("half")
+    print(temporary, flush=True)
+    sys.stdin.readline()
+"""
+KINDS = ("whole_file", "whole_folder")
+
+
+def writing(kind: str, path: Path) -> tuple[subprocess.Popen[str], Path]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE, kind, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+def write(kind: str, path: Path) -> None:
+    if kind == "whole_file":
+        write_text(path, "whole")
+    else:
+        with whole_folder(path) as temporary:
+            (temporary / "inner").write_text("whole")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_killed_writer_left_goes_with_the_next(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model[1]"
+    process, left = writing(kind, path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert left.exists()
+    assert not path.exists()
+    other = tmp_path / ".model.1.part"
+    other.write_text("of another file")
+    write(kind, path)
+    assert not left.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([path, other])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_living_writer_has_stays(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    process, half = writing(kind, path)
+    write(kind, path)
+    assert half.exists()
+    process.communicate("\n", timeout=20)
+    assert process.returncode == 0
+    assert (path if kind == "whole_file" else path / "inner").read_text() == "half", "the last to end"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail_within(kind: str, path: Path) -> None:
+    with (whole_file if kind == "whole_file" else whole_folder)(path) as temporary:
+        (temporary / "inner" if temporary.is_dir() else temporary).write_text("half")
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_writer_that_fails_leaves_the_old_one(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    write(kind, path)
+    with pytest.raises(RuntimeError):
+        fail_within(kind, path)
+    assert (path if kind == "whole_file" else path / "inner").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]

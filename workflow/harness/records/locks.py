@@ -1,0 +1,94 @@
+"""Locks that a dead process cannot hold: the kernel's own (`flock`), which it drops when the process ends, however."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from harness.progress import duration, say
+
+POLL_S = 2.0
+"""Seconds between two tries of a waiting process."""
+COMMAND_LENGTH = 200
+"""Characters of the holder's command that are shown to others."""
+
+
+def try_lock(path: Path) -> int | None:
+    """An open descriptor that holds the lock until it is closed, or None where another process, or this one, holds it.
+
+    The file then describes the holder, see `holder`.
+    """
+    while True:
+        # not truncated: it holds the present holder's description
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        if _is_still(path, descriptor):
+            break
+        os.close(descriptor)  # the last holder removed the file between our two calls
+    described = {"pid": os.getpid(), "command": _command(), "since": datetime.now().isoformat(" ", "minutes")}
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, json.dumps(described).encode())
+    return descriptor
+
+
+def holder(path: Path) -> tuple[int, str] | None:
+    """Process number and description of a lock's holder; None while it has not described itself, or is gone."""
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, FileNotFoundError):
+        return None
+    return held["pid"], f"process {held['pid']} since {held['since']} ({held['command']})"
+
+
+@contextmanager
+def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
+    """Hold the lock of the job that writes `output`, which may have survived the Snakemake that started it.
+
+    Waits for another process that does the same job. Without the output's folder there is no such process, and no lock.
+
+    Yields:
+        Whether the job is still to be done: not where the other process has written `output` meanwhile.
+    """
+    if not output.parent.is_dir():
+        yield True
+        return
+    path, started = output.with_name(f".{output.name}.lock"), time.monotonic()
+    told = False
+    while (descriptor := try_lock(path)) is None:
+        if not told:
+            told = True
+            who = holder(path)
+            say(f"{output}: {who[1] if who else 'another process'} does this job; waiting for it to end")
+        time.sleep(poll_s)
+    if told:
+        say(f"{output}: the other process ended after {duration(time.monotonic() - started)}")
+    try:
+        yield not (told and output.exists())
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _is_still(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _command() -> str:
+    """How this process was started, on one line."""
+    program, *rest = sys.orig_argv
+    return " ".join(" ".join([Path(program).name, *rest]).split())[:COMMAND_LENGTH]
