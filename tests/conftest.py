@@ -5,6 +5,7 @@ The summary stands here, since with several workers only this file is known to t
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,25 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section(f"planted defects: {len(caught)} of {len(tried)} caught")
         for properties in caught:
             terminalreporter.write_line(f"  {properties['defect']:<28} {properties['caught_by'][:140]}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_small_runs() -> Iterator[None]:
+    """A third of the time of a tiny run goes into two things that only a long one needs, left out in this process.
+
+    One is the search for dead models of earlier runs, which may stay here; the other is waiting for the disk.
+    """
+    from harness.records import atomic
+    from harness.training import engagement
+
+    def begin_census() -> None:
+        gc.collect()  # only what was made since the last freeze
+        gc.freeze()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engagement, "begin_census", begin_census)
+        patch.setattr(atomic, "_flush", lambda path: None)
+        yield
 
 
 @pytest.fixture(autouse=True)
