@@ -35,7 +35,7 @@ MICRO = str(ROOT / "tests" / "pipeline" / "micro.yaml")
         ),
         ("pretrain --threads 1 --spec x.json", {"x.json": "{}"}, "x.json: the key label is missing; if this is the"),
         (["train", "--spec", "x.json", *RUN], {"x.json": "[]"}, "x.json: Input should be an object"),
-        ("search --threads 1 --spec x.json", {"x.json": ""}, "x.json: not JSON (EOF"),
+        ("search --threads 1 --checkpoint-every 1 --spec x.json", {"x.json": ""}, "x.json: not JSON (EOF"),
         ("forecast --spec x.json", {"x.json": "{}"}, "x.json: the key training is missing"),
         ("evaluate --spec x --run r --out o --threads 1 --batch-size 1", {}, "r/train.json: no such file"),
         (["collect", "--config", MICRO, "--out", "results/micro"], {}, "train.json: no such file"),

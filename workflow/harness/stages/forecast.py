@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def output(args: argparse.Namespace) -> Path | None:
     """What the job writes; None where the forecast is printed."""
     spec: Path | None = args.spec
-    return None if spec is None else spec.with_name("forecast.json")
+    return None if spec is None else spec.parent / "forecast.json"
 
 
 def run(args: argparse.Namespace) -> int:

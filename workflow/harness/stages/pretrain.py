@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def output(args: argparse.Namespace) -> Path:
     """What the job writes."""
     spec: Path = args.spec
-    return spec.with_name("manifest.json")
+    return spec.parent / "manifest.json"
 
 
 def run(args: argparse.Namespace) -> int:

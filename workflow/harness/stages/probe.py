@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def output(args: argparse.Namespace) -> Path:
     """What the job writes."""
     spec: Path = args.spec
-    return spec.with_name("probe.json")
+    return spec.parent / "probe.json"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def output(args: argparse.Namespace) -> Path:
     """What the job writes."""
     spec: Path = args.spec
-    return spec.with_name("search.json")
+    return spec.parent / "search.json"
 
 
 def run(args: argparse.Namespace) -> int:
