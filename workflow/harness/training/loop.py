@@ -22,7 +22,7 @@ from harness.records.provenance import provenance
 from harness.records.run import Check, Status, TrainRecord
 from harness.step.outcomes import CannotRunError, DivergedError, outcome_of
 from harness.step.run import run_step
-from harness.study.jobs import Training
+from harness.study.jobs import Training, digest
 from harness.study.spec import Observation
 from harness.training import resume
 from harness.training.batches import CalibrationBatches
@@ -162,7 +162,7 @@ class _Run:
             run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
             self.loaded, self.load_s = run, time.perf_counter() - started
         run.method.calibration = CalibrationBatches(run.batches, autocast=self.recipe.autocast)
-        first_step = self._resume(run, state_folder)
+        first_step = self._resume(run, state_folder, lr=lr, seed=seed)
         if first_step == 0:
             self._prepare(run)
         self._train(run, first_step, state_folder, checkpoint_every)
@@ -171,11 +171,13 @@ class _Run:
 
     # ------------------------------------------------------------ before the first step
 
-    def _resume(self, run: Loaded, state_folder: Path | None) -> int:
+    def _resume(self, run: Loaded, state_folder: Path | None, *, lr: float | None, seed: int) -> int:
         """Restore the resume state of a killed run; returns the number of steps done."""
         if state_folder is None:
             return 0
-        if dropped := resume.claim(state_folder, self.inputs.made_from):
+        mine = {"learning rate": repr(lr), "seed": repr(seed), "spec": digest(self.training.model_dump(mode="json"))}
+        made_from = resume.with_code({**self.inputs.made_from, **mine}, roots_of(self.training.module))
+        if dropped := resume.claim(state_folder, made_from):
             self.log.notes.append(dropped)
         found = resume.load(state_folder, run.module)
         if found is None:

@@ -14,10 +14,16 @@ import torch
 from torch import nn
 
 from harness.records.atomic import whole_file, write_json
+from harness.records.code import Roots, code_of
 from harness.records.reading import read_json
 
 FILE = "state.pt"
 _MADE_FROM = "made_from.json"
+
+
+def with_code(made_from: Mapping[str, str], roots: Roots) -> dict[str, str]:
+    """What states are made from, with the code that makes them."""
+    return {**made_from, "code": code_of(roots).sha256}
 
 
 def claim(folder: Path, made_from: Mapping[str, str]) -> str | None:
@@ -25,7 +31,7 @@ def claim(folder: Path, made_from: Mapping[str, str]) -> str | None:
 
     Args:
         folder: results/state/<run or search>.
-        made_from: sha256 of the files that the run reads, by role.
+        made_from: by role, what must be the same for a state to go on: hashes of files and of code, the learning rate.
 
     Returns:
         A line for the record if states were dropped.

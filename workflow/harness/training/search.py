@@ -47,7 +47,7 @@ def search(
         refusal: reason, known beforehand, why no trial must start.
     """
     started = time.perf_counter()
-    if dropped := resume.claim(trials_folder, inputs.made_from):
+    if dropped := resume.claim(trials_folder, resume.with_code(inputs.made_from, roots_of(job.training.module))):
         say(f"{job.name}: {dropped}")
     attempt = partial(
         train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal,

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
+from harness.records.code import Code
 from harness.study.jobs import SearchJob
 from harness.study.spec import Search
+from harness.training import resume
 from harness.training.loading import Inputs
 from harness.training.loop import train
 from harness.training.search import search
@@ -28,9 +30,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     return tiny_inputs(tmp_path_factory.mktemp("inputs"))
 
 
-def run(inputs: Inputs, folder: Path) -> Any:
+def run(inputs: Inputs, folder: Path, *, steps: int = STEPS, lr: float = LR, seed: int = 0) -> Any:
     return train(
-        tiny_training("full", {}, steps=STEPS), name="run", lr=LR, lr_searched=False, seed=0, inputs=inputs,
+        tiny_training("full", {}, steps=steps), name="run", lr=lr, lr_searched=False, seed=seed, inputs=inputs,
         folder=folder, state_folder=folder / "state", checkpoint_every=100,
     )  # fmt: skip
 
@@ -82,6 +84,30 @@ def test_a_trial_of_a_search_goes_on_as_well(inputs: Inputs, tmp_path: Path, mon
     again = search(job, inputs=inputs, trials_folder=tmp_path / "stopped")
     assert again.trials == straight.trials
     assert not [path for path in (tmp_path / "stopped").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("changed", "of"), [({"lr": 2 * LR}, "learning rate"), ({"seed": 1}, "seed"), ({"steps": STEPS + 1}, "spec")]
+)
+def test_a_state_goes_on_under_its_own_rate_seed_and_spec_alone(
+    changed: dict[str, Any], of: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        told_in_step(patch, 3, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            run(inputs, tmp_path)
+    record = run(inputs, tmp_path, **changed)
+    assert f"a resume state was dropped: it was made from another {of}" in record.notes
+    assert record.steps_done == changed.get("steps", STEPS)
+
+
+def test_a_state_of_other_code_is_dropped(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        told_in_step(patch, 3, signal.SIGTERM)
+        patch.setattr(resume, "code_of", lambda roots: Code("0" * 64, {}))
+        with pytest.raises(SystemExit):
+            run(inputs, tmp_path)
+    assert "a resume state was dropped: it was made from another code" in run(inputs, tmp_path).notes
 
 
 def test_asked_twice_it_ends_at_once() -> None:
