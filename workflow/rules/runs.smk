@@ -69,6 +69,8 @@ rule train:
         PATHS.output(TRAIN, "{run}"),
     log:
         "results/logs/train/{run}.log",
+    # before further searches: a study that is stopped early has whole runs to show
+    priority: 11
     threads: RUNTIME.threads
     resources:
         mem_mb=lambda wildcards: run_needs(wildcards.run).mem_mb,
