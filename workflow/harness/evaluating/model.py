@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+
+from harness.progress import Progress
 
 LOGITS_BYTES = 2**29
 """Of the logits, and of their logarithms, that one batch of answers holds at most while likelihoods are computed."""
@@ -25,6 +29,9 @@ class HarnessLM(HFLM):  # type: ignore[misc]
     _in_turns = False
     _plain = False
     batch_size_per_gpu: int
+    cache_hook: Any
+    label = "scoring"
+    """Of the progress lines."""
 
     def ask(self, tokens: Mapping[str, list[int]], *, stops: Iterable[str], in_turns: bool) -> None:
         """Announce a suite of ours.
@@ -82,11 +89,23 @@ class HarnessLM(HFLM):  # type: ignore[misc]
         pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
         return pair
 
-    # Without progress bars: only this argument switches them off, and `lm_eval.evaluate` does not pass it.
+    @contextmanager
+    def _counted(self, requests: Sequence[Any]) -> Iterator[None]:
+        """Show progress: lm-eval hands each answer to its cache as soon as it has it."""
+        usual = self.cache_hook
+        with Progress(len(requests), self.label, unit="answer") as progress:
+            self.cache_hook = _Counter(progress, usual)
+            try:
+                yield
+            finally:
+                self.cache_hook = usual
+
+    # Without lm-eval's bars: only this argument switches them off, and `lm_eval.evaluate` does not pass it.
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         """What the model writes."""
-        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        with self._counted(requests):
+            answers: list[str] = super().generate_until(requests, disable_tqdm=True)
         return answers
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -105,7 +124,20 @@ class HarnessLM(HFLM):  # type: ignore[misc]
         given: int = self.batch_size_per_gpu
         self.batch_size_per_gpu = max(1, min(given, LOGITS_BYTES // row_bytes))
         try:
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
+            with self._counted(requests):
+                found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *args, **kwargs)
         finally:
             self.batch_size_per_gpu = given
         return found
+
+
+@dataclass
+class _Counter:
+    """Stands before lm-eval's cache, and counts what passes."""
+
+    progress: Progress
+    cache: Any
+
+    def add_partial(self, *answer: Any) -> None:
+        self.cache.add_partial(*answer)
+        self.progress.advance()

@@ -177,6 +177,7 @@ class _Scorer:
             rows: of its file; None: of lm-eval's own tasks.
             folder: where its rows or data lie.
         """
+        self.lm.label = f"evaluate {self.run} {suite.label}"
         while True:
             try:
                 if rows is None:

@@ -118,6 +118,15 @@ def test_record_and_table_agree_and_shuffled_labels_give_chance(scored: Any, row
     )
 
 
+def test_long_scoring_shows_how_far_it_is(
+    scored: Any, rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("harness.progress.LINE_EVERY_S", -1.0)
+    record, _ = scored({"true": rows[:10]}, trained=[])
+    said = capsys.readouterr().err
+    assert [f"evaluate {record.run} true: {done}/10 answers, " in said for done in range(1, 11)] == [True] * 10
+
+
 def test_worked_examples_and_forgetting_and_likelihood_are_told_apart(
     tmp_path: Path, checkpoint: Path, rows: list[Row]
 ) -> None:
