@@ -23,7 +23,7 @@ from harness.records.run import (
     SearchRecord,
     TrainRecord,
 )
-from harness.reporting.failures import FAILED, reason
+from harness.reporting.failures import reason, status_of
 from harness.reporting.frames import Frames, read_table, rows_to_frame
 from harness.study.jobs import MODEL, ROWS, RunJob
 from harness.study.paths import Paths
@@ -106,7 +106,7 @@ def _failed_row(name: str, job: RunJob, why: str) -> dict[str, Any]:
         "method": job.training.label,
         "module": job.training.module,
         "seed": job.seed,
-        "status": FAILED,
+        "status": status_of(why),
         "status_why": why,
     }
     return {**dict.fromkeys([*RUNS, *LEFT_OUT]), **known}

@@ -9,8 +9,8 @@ from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Plan
 
-FAILED = "failed"
-"""Status of such a run, in tables alone: a record never has it."""
+FAILED, NOT_RUN = "failed", "not run"
+"""Statuses of such a run, in tables alone: a record never has them."""
 
 
 def failed_runs(plan: Plan, paths: Paths) -> dict[str, str]:
@@ -29,6 +29,11 @@ def failed_runs(plan: Plan, paths: Paths) -> dict[str, str]:
         if missing is not None:
             found[name] = reason(paths, *missing)
     return found
+
+
+def status_of(why: str) -> str:
+    """Whether a run failed, or has not come to its end yet, by the reason that `failed_runs` gives."""
+    return FAILED if why.partition(" ")[2].startswith("failed: ") else NOT_RUN
 
 
 def reason(paths: Paths, rule: str, job: str) -> str:

@@ -20,7 +20,7 @@ from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
 from harness.records.reading import read_json
 from harness.reporting.answer import answer
-from harness.reporting.failures import FAILED
+from harness.reporting.failures import FAILED, NOT_RUN
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.score_tables import MEASURES
@@ -192,7 +192,7 @@ def _methods(study: Study) -> list[dict[str, str]]:
 
 def _provenance(frames: Frames, folder: Path) -> dict[str, str]:
     runs = frames.runs
-    made = runs[runs["status"] != FAILED]
+    made = runs[~runs["status"].isin([FAILED, NOT_RUN])]
     stale = int(runs["stale"].fillna(False).sum())
     paths = [folder / f"{name}.parquet" for name in FRAMES]
     files = {path.name: sha256(path)[:16] for path in paths if path.exists()}

@@ -15,7 +15,7 @@ from harness.records import atomic
 from harness.records.code import ROWS as ROOTS
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, RowsRecord
-from harness.reporting.failures import failed_runs
+from harness.reporting.failures import failed_runs, status_of
 from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
@@ -62,6 +62,7 @@ def test_the_first_job_without_output_is_the_reason(tmp_path: Path) -> None:
         "lora 0": "train did not run",
         "lora 1": "",
     }
+    assert [status_of(why) for why in sorted(found.values())] == [*["not run"] * 3, *["failed"] * 2]
     assert found[by_method["full 0"]].endswith(f"({paths.root / 'logs' / 'search' / full.name}.log)")
 
 
@@ -84,12 +85,12 @@ def test_what_is_there_has_its_tables_and_what_is_missing_its_reason(
     assert len(re.findall("^missing: ", said, re.MULTILINE)) == 1, "one reason, one line"
     assert "and 3 more: search did not run" in said
     runs = pd.read_parquet(out / "runs.parquet").set_index("method")
-    assert set(runs.loc[["full", "lora"], "status"]) == {"failed"}
+    assert set(runs.loc[["full", "lora"], "status"]) == {"not run"}
     assert set(runs.loc["fixed", "status"]) == {"ok"}
     assert set(runs.loc["fixed", "notes"]) == {"not scored: evaluate did not run"}
     page = (out / "report.html").read_text(encoding="utf-8")
-    assert "2 of 6 runs are ok; 4 failed" in page
-    assert "lora on tiny, sums, seeds 0, 1: failed — search did not run" in page
+    assert "2 of 6 runs are ok; 4 not run" in page
+    assert "lora on tiny, sums, seeds 0, 1: not run — search did not run" in page
 
 
 def test_where_nothing_is_there_only_the_reasons_are_told(
