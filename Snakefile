@@ -1,5 +1,6 @@
-# One study a run: `snakemake --cores 2 [--configfile config/<study>.yaml] [--config GRASS_DATA=<path>]`.
-# The study's own strict loader reads the file; Snakemake's merged `config` is used only for path variables.
+# One study a run: `snakemake --cores 2 [--config STUDY=config/<study>.yaml GRASS_DATA=<path>]`.
+# Snakemake gets the name of the study's file alone: given as `--configfile`, the file could hold Python that Snakemake
+# runs before this line is reached (`__use_yte__`). Our own strict loader reads it.
 # `snakemake --lint` still asks for environments of rules (versions are pinned in constraints.txt) and for `params` that
 # hold PYTHON, CONFIG and RUNTIME: these do not define a run, and a changed param would make Snakemake run it again.
 import os
@@ -19,15 +20,17 @@ from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study
 from harness.study.supervision import pass_on_sigterm, take_folder
 
-for name, value in workflow.config_settings.config.items():
+if workflow.overwrite_configfiles:
+    raise WorkflowError("--configfile is not taken: give the study's file as --config STUDY=config/<study>.yaml")
+given = dict(workflow.config_settings.config)
+CONFIG = Path(os.path.relpath(str(given.pop("STUDY", "config/embedded.yaml"))))
+for name, value in given.items():
     if re.fullmatch(r"[A-Z][A-Z0-9_]*", name) is None:
-        raise WorkflowError(f"--config {name}: only path variables such as GRASS_DATA=<path> are taken")
+        raise WorkflowError(
+            f"--config {name}: only STUDY=<file> and path variables such as GRASS_DATA=<path> are taken"
+        )
     os.environ[name] = str(value)
 
-given = list(workflow.overwrite_configfiles)
-if len(given) > 1:
-    raise WorkflowError("give one --configfile: a study is one file, nothing is merged into it")
-CONFIG = Path(os.path.relpath(given[0])) if given else Path("config/embedded.yaml")
 PATHS = Paths()
 PYTHON = sys.executable
 # Snakemake does not tell a Snakefile whether this is a dry run while it parses the file

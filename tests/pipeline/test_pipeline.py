@@ -25,8 +25,8 @@ class Study:
     """A working folder with one config, and Snakemake on it."""
 
     def __init__(self, folder: Path) -> None:
-        # with spaces, as people's folders have them
-        self.folder, self.config = folder, folder / "my configs" / "micro.yaml"
+        # with spaces, as people's folders have them; and a stranger's file has any name
+        self.folder, self.config = folder, folder / "my configs" / "micro $(touch run).yaml"
         self.first: subprocess.CompletedProcess[str]
         self.config.parent.mkdir()
         shutil.copy(ROOT / "tests" / "pipeline" / "micro.yaml", self.config)
@@ -35,7 +35,7 @@ class Study:
     def command(self) -> list[str]:
         return [
             sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(self.folder),
-            "--profile", str(ROOT / "profiles" / "default"), "--cores", "2", "--configfile", str(self.config),
+            "--profile", str(ROOT / "profiles" / "default"), "--cores", "2", "--config", f"STUDY={self.config}",
         ]  # fmt: skip
 
     def snakemake(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +76,10 @@ def test_the_study_ends_in_a_page_with_tables_and_figures(study: Study) -> None:
     assert any(name.startswith("importance--mini--grass") for name in figures)
     assert {"probe-norms--mini", "probe-blocks--mini", "drift--mini"} <= figures
     assert figures == {p.stem for p in (out / "figures").glob("*.png")}
+
+
+def test_a_command_in_the_name_of_the_config_is_not_run(study: Study) -> None:
+    assert not (study.folder / "run").exists()
 
 
 def test_every_run_is_engaged_and_scored(study: Study) -> None:

@@ -29,7 +29,7 @@ def planned(folder: Path, text: str) -> dict[str, int]:
     config.write_text(text, encoding="utf-8")
     command = [
         sys.executable, "-m", "snakemake", "-n", "-s", str(ROOT / "Snakefile"), "--directory", str(folder),
-        "--profile", str(ROOT / "profiles" / "default"), "--cores", "1", "--configfile", str(config),
+        "--profile", str(ROOT / "profiles" / "default"), "--cores", "1", "--config", f"STUDY={config}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=folder, check=True)
     counted = re.findall(r"^(\w+) +(\d+)$", done.stdout + done.stderr, re.MULTILINE)

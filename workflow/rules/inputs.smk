@@ -37,8 +37,6 @@ rule prefetch_model:
 
 
 rule prefetch_rows:
-    input:
-        lambda wildcards: rows_files(PLAN.rows[wildcards.rows].source),
     output:
         PATHS.output(ROWS, "{rows}"),
     log:
@@ -49,13 +47,12 @@ rule prefetch_rows:
         runtime=needs.SMALL.minutes,
     params:
         spec=str(PATHS.spec(ROWS, "{rows}")),
+        content=lambda wildcards: rows_contents(PLAN.rows[wildcards.rows].source),
     shell:
         "{PYTHON:q} -m harness prefetch rows --spec {params.spec} --log {log}"
 
 
 rule prefetch_suite:
-    input:
-        lambda wildcards: local_files(filter(None, [getattr(PLAN.suites[wildcards.suite].source, "path", None)])),
     output:
         PATHS.output(SUITE, "{suite}"),
     log:
@@ -66,5 +63,6 @@ rule prefetch_suite:
         runtime=needs.SMALL.minutes,
     params:
         spec=str(PATHS.spec(SUITE, "{suite}")),
+        content=lambda wildcards: suite_content(PLAN.suites[wildcards.suite].source),
     shell:
         "{PYTHON:q} -m harness prefetch suite --spec {params.spec} --log {log}"

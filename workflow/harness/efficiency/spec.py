@@ -195,7 +195,7 @@ def load_efficiency(path: Path) -> EfficiencyStudy:
     """
     source = read_yaml(path)
     if "tasks" in source.value:
-        raise source.error((), f"this is a study of runs, not of memory and speed: snakemake --configfile {path}")
+        raise source.error((), f"this is a study of runs, not of memory and speed: snakemake --config STUDY={path}")
     study: EfficiencyStudy = validate(EfficiencyStudy, source.value, source)
     for label, entry in study.methods.items():
         try:

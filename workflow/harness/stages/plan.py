@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"  other: {message}")
     if changed:
         print(
-            "  stale: made by other code than today's. It is kept; to make it anew: snakemake --cores 1 --configfile "
-            f"{shlex.quote(str(args.config))} --force <its file> (--all lists every job)"
+            "  stale: made by other code than today's. It is kept; to make it anew: snakemake --cores 1 --config "
+            f"{shlex.quote(f'STUDY={args.config}')} --force <its file> (--all lists every job)"
         )
         print(f"  what differs, with the number of records: {_summary(changed)}")
     return 0

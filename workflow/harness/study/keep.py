@@ -134,4 +134,4 @@ def check_exported(run: str, checkpoint: str | None, paths: Paths) -> None:
 def train_again(runs: list[str], paths: Paths, *, config: Path) -> str:
     """The command that makes runs anew."""
     files = " ".join(shlex.quote(str(paths.output(TRAIN, run))) for run in runs)
-    return f"snakemake --cores 1 --configfile {shlex.quote(str(config))} --force {files}"
+    return f"snakemake --cores 1 --config {shlex.quote(f'STUDY={config}')} --force {files}"

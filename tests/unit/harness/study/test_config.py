@@ -304,7 +304,7 @@ def test_snakemake_shows_the_same_line(tmp_path: Path) -> None:
     path.write_text(STUDY.replace("observation:", "observatoin:"))
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", "--cores", "1"]
     done = subprocess.run(
-        [*command, "--directory", str(tmp_path), "--configfile", str(path)],
+        [*command, "--directory", str(tmp_path), "--config", f"STUDY={path}"],
         cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     shown = done.stdout + done.stderr
@@ -314,13 +314,26 @@ def test_snakemake_shows_the_same_line(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.pipeline
+def test_python_that_stands_in_a_study_is_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"__use_yte__: true\n?open({str(tmp_path / 'run')!r}, 'w').close(): 1\n{STUDY}")
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "-n", "--cores", "1"]
+    done = subprocess.run(
+        [*command, "--directory", str(tmp_path), "--config", f"STUDY={path}"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert "mine.yaml:1: __use_yte__: unknown key" in done.stdout + done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
         (["plan", "--config", "config/efficiency.yaml"], "this is an efficiency study: python -m harness efficiency"),
         (
             ["forecast", "--model", "tiny", "--method", "lora", "--config", "config/embedded.yaml"],
-            "this is a study of runs, not of memory and speed: snakemake --configfile config/embedded.yaml",
+            "this is a study of runs, not of memory and speed: snakemake --config STUDY=config/embedded.yaml",
         ),
     ],
 )

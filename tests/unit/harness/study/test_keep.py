@@ -144,7 +144,7 @@ def test_what_is_gone_is_named_with_the_command_that_trains_it_again(
     with pytest.raises(UserError) as said:
         keep.check_exported(runs[1], str(keep.exported(paths, runs[1])), paths)
     assert str(said.value).endswith(
-        f": snakemake --cores 1 --configfile 'my configs/mine.yaml' --force {paths.output(TRAIN, runs[1])}"
+        f": snakemake --cores 1 --config 'STUDY=my configs/mine.yaml' --force {paths.output(TRAIN, runs[1])}"
     )
     assert "\n" not in str(said.value)
     # these are there, or were never this run's to export
