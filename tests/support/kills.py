@@ -71,9 +71,9 @@ class Kill:
 
 KILLS = (
     Kill("logs/pretrain/*.log", signal.SIGKILL, alone=True),
-    Kill("state/*/lr0.001-seed100/state.pt", signal.SIGKILL, alone=False),
-    Kill("state/*/lr0.003-seed100/state.pt", signal.SIGTERM, alone=True),
-    Kill("state/*/state.pt", signal.SIGKILL, alone=False),
+    Kill("state/*/lr0.001-seed100/step*.json", signal.SIGKILL, alone=False),
+    Kill("state/*/lr0.003-seed100/step*.json", signal.SIGTERM, alone=True),
+    Kill("state/*/step*.json", signal.SIGKILL, alone=False),
     Kill("logs/evaluate/*.log", signal.SIGINT, alone=False),
     Kill("micro/runs.parquet", signal.SIGKILL, alone=True),
 )

@@ -1,11 +1,13 @@
 """Files that are either complete or absent: written to a temporary path, flushed to the disk, then renamed.
 
 What a killed process leaves half-written is removed by whoever writes the same file next: a temporary path is locked
-(`flock`) while its writer lives.
+(`flock`) while its writer lives. A disk that is full, or that must not be written to, is one line for the user; what
+stood at the path before stays.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -17,11 +19,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
+from harness.records.units import MIB
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL_BYTES = 2**20
+"""A disk with less free space is taken for full where a library does not say what failed."""
+
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder; on a clean exit it is flushed and renamed to `path`."""
-    with _temporary(path, Path.touch) as temporary:
+def whole_file(path: Path, *, needs_bytes: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on a clean exit it is flushed and renamed to `path`.
+
+    Args:
+        path: of the file.
+        needs_bytes: its size, where it is about known; said where the disk is full.
+
+    Raises:
+        UserError: the disk is full, or must not be written to.
+    """
+    with _temporary(path, Path.touch, needs_bytes) as temporary:
         yield temporary
         _flush(temporary)
         os.replace(temporary, path)
@@ -42,25 +60,57 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+def _temporary(path: Path, make: Callable[[Path], None], needs_bytes: int | None = None) -> Iterator[Path]:
     """A new, locked temporary path beside `path`, after those of dead writers have been removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        if (descriptor := _locked(left)) is not None:
-            _remove(left)
-            os.close(descriptor)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _remove(temporary)
-    make(temporary)
-    while (descriptor := _locked(temporary)) is not None and not temporary.exists():
-        os.close(descriptor)  # taken for a dead writer's before it was locked
-        make(temporary)
+    temporary, descriptor = path.with_name(f".{path.name}.{os.getpid()}.part"), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            if (descriptor := _locked(left)) is not None:
+                _remove(left)
+                os.close(descriptor)
+        _remove(temporary)
+        make(temporary)
+        while (descriptor := _locked(temporary)) is not None and not temporary.exists():
+            os.close(descriptor)  # taken for a dead writer's before it was locked
+            make(temporary)
         yield temporary
+    except Exception as error:
+        # here, before what is half-written is removed and the disk has room again
+        why = next(filter(None, (_of_the_disk(cause, path.parent, needs_bytes) for cause in _causes(error))), None)
+        if why is None:
+            raise
+        raise UserError(f"{path} cannot be written: {why}; then run the same command again") from error
     finally:
         _remove(temporary)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised in handling of: torch hides the disk's own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _of_the_disk(error: BaseException, folder: Path, needs_bytes: int | None) -> str | None:
+    """What is wrong with the disk of `folder`, and the mend; None where the error is another one."""
+    place = next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    free = shutil.disk_usage(place).free
+    if isinstance(error, OSError) and error.errno is not None:
+        named = error.filename is None or Path(str(error.filename)).is_relative_to(place)
+        if error.errno in _NOT_ALLOWED and named:
+            return f"{place} must not be written to ({error.strerror}): allow it"
+        full = error.errno in _NO_SPACE
+    else:
+        # torch and safetensors have errors of their own; torch's do not say why a write failed
+        told = "PytorchStreamWriter" in str(error) or "iostream error" in str(error)
+        full = "No space left on device" in str(error) or (told and free < _FULL_BYTES)
+    if not full:
+        return None
+    needed = "" if needs_bytes is None else f", about {needs_bytes / MIB:,.1f} MiB are needed"
+    return f"the disk of {place} is full: {free / MIB:,.1f} MiB are free{needed}; free some"
 
 
 def _locked(path: Path) -> int | None:

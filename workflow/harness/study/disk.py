@@ -19,7 +19,7 @@ from harness.study.plan import Plan, folder_bytes
 from harness.study.spec import HubModel
 
 STATES_OF_A_JOB = 2
-"""Resume states of a run at one moment: a new one is written beside the one before, and then takes its place."""
+"""Resume states of a run at one moment: the last two are kept, and the older one goes before the next is written."""
 
 
 @dataclass(frozen=True)

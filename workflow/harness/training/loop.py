@@ -16,7 +16,7 @@ import torch
 
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
-from harness.progress import Progress
+from harness.progress import Progress, say
 from harness.records.code import training as roots_of
 from harness.records.provenance import provenance
 from harness.records.run import Check, Status, TrainRecord
@@ -182,11 +182,15 @@ class _Run:
         found = resume.load(state_folder, run.module)
         if found is None:
             return 0
-        done, rest = found
-        run.method.load_state_dict(rest["method"])
-        run.watch.load_state_dict(rest["watch"])
-        self.log = Log(**rest["log"])
-        self.log.notes.append(f"resumed after step {done}")
+        done, rest, torn = found
+        if rest:
+            run.method.load_state_dict(rest["method"])
+            run.watch.load_state_dict(rest["watch"])
+            self.log = Log(**rest["log"])
+            self.log.notes.append(f"resumed after step {done}")
+        for line in torn:
+            say(f"{self.name}: warning: {line}")
+            self.log.notes.append(line)
         return done
 
     def _prepare(self, run: Loaded) -> None:
@@ -253,6 +257,12 @@ class _Run:
         if self.observation is not None:
             rms, loss = run.observer.observe(run.module, run.observed)
             self.meters.empty_cache()
+            broken = sum(not math.isfinite(norm) for norm in rms)
+            if broken or not math.isfinite(loss):
+                # every loss so far was finite: it was the last update that made such weights
+                raise DivergedError(
+                    f"after {done} steps: validation loss {loss}, gradients of {broken} layers not finite"
+                )
             row = {"step": done, "gradient_rms": rms, "batches": len(run.observed), "validation_loss": loss}
             self.log.observed.append(row)
 

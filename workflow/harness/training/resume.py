@@ -1,24 +1,36 @@
-"""Resume state of a training run: weights, method, generators and logs after some step, written atomically to one file.
+"""Resume states of a training run: weights, method, generators and logs after some step.
 
-It is kept under results/state/, outside every declared output, since Snakemake deletes outputs before a job starts.
+They are kept under results/state/, outside every declared output, since Snakemake deletes outputs before a job starts.
+The last two of a run are kept, each with a manifest of its size and hash: one that is torn is noticed, and the one
+before is taken.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
-from harness.records.atomic import whole_file, write_json
+from harness.errors import UserError
+from harness.records.atomic import sha256, whole_file, write_json
 from harness.records.code import Roots, code_of
-from harness.records.reading import read_json
+from harness.records.reading import read, read_json
 
-FILE = "state.pt"
 _MADE_FROM = "made_from.json"
+
+
+class Manifest(BaseModel, extra="forbid", frozen=True):
+    """What a resume state is held to before it is read."""
+
+    step: int
+    file_bytes: int
+    sha256: str
 
 
 def with_code(made_from: Mapping[str, str], roots: Roots) -> dict[str, str]:
@@ -38,18 +50,27 @@ def claim(folder: Path, made_from: Mapping[str, str]) -> str | None:
     """
     note, path = None, folder / _MADE_FROM
     if folder.exists() and any(folder.iterdir()):
-        before: dict[str, str] = read_json(path) if path.is_file() else {}
+        before = _read_made_from(path)
         differs = sorted(role for role in before.keys() | made_from.keys() if before.get(role) != made_from.get(role))
-        if path.is_file() and not differs:
+        if before and not differs:
             return None
         shutil.rmtree(folder)
-        note = f"a resume state was dropped: it was made from another {differs[0] if differs else 'model, or unknown'}"
+        note = f"a resume state was dropped: it was made from another {differs[0] if before else 'model, or unknown'}"
     write_json(path, dict(made_from))
     return note
 
 
+def _read_made_from(path: Path) -> dict[str, str]:
+    """What states were made from; nothing where that is not known."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Parameter], rest: dict[str, Any]) -> None:
-    """Write the state after `step` steps.
+    """Write the state after `step` steps, and keep the newest of those before.
 
     Args:
         folder: results/state/<run>.
@@ -57,27 +78,86 @@ def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Para
         module: the module that trains; its parameters are saved, except those in `frozen`.
         frozen: weights that the run never changes; they are restored from the model's own folder.
         rest: method state, logs; plain containers, numbers, text and tensors only.
+
+    Raises:
+        UserError: the disk is full; the states before are still there.
     """
+    newest, *older = manifests(folder) or [None]
+    for old in older:  # before the new one is written: there is disk for two
+        _state(old).unlink(missing_ok=True)
+        old.unlink()
     still = {id(p) for p in frozen}
     weights = {name: p.detach() for name, p in module.named_parameters() if id(p) not in still}
     generators = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
-    with whole_file(folder / FILE) as temporary:
-        torch.save({"step": step, "weights": weights, "generators": generators, "rest": rest}, temporary)
+    manifest = folder / f"step{step}.json"
+    size = _state(newest).stat().st_size if newest is not None and _state(newest).is_file() else None
+    with whole_file(_state(manifest), needs_bytes=size) as temporary, temporary.open("wb") as file:
+        counted = _Counted(file)
+        torch.save({"step": step, "weights": weights, "generators": generators, "rest": rest}, counted)
+    made = Manifest(step=step, file_bytes=counted.nbytes, sha256=counted.hash.hexdigest())
+    write_json(manifest, made.model_dump(mode="json"))
 
 
-def load(folder: Path, module: nn.Module) -> tuple[int, dict[str, Any]] | None:
-    """Restore weights and generators; returns the steps done and `rest`, or None if there is no resume state."""
-    path = folder / FILE
-    if not path.exists():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    parameters = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, weight in state["weights"].items():
-            parameters[name].copy_(weight)
-    torch.set_rng_state(state["generators"]["cpu"])
-    if "cuda" in state["generators"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["generators"]["cuda"])
-    return state["step"], state["rest"]
+def load(folder: Path, module: nn.Module) -> tuple[int, dict[str, Any], list[str]] | None:
+    """Restore weights and generators from the newest state that is whole.
+
+    Returns:
+        The steps done, `rest`, and a line for each newer state that is not whole; None if there is no state.
+    """
+    torn = []
+    for path in manifests(folder):
+        why = _torn(path)
+        if why is not None:
+            torn.append(f"the resume state {_state(path)} {why}, and was not used")
+            continue
+        state = torch.load(_state(path), map_location="cpu", weights_only=True)
+        parameters = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, weight in state["weights"].items():
+                parameters[name].copy_(weight)
+        torch.set_rng_state(state["generators"]["cpu"])
+        if "cuda" in state["generators"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["generators"]["cuda"])
+        return state["step"], state["rest"], torn
+    return (0, {}, torn) if torn else None
+
+
+def manifests(folder: Path) -> list[Path]:
+    """Manifests of the states in a folder, newest first."""
+    found = [path for path in folder.glob("step*.json") if path.stem.removeprefix("step").isdigit()]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step")), reverse=True)
+
+
+def _state(manifest: Path) -> Path:
+    return manifest.with_suffix(".pt")
+
+
+def _torn(manifest: Path) -> str | None:
+    """Why a state must not be used; None where it is what its manifest says."""
+    path = _state(manifest)
+    try:
+        made = read(manifest, Manifest)
+    except UserError:
+        return "has a damaged manifest"
+    if not path.is_file():
+        return "is gone"
+    if path.stat().st_size != made.file_bytes or sha256(path) != made.sha256:
+        return "is not what was written"
+    return None
+
+
+class _Counted:
+    """A file that hashes and counts what is written to it, so that it need not be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.hash, self.nbytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.nbytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.errors import UserError
+from harness.records import atomic
 from harness.records.atomic import whole_file, whole_folder, write_text
 
 WRITE = """
@@ -63,6 +68,61 @@ def test_what_a_living_writer_has_stays(kind: str, tmp_path: Path) -> None:
     assert process.returncode == 0
     assert (path if kind == "whole_file" else path / "inner").read_text() == "half", "the last to end"
     assert list(tmp_path.iterdir()) == [path]
+
+
+class TornError(Exception):
+    """As a library's own error, in whose handling the disk's is lost but for its context."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "the disk of"), (errno.EROFS, "must not be written to")])
+def test_what_is_wrong_with_the_disk_is_one_line_and_the_old_one_stays(
+    kind: str, code: int, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    write(kind, path)
+
+    def written() -> None:
+        with getattr(atomic, kind)(path):
+            try:
+                raise OSError(code, os.strerror(code))
+            except OSError:
+                raise TornError from None
+
+    with pytest.raises(UserError, match=f"^{path} cannot be written: .*{said}") as told:
+        written()
+    assert "\n" not in str(told.value)
+    assert (path if kind == "whole_file" else path / "inner").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_another_file_is_not_the_disks(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), whole_file(tmp_path / "model"):
+        raise PermissionError(errno.EACCES, "no", "/elsewhere/token")
+
+
+def test_a_disk_that_is_full_keeps_what_it_has(small_disk: Path) -> None:
+    write_text(small_disk / "kept", "whole")
+    with pytest.raises(
+        UserError, match=r"the disk of .* is full: 0\.0 MiB are free, about 8\.0 MiB are needed; free some"
+    ):
+        fill(small_disk / "kept")
+    assert [path.name for path in small_disk.iterdir()] == ["kept"]
+    assert (small_disk / "kept").read_text() == "whole"
+
+
+def fill(path: Path) -> None:
+    with whole_file(path, needs_bytes=8 * 2**20) as temporary:
+        temporary.write_bytes(bytes(8 * 2**20))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Of 4 MiB; skips where none may be mounted."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", tmp_path], check=True)
 
 
 def fail_within(kind: str, path: Path) -> None:

@@ -68,7 +68,7 @@ def test_only_what_is_not_there_is_to_come(plan: Plan, paths: Paths) -> None:
     assert to_come(plan, paths, jobs=1).kept_bytes == 5 * model
     # resume state that lies there already is not to come again
     paths.state(runs[1]).mkdir(parents=True)
-    (paths.state(runs[1]) / "state.pt").write_bytes(bytes(100))
+    (paths.state(runs[1]) / "step3.pt").write_bytes(bytes(100))
     assert to_come(plan, paths, jobs=1).state_bytes == 2 * state - 100
     # what snakemake will make, where that is known
     assert to_come(plan, paths, jobs=1, files=[paths.output(TRAIN, runs[0])]).kept_bytes == model

@@ -118,7 +118,7 @@ def killed(inputs: Inputs, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         patched.setattr(Full, "end_step", dies)
         with pytest.raises(KilledError):
             trained(inputs, folder)
-    assert (folder / "state" / "state.pt").is_file()
+    assert (folder / "state" / "step4.pt").is_file()
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -80,7 +80,7 @@ def test_a_trial_of_a_search_goes_on_as_well(inputs: Inputs, tmp_path: Path, mon
         told_in_step(patch, 3, signal.SIGTERM)
         with pytest.raises(SystemExit):
             search(job, inputs=inputs, trials_folder=tmp_path / "stopped")
-    assert (tmp_path / "stopped" / "lr0.001-seed7" / "state.pt").is_file()
+    assert [path.name for path in resume.manifests(tmp_path / "stopped" / "lr0.001-seed7")] == ["step4.json"]
     again = search(job, inputs=inputs, trials_folder=tmp_path / "stopped")
     assert again.trials == straight.trials
     assert not [path for path in (tmp_path / "stopped").iterdir() if path.is_dir()]
