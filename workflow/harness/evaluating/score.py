@@ -25,9 +25,10 @@ from harness.inputs.overlap import normalised
 from harness.inputs.prompts import Prompt, Row, user_text
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import check_ids
-from harness.records.atomic import whole_file, write_json
+from harness.records.atomic import whole_file, write_record
 from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS, LM_EVAL_SAMPLE_COLUMNS
+from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, Provenance, SuiteScore, TrainRecord
 from harness.step.architecture import check_length
@@ -110,7 +111,7 @@ def evaluate(
     inputs |= {f"checkpoint:{path.name}": path for path in checkpoint.iterdir() if path.is_file()}
     device = train_record.recipe["device"]
     origin = provenance(roots=EVALUATION, inputs=inputs, device=device)
-    _check_untrained(train_record, origin)
+    _check_model(train_record, origin)
     model = load_model(checkpoint, weight_dtype=train_record.recipe["weight_dtype"]).to(device).eval()
     prompt = Prompt(job.prompt, load_tokenizer(checkpoint))
     try:
@@ -136,17 +137,17 @@ def evaluate(
     return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
 
 
-def _check_untrained(train_record: TrainRecord, origin: Provenance) -> None:
-    """A run that trained nothing is scored on the model's own folder, which must hold what it held then."""
-    if train_record.steps_done:
-        return
-    then = train_record.provenance.input_sha256
+def _check_model(train_record: TrainRecord, origin: Provenance) -> None:
+    """What is scored is what was exported; where nothing was trained, what lay in the model's own folder then."""
+    then = train_record.files_sha256 if train_record.steps_done else train_record.provenance.input_sha256
+    of_file = "model/{}" if train_record.steps_done else "model {}"
     for role, value in origin.input_sha256.items():
         kind, _, name = role.partition(":")
-        if kind == "checkpoint" and then.get(f"model {name}", value) != value:
+        if kind == "checkpoint" and then.get(of_file.format(name), value) != value:
             raise UserError(
-                f"{train_record.checkpoint} holds another model than run {train_record.name} was made from: {name} "
-                "differs; put that model back, or remove the run's train.json to make it anew"
+                f"{train_record.checkpoint} holds another model than run {train_record.name} "
+                f"{'exported' if train_record.steps_done else 'was made from'}: {name} differs; put that model back, "
+                "or remove the run's train.json to make it anew"
             )
 
 
@@ -344,5 +345,7 @@ def _write(out: Path, documents: list[dict[str, Any]], record: EvalRecord) -> Ev
     table = pd.DataFrame(documents, columns=list(DOCUMENT_COLUMNS)).astype(DOCUMENT_COLUMNS)
     with whole_file(out.with_suffix(".parquet")) as temporary:
         table.to_parquet(temporary, index=False)
-    write_json(out, record.model_dump(mode="json"))
+    tables = [file for suffix in (".parquet", LM_EVAL_SAMPLES) if (file := out.with_suffix(suffix)).is_file()]
+    record = record.model_copy(update={"files_sha256": hashes(out.parent, tables)})
+    write_record(out, record)
     return record

@@ -19,7 +19,7 @@ from typing import Any
 
 from harness.errors import UserError, first_line
 from harness.inputs.hub_rows import in_mirror, why_not
-from harness.records.atomic import sha256, write_json
+from harness.records.atomic import sha256, write_json, write_record
 from harness.records.code import STOCK_SUITE
 from harness.records.provenance import provenance
 from harness.records.reading import read_json
@@ -73,7 +73,7 @@ def fetch(job: SuiteJob, folder: Path) -> RowsRecord:
         rows={name: min(count, source.limit or count) for name, count in counts.items()},
         provenance=provenance(roots=STOCK_SUITE, inputs={}),
     )
-    write_json(folder / "manifest.json", record.model_dump(mode="json"))
+    write_record(folder / "manifest.json", record)
     return record
 
 

@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.inputs.checkpoints import check_checkpoint
 from harness.inputs.hub_models import find_model
 from harness.inputs.models import load_tokenizer
-from harness.records.atomic import sha256, write_json
+from harness.records.atomic import sha256, write_record
 from harness.records.code import FOUND_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import CameFrom, ModelRecord, Provenance
@@ -112,7 +112,7 @@ def describe_model(
         wall_s=time.perf_counter() - started,
         provenance=provenance,
     )
-    write_json(into / "manifest.json", record.model_dump(mode="json"))
+    write_record(into / "manifest.json", record)
     return record
 
 

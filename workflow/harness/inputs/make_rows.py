@@ -15,7 +15,7 @@ from harness.inputs.files import read_values
 from harness.inputs.generated import suite_rows, training_rows
 from harness.inputs.hub_rows import read_data_set
 from harness.inputs.rows import Row, fits, rows_of
-from harness.records.atomic import sha256, write_json
+from harness.records.atomic import sha256, write_json, write_record
 from harness.records.code import ROWS
 from harness.records.provenance import provenance
 from harness.records.run import RowsRecord
@@ -168,5 +168,5 @@ def _written(
         overlapping_rows=overlapping,
         provenance=provenance(roots=ROWS, inputs=read),
     )
-    write_json(folder / "manifest.json", record.model_dump(mode="json"))
+    write_record(folder / "manifest.json", record)
     return record

@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from harness.errors import UserError
 from harness.records.units import MIB
 
@@ -143,6 +145,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all; NaN and infinity are refused."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_record(path: Path, record: BaseModel) -> None:
+    """Write a record as `write_json` does, with a seal: `harness.records.reading.read` refuses one that was changed."""
+    write_text(path, sealed(json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)))
+
+
+def sealed(text: str) -> str:
+    """The text of a JSON object, indented by two spaces, with a last key that holds the hash of all before it."""
+    body = text.removesuffix("\n").removesuffix("\n}")
+    return f'{body},\n  "seal": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:

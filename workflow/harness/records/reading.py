@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def read(path: Path, model: type[Model]) -> Model:
     Raises:
         UserError: no such file, or it holds no `model`; the message names the file, the fault and the remedy.
     """
-    text = _text(path)
+    text = _unsealed(path, _text(path))
     try:
         # strict models take a tuple from a JSON array only when they read the JSON themselves
         return model.model_validate_json(text)
@@ -71,6 +72,20 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                 f"{path}, line {number}: not JSON ({error}); delete the record beside it and run again"
             ) from error
     return rows
+
+
+def _unsealed(path: Path, text: bytes) -> bytes:
+    """A record without its seal; one that was written without a seal is taken as it is.
+
+    Raises:
+        UserError: the record is not what was written.
+    """
+    body, sign, seal = text.rpartition(b',\n  "seal": "')
+    if sign and seal != hashlib.sha256(body).hexdigest().encode() + b'"\n}\n':
+        raise UserError(
+            f"{path}: changed since it was written, by hand or by a fault of the disk; delete it and run again"
+        )
+    return body + b"\n}\n" if sign else text
 
 
 def _text(path: Path) -> bytes:

@@ -23,9 +23,11 @@ Status = Literal["ok", "oom", "diverged", "disengaged", "skipped"]
 
 
 class Record(BaseModel):
-    """Base of everything read back from disk: unknown keys are errors, so that an old record is noticed."""
+    """Base of everything read back from disk: unknown keys are errors, so that an old record is noticed; and so are
+    NaN and infinity, which no job writes.
+    """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Provenance(Record):
@@ -273,6 +275,9 @@ class TrainRecord(Record):
     transfer: TransferRates | None = Field(default=None, description="measured when the run was over")
     transfer_why: str | None = None
     engagement: list[Check] = Field(default_factory=list)
+    files_sha256: dict[str, str] = Field(
+        default_factory=dict, description="of the logs and the exported model; empty in records older than this"
+    )
     notes: list[str] = Field(default_factory=list)
     provenance: Provenance
 
@@ -389,6 +394,9 @@ class EvalRecord(Record):
     scores: list[SuiteScore]
     lm_eval: list[LmEvalScore] = Field(
         default_factory=list, description="suites of kind lm-eval, a protocol of its own"
+    )
+    files_sha256: dict[str, str] = Field(
+        default_factory=dict, description="of the outcomes by document; empty in records older than this"
     )
     wall_s: float
     provenance: Provenance

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from harness.errors import UserError
+from harness.progress import say
 from harness.records.code import PROBE, code_of
 from harness.records.columns import ALL, FRAMES, LEFT_OUT, NOT_SCORED, RUNS, STEP_COLUMNS
+from harness.records.held import check_files
 from harness.records.reading import read, read_jsonl
 from harness.records.run import (
     LM_EVAL_SAMPLES,
@@ -25,6 +28,7 @@ from harness.records.run import (
 )
 from harness.reporting.failures import reason, status_of
 from harness.reporting.frames import Frames, read_table, rows_to_frame
+from harness.reporting.trusted import check_run, check_scores, check_search
 from harness.study.jobs import MODEL, ROWS, RunJob
 from harness.study.paths import Paths
 from harness.study.plan import Plan
@@ -37,65 +41,130 @@ def collect(plan: Plan, paths: Paths, *, failed: Mapping[str, str] | None = None
     Args:
         plan: of the study.
         paths: of its results.
-        failed: runs without a record, with the reason: they become rows that have nothing else. Other records may then
-            be missing too. None: everything is there.
+        failed: runs without a record, with the reason: they become rows that have nothing else, and so do runs whose
+            record cannot be trusted. Other records may then be missing too. None: everything is there.
+
+    Raises:
+        UserError: a record is missing, damaged, or does not agree with what was run.
     """
-    rows: dict[str, list[dict[str, Any]]] = {
-        name: []
-        for name in ("runs", "scores", "lm_eval", "trials", "steps", "believed", "observed", "probes", "probed")
-    }
-    tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
+    found = _Found()
     models = OneModelEach(plan, paths)
     for name, job in plan.runs.items():
-        if failed is not None and name in failed:
-            rows["runs"].append(_failed_row(name, job, failed[name]))
-            continue
-        folder = paths.run(name)
-        record = read(folder / "train.json", TrainRecord)
-        models.check(job.training.model.name, record.provenance, folder / "train.json")
-        made = read(paths.output(ROWS, job.training.rows.name), RowsRecord)
-        left_out = {"empty_rows": made.dropped_rows, "overlapping_rows": made.overlapping_rows}
-        rows["runs"].append({column: source.of(record) for column, source in RUNS.items()} | left_out)
-        rows["steps"] += [_step_row(name, row) for row in _lines(folder / "steps.jsonl")]
-        rows["believed"] += [r for row in _lines(folder / "believed.jsonl") for r in _believed_rows(name, row)]
-        rows["observed"] += [r for row in _lines(folder / "observed.jsonl") for r in _observed_rows(name, row)]
-        if name not in plan.evaluation_of:
-            continue
-        score_file = paths.score(name, plan.evaluation_of[name])
-        if failed is not None and not score_file.is_file():
-            _note(rows["runs"][-1], reason(paths, "evaluate", f"{name}--{plan.evaluation_of[name]}"))
-            continue
-        score = read(score_file, EvalRecord)
-        rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
-        rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
-        if score.status == "oom":
-            _note(rows["runs"][-1], str(score.status_why))
-        if score.status != "skipped":
-            kinds = {"documents": ".parquet"}
-            if any(isinstance(suite.source, LmEvalSuite) for suite in plan.evals[score.name].all_suites):
-                kinds["lm_eval_documents"] = LM_EVAL_SAMPLES
-            for kind, suffix in kinds.items():
-                table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
-                # older tables lack the newest columns; samples have more than are reported
-                tables[kind].append(table.reindex(columns=list(FRAMES[kind])))
+        why = None if failed is None else failed.get(name)
+        try:
+            found.add(_of_run(plan, paths, name, models, unscored=failed is not None) if why is None else None)
+        except UserError as error:
+            if failed is None:
+                raise
+            why = f"collect failed: {error}"
+        if why is not None:
+            found.rows["runs"].append(_failed_row(name, job, why))
     for name, searched in plan.searches.items():
-        if failed is not None and not (paths.search(name) / "search.json").is_file():
+        path = paths.search(name) / "search.json"
+        if failed is not None and not path.is_file():
             continue
-        search = read(paths.search(name) / "search.json", SearchRecord)
-        models.check(searched.training.model.name, search.provenance, paths.search(name) / "search.json")
-        rows["trials"] += _trial_rows(search)
+        with _left_out(failed is not None):
+            search = read(path, SearchRecord)
+            check_search(search, name, searched, path)
+            models.check(searched.training.model.name, search.provenance, path)
+            found.rows["trials"] += _trial_rows(search)
     for name, probing in plan.probes.items():
-        if failed is not None and not (paths.probe(name) / "probe.json").is_file():
+        path = paths.probe(name) / "probe.json"
+        if failed is not None and not path.is_file():
             continue
-        probe = read(paths.probe(name) / "probe.json", ProbeRecord)
-        models.check(probing.model.name, probe.provenance, paths.probe(name) / "probe.json")
-        rows["probes"].append(_probe_row(probe))
-        rows["probed"] += _probed_rows(probe)
-    frames = {name: rows_to_frame(name, values) for name, values in rows.items()}
-    for kind, found in tables.items():
-        joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
-        frames[kind] = rows_to_frame(kind, joined.to_dict("records"))  # type: ignore[arg-type]
-    return Frames(**frames)
+        with _left_out(failed is not None):
+            probe = read(path, ProbeRecord)
+            models.check(probing.model.name, probe.provenance, path)
+            found.rows["probes"].append(_probe_row(probe))
+            found.rows["probed"] += _probed_rows(probe)
+    return found.frames()
+
+
+@contextmanager
+def _left_out(partial: bool) -> Iterator[None]:
+    """Of partial tables: a record that cannot be trusted is left out, and said."""
+    try:
+        yield
+    except UserError as error:
+        if not partial:
+            raise
+        say(f"left out: {error}")
+
+
+class _Found:
+    """Rows of the tables, and tables that are already made."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, list[pd.DataFrame]] = {"documents": [], "lm_eval_documents": []}
+        self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FRAMES if name not in self.tables}
+
+    def add(self, other: _Found | None) -> None:
+        """Take the rows of a run, once all of them are trusted."""
+        if other is not None:
+            for name, rows in other.rows.items():
+                self.rows[name] += rows
+            for name, tables in other.tables.items():
+                self.tables[name] += tables
+
+    def frames(self) -> Frames:
+        """All of it."""
+        frames = {name: rows_to_frame(name, values) for name, values in self.rows.items()}
+        for kind, found in self.tables.items():
+            joined = pd.concat(found, ignore_index=True) if found else pd.DataFrame()
+            frames[kind] = rows_to_frame(kind, joined.to_dict("records"))  # type: ignore[arg-type]
+        return Frames(**frames)
+
+
+def _of_run(plan: Plan, paths: Paths, name: str, models: OneModelEach, *, unscored: bool) -> _Found:
+    """All rows of one run.
+
+    Args:
+        plan: of the study.
+        paths: of its results.
+        name: of the run.
+        models: what runs were made from so far.
+        unscored: whether a run without scores is taken, with a note.
+
+    Raises:
+        UserError: a record or a file beside it is not what was written, or does not agree with what was run.
+    """
+    found, job, path = _Found(), plan.runs[name], paths.run(name) / "train.json"
+    record = read(path, TrainRecord)
+    models.check(job.training.model.name, record.provenance, path)
+    check_files(path, {file: value for file, value in record.files_sha256.items() if file.endswith(".jsonl")})
+    made = read(paths.output(ROWS, job.training.rows.name), RowsRecord)
+    left_out = {"empty_rows": made.dropped_rows, "overlapping_rows": made.overlapping_rows}
+    run = {column: source.of(record) for column, source in RUNS.items()} | left_out
+    found.rows["runs"].append(run)
+    steps = _lines(path.parent / "steps.jsonl")
+    check_run(record, name, job, path, logged_steps=len(steps))
+    found.rows["steps"] += [_step_row(name, row) for row in steps]
+    found.rows["believed"] += [r for row in _lines(path.parent / "believed.jsonl") for r in _believed_rows(name, row)]
+    found.rows["observed"] += [r for row in _lines(path.parent / "observed.jsonl") for r in _observed_rows(name, row)]
+    if name not in plan.evaluation_of:
+        return found
+    evaluation = plan.evaluation_of[name]
+    score_file = paths.score(name, evaluation)
+    if unscored and not score_file.is_file():
+        _note(run, reason(paths, "evaluate", f"{name}--{evaluation}"))
+        return found
+    score = read(score_file, EvalRecord)
+    check_files(score_file, score.files_sha256)
+    if score.status == "oom":
+        _note(run, str(score.status_why))
+    if score.status != "skipped":
+        kinds = {"documents": ".parquet"}
+        if any(isinstance(suite.source, LmEvalSuite) for suite in plan.evals[evaluation].all_suites):
+            kinds["lm_eval_documents"] = LM_EVAL_SAMPLES
+        for kind, suffix in kinds.items():
+            table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
+            # older tables lack the newest columns; samples have more than are reported
+            found.tables[kind].append(table.reindex(columns=list(FRAMES[kind])))
+    documents = found.tables["documents"][0] if found.tables["documents"] else None
+    check_scores(score, name, plan.evals[evaluation], documents, score_file)
+    found.rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
+    found.rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
+    return found
 
 
 def _failed_row(name: str, job: RunJob, why: str) -> dict[str, Any]:

@@ -47,17 +47,21 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     import torch
 
     from harness.evaluating.score import evaluate
+    from harness.records.held import check_files
     from harness.records.reading import read
+    from harness.records.run import RowsRecord
     from harness.records.units import gib
-    from harness.study.jobs import EvalJob, RunJob
+    from harness.study.jobs import ROWS, SUITE, EvalJob, RunJob, read_job
     from harness.study.keep import remove_unneeded
     from harness.study.paths import Paths
     from harness.study.progress import announce
 
     torch.set_num_threads(args.threads)
     paths = Paths(args.run.parents[1])
-    job = read(args.spec, EvalJob)
-    training = read(args.run / "spec.json", RunJob).training
+    job = read_job(args.spec, EvalJob, args.spec.stem)
+    training = read_job(args.run / "spec.json", RunJob, args.run.name).training
+    for manifest in (paths.output(ROWS, training.rows.name), *(paths.output(SUITE, s.name) for s in job.all_suites)):
+        check_files(manifest, read(manifest, RowsRecord).files_sha256)
     record = evaluate(
         job,
         train_record=train_record,

@@ -47,18 +47,17 @@ def _of_run(spec: Path) -> int:
     """Write forecast.json beside the spec of a run's forecast."""
     from harness.forecasting.run_forecast import forecast_run
     from harness.records import atomic
-    from harness.records.reading import read
     from harness.records.units import gib
     from harness.study.identity import known_model
-    from harness.study.jobs import FORECAST, MODEL, ForecastJob
+    from harness.study.jobs import FORECAST, MODEL, ForecastJob, read_job
     from harness.study.paths import Paths, resolve
     from harness.study.progress import announce
 
-    job = read(spec, ForecastJob)
+    job = read_job(spec, ForecastJob, spec.parent.name)
     paths, training = Paths(spec.parents[2]), job.training
     model = known_model(paths.output(MODEL, training.model.name))
     found = forecast_run(training, name=job.name, model=resolve(model.folder), rows=paths.rows(training.rows.name))
-    atomic.write_json(paths.output(FORECAST, job.name), found.model_dump(mode="json"))
+    atomic.write_record(paths.output(FORECAST, job.name), found)
     said = f"no forecast: {found.peak_why}" if found.peak_bytes is None else f"{gib(found.peak_bytes)} GiB"
     announce(f"forecast {job.name}: {said}")
     return 0

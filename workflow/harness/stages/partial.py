@@ -18,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Write what can be written, and say what is missing and what to do about it."""
     from harness.progress import say
     from harness.reporting.collecting import collect
-    from harness.reporting.failures import failed_runs
+    from harness.reporting.failures import FAILED, NOT_RUN, failed_runs
     from harness.reporting.figures import write_figures
     from harness.reporting.frames import read_frames, write_frames
     from harness.reporting.page import write_page
@@ -34,6 +34,9 @@ def run(args: argparse.Namespace) -> int:
         out = paths.study(study.study) / "partial"
         write_frames(collect(plan, paths, failed=missing), out)
         frames = read_frames(out)
+        # with those whose record cannot be trusted
+        without = frames.runs[frames.runs["status"].isin([FAILED, NOT_RUN])]
+        missing = dict(zip(without["run"], without["status_why"], strict=True))
         write_tables(frames, study, out / "tables")
         write_figures(frames, study, out / "figures")
         write_page(frames, study, out, out / "report.html")

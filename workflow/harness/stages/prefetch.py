@@ -21,18 +21,17 @@ def output(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Write manifest.json, and what it names, beside the spec."""
-    from harness.records.reading import read
-    from harness.study.jobs import ModelJob, RowsJob, SuiteJob
+    from harness.study.jobs import ModelJob, RowsJob, SuiteJob, read_job
 
     folder: Path = args.spec.parent
     if args.kind == "rows":
         from harness.inputs.make_rows import make_rows
 
-        make_rows(read(args.spec, RowsJob), folder)
+        make_rows(read_job(args.spec, RowsJob, folder.name), folder)
     elif args.kind == "suite":
         from harness.study.spec import LmEvalSuite
 
-        suite = read(args.spec, SuiteJob)
+        suite = read_job(args.spec, SuiteJob, folder.name)
         if isinstance(suite.source, LmEvalSuite):
             from harness.evaluating.stock_data import fetch
 
@@ -45,5 +44,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         from harness.inputs.make_models import make_model
 
-        make_model(read(args.spec, ModelJob), folder)
+        make_model(read_job(args.spec, ModelJob, folder.name), folder)
     return 0

@@ -23,12 +23,11 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from harness.inputs.pretrain import make_pretrained
-    from harness.records.reading import read
-    from harness.study.jobs import ModelJob
+    from harness.study.jobs import ModelJob, read_job
     from harness.study.progress import announce
 
     torch.set_num_threads(args.threads)
-    job = read(args.spec, ModelJob)
+    job = read_job(args.spec, ModelJob, args.spec.parent.name)
     record = make_pretrained(job, args.spec.parent)
     announce(f"pretrain {job.name}: loss {record.pretraining_loss[-1][1]:.3f}")
     return 0

@@ -25,10 +25,9 @@ def output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write probe.json beside the spec; a probe that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
-    from harness.records.reading import read
-    from harness.study.jobs import ProbeJob
+    from harness.study.jobs import ProbeJob, read_job
 
-    job = read(args.spec, ProbeJob)
+    job = read_job(args.spec, ProbeJob, args.spec.parent.name)
     # before torch is imported: the lease says which GPU it will see
     with lease_for(job.device):
         return _probe(args, job)
@@ -47,6 +46,6 @@ def _probe(args: argparse.Namespace, job: ProbeJob) -> int:
     folder: Path = args.spec.parent
     paths = Paths(folder.parents[1])
     record = probe(job, inputs_of(job, paths))
-    atomic.write_json(folder / "probe.json", record.model_dump(mode="json"))
+    atomic.write_record(folder / "probe.json", record)
     announce(f"probe {job.name}: {record.status}{f' ({record.status_why})' if record.status_why else ''}")
     return 0

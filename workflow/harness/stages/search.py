@@ -28,10 +28,9 @@ def output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write search.json beside the spec; finished trials of a killed search are kept and reused."""
     from harness.measuring.gpu import lease_for
-    from harness.records.reading import read
-    from harness.study.jobs import SearchJob
+    from harness.study.jobs import SearchJob, read_job
 
-    job = read(args.spec, SearchJob)
+    job = read_job(args.spec, SearchJob, args.spec.parent.name)
     # before torch is imported: the lease says which GPU it will see
     with lease_for(job.training.recipe.device):
         return _search(args, job)
@@ -58,7 +57,7 @@ def _search(args: argparse.Namespace, job: SearchJob) -> int:
         checkpoint_every=args.checkpoint_every,
         refusal=refusal_of(args.forecast),
     )
-    atomic.write_json(folder / "search.json", record.model_dump(mode="json"))
+    atomic.write_record(folder / "search.json", record)
     shutil.rmtree(paths.state(job.name), ignore_errors=True)
     announce(f"search {job.name}: {f'lr {record.lr:g}' if record.lr is not None else record.lr_why}")
     return 0

@@ -28,10 +28,9 @@ def output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
-    from harness.records.reading import read
-    from harness.study.jobs import RunJob
+    from harness.study.jobs import RunJob, read_job
 
-    job = read(args.spec, RunJob)
+    job = read_job(args.spec, RunJob, args.spec.parent.name)
     # before torch is imported: the lease says which GPU it will see
     with lease_for(job.training.recipe.device):
         return _train(args, job)
@@ -73,7 +72,7 @@ def _train(args: argparse.Namespace, job: RunJob) -> int:
         observation=job.observation,
         refusal=refusal_of(args.forecast),
     )
-    atomic.write_json(folder / "train.json", with_rates(record).model_dump(mode="json"))
+    atomic.write_record(folder / "train.json", with_rates(record))
     if record.checkpoint is not None or record.status != "ok":
         # a trained model that could not be exported stays there
         shutil.rmtree(state, ignore_errors=True)

@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field
 
 from baselines.method import Recipe, Strict, later
+from harness.errors import UserError
 from harness.records import code
 from harness.records.code import Roots
+from harness.records.reading import read
 from harness.study.spec import (
     Label,
     LmEvalSuite,
@@ -33,6 +36,9 @@ def digest(value: Any) -> str:
     """First 8 hex digits of the sha256 of a value's canonical JSON."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+J = TypeVar("J", bound="Job")
 
 
 class Job(Strict):
@@ -182,9 +188,19 @@ class EvalJob(Job):
         return f"{self.task}--{digest(self.body())}"
 
 
-# ---------------------------------------------------------------- kinds of jobs
+def read_job(path: Path, kind: type[J], name: str) -> J:
+    """The spec in a file, which must be the one that the job's name has the hash of.
 
-J = TypeVar("J", bound=Job)
+    Raises:
+        UserError: no such file, no spec, or another job's.
+    """
+    job = read(path, kind)
+    if job.name != name:
+        raise UserError(f"{path}: the spec of {job.name}, not of {name}: changed by hand? Remove it and run again")
+    return job
+
+
+# ---------------------------------------------------------------- kinds of jobs
 
 START_WEIGHT = 120.0
 """Weight of starting a job that imports torch and transformers, in optimizer steps of the embedded model."""

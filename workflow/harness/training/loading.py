@@ -14,6 +14,7 @@ from harness.inputs.models import check_savable, generation_why, load_model, loa
 from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import Encoded, check_ids, encode_rows
+from harness.records.held import check_files
 from harness.records.reading import read
 from harness.records.run import DataUse, RowsRecord
 from harness.step.architecture import Attention, attention_of, check_length
@@ -50,10 +51,12 @@ def inputs_of(job: Training | ProbeJob, paths: Paths) -> Inputs:
     """The inputs that earlier jobs made for a run or a probe.
 
     Raises:
-        UserError: a manifest is missing, or the model's folder holds another model than its manifest was made from.
+        UserError: a manifest is missing, or the model or the rows are not those that their manifest was made from.
     """
     model = known_model(paths.output(MODEL, job.model.name))
-    rows = read(paths.output(ROWS, job.rows.name), RowsRecord)
+    rows_manifest = paths.output(ROWS, job.rows.name)
+    rows = read(rows_manifest, RowsRecord)
+    check_files(rows_manifest, rows.files_sha256)
     hashes = {f"model {name}": value for name, value in model.files_sha256.items()}
     hashes |= {f"rows {name}": value for name, value in rows.files_sha256.items()}
     return Inputs(resolve(model.folder), paths.rows(job.rows.name), model.folder, hashes)

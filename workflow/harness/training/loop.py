@@ -18,6 +18,7 @@ from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
 from harness.progress import Progress, say
 from harness.records.code import training as roots_of
+from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.run import Check, Status, TrainRecord
 from harness.step.outcomes import CannotRunError, DivergedError, outcome_of
@@ -121,6 +122,7 @@ def train(
         gpu=gpu,
         gpu_why=gpu_why,
         engagement=checks,
+        files_sha256={} if folder is None else hashes(folder, [*folder.glob("*.jsonl"), *folder.glob("model/*")]),
         notes=[*(loaded.notes if loaded else []), *run.log.notes, *ending.notes],
         provenance=provenance(
             roots=roots_of(training.module),

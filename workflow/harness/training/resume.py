@@ -8,6 +8,7 @@ before is taken.
 from __future__ import annotations
 
 import hashlib
+import io
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from pydantic import BaseModel
 from torch import nn
 
 from harness.errors import UserError
-from harness.records.atomic import sha256, whole_file, write_json
+from harness.records.atomic import sha256, whole_file, write_json, write_record
 from harness.records.code import Roots, code_of
 from harness.records.reading import read, read_json
 
@@ -82,8 +83,8 @@ def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Para
     Raises:
         UserError: the disk is full; the states before are still there.
     """
-    newest, *older = manifests(folder) or [None]
-    for old in older:  # before the new one is written: there is disk for two
+    there = manifests(folder)
+    for old in there[1:]:  # before the new one is written: there is disk for two
         _state(old).unlink(missing_ok=True)
         old.unlink()
     still = {id(p) for p in frozen}
@@ -92,12 +93,12 @@ def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Para
     if torch.cuda.is_available():
         generators["cuda"] = torch.cuda.get_rng_state()
     manifest = folder / f"step{step}.json"
-    size = _state(newest).stat().st_size if newest is not None and _state(newest).is_file() else None
-    with whole_file(_state(manifest), needs_bytes=size) as temporary, temporary.open("wb") as file:
-        counted = _Counted(file)
+    sizes = [_state(last).stat().st_size for last in there[:1] if _state(last).is_file()]
+    with whole_file(_state(manifest), needs_bytes=max(sizes, default=None)) as temporary, temporary.open("wb") as file:
+        counted: Any = _Counted(file)
         torch.save({"step": step, "weights": weights, "generators": generators, "rest": rest}, counted)
     made = Manifest(step=step, file_bytes=counted.nbytes, sha256=counted.hash.hexdigest())
-    write_json(manifest, made.model_dump(mode="json"))
+    write_record(manifest, made)
 
 
 def load(folder: Path, module: nn.Module) -> tuple[int, dict[str, Any], list[str]] | None:
@@ -148,16 +149,15 @@ def _torn(manifest: Path) -> str | None:
     return None
 
 
-class _Counted:
+class _Counted(io.RawIOBase):
     """A file that hashes and counts what is written to it, so that it need not be read again."""
 
     def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
         self._file, self.hash, self.nbytes = file, hashlib.sha256(), 0
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
+        """Write all of `data`, which is bytes of some kind."""
         self.hash.update(data)
         self.nbytes += len(data)
         return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()

@@ -99,7 +99,7 @@ def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension:
         validation_loss=record.validation_loss,
         extension=extension,
     )
-    atomic.write_json(path, trial.model_dump(mode="json"))
+    atomic.write_record(path, trial)
     shutil.rmtree(state, ignore_errors=True)
     return trial
 

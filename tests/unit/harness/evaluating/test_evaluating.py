@@ -15,8 +15,12 @@ from harness.errors import UserError
 from harness.evaluating import score as scoring
 from harness.evaluating.score import evaluate
 from harness.inputs.prompts import Row, evaluation_prompt
+from harness.records.atomic import write_record
 from harness.records.columns import DOCUMENT_COLUMNS
-from harness.records.run import EvalRecord, TrainRecord
+from harness.records.held import hashes
+from harness.records.provenance import provenance
+from harness.records.reading import read
+from harness.records.run import EvalRecord, RowsRecord, TrainRecord
 from harness.stages import evaluate as stage
 from harness.study.jobs import EvalJob, RunJob, SuiteJob
 from learned_rows import ROWS, known_rows, learned, write_suite
@@ -67,7 +71,7 @@ def scored(tmp_path: Path, checkpoint: Path) -> Callable[..., tuple[EvalRecord, 
             out=out,
             batch_size=batch_size,
         )
-        assert returned == EvalRecord.model_validate_json(out.read_bytes())
+        assert returned == read(out, EvalRecord)
         return returned, pd.read_parquet(out.with_suffix(".parquet"))
 
     return run
@@ -195,7 +199,7 @@ def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path)
     )  # fmt: skip
     assert (record.status, record.scores) == ("skipped", [])
     assert "oom (needed 90 GB)" in str(record.status_why)
-    assert EvalRecord.model_validate_json(out.read_bytes()) == record
+    assert read(out, EvalRecord) == record
     table = pd.read_parquet(out.with_suffix(".parquet"))
     assert len(table) == 0
     assert list(table.columns) == list(DOCUMENT_COLUMNS)
@@ -281,9 +285,20 @@ def test_stage_finds_everything_by_the_layout(tmp_path: Path, checkpoint: Path, 
     for each in job.all_suites:
         write_suite(results / "inputs" / "suites" / each.name, rows[:8])
     write_train(results / "inputs" / "rows" / run.training.rows.name, rows[:3])
+    written = {("suites", each.name): "test.json" for each in job.all_suites}
+    for (kind, name), file in (written | {("rows", run.training.rows.name): "train.json"}).items():
+        place = results / "inputs" / kind / name
+        made = RowsRecord(
+            name=name, files_sha256=hashes(place, [place / file]), rows={}, provenance=provenance(roots=(), inputs={})
+        )
+        write_record(place / "manifest.json", made)
     out = folder / "eval" / f"{job.name}.json"
     threads = torch.get_num_threads()
     assert stage.run(Namespace(spec=spec, run=folder, out=out, threads=threads, batch_size=8)) == 0
-    record = EvalRecord.model_validate_json(out.read_bytes())
+    record = read(out, EvalRecord)
     assert (record.name, record.run, record.scores[0].rows, record.scores[0].leaked_rows) == (job.name, "run-1", 8, 3)
     assert [score.suite for score in record.scores] == ["s", "kept"]
+    test = results / "inputs" / "suites" / job.suites[0].name / "test.json"
+    test.write_text(test.read_text(encoding="utf-8").replace("1", "2", 1), encoding="utf-8")
+    with pytest.raises(UserError, match=r"test\.json: not the file that manifest\.json was written with; put it back"):
+        stage.run(Namespace(spec=spec, run=folder, out=out, threads=threads, batch_size=8))

@@ -11,6 +11,7 @@ from harness.forecasting.run_forecast import forecast_run, refusal
 from harness.records import atomic
 from harness.records.code import code_of, run_forecast
 from harness.records.provenance import provenance
+from harness.records.reading import read
 from harness.records.run import ModelRecord, RunForecast
 from harness.study.config import load_study
 from harness.study.identity import files_of
@@ -99,7 +100,7 @@ def test_the_stage_writes_the_forecast_of_a_spec_beside_it(
     atomic.write_json(spec, job.body())
     assert main(["forecast", "--spec", str(spec)]) == 0
     assert f"forecast {job.name}: 0.00 GiB" in capsys.readouterr().err
-    record = RunForecast.model_validate_json((spec.parent / "forecast.json").read_bytes())
+    record = read(spec.parent / "forecast.json", RunForecast)
     alone = forecast_of(inputs, job.training)
     assert (record.name, record.peak_bytes, record.needed_bytes) == (job.name, alone.peak_bytes, alone.needed_bytes)
     assert record.provenance.source_sha256 == code_of(run_forecast("lora")).sha256

@@ -14,6 +14,7 @@ from harness.inputs.make_models import make_model
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.pretrain import batches, make_pretrained
 from harness.inputs.tokenizer import build_tokenizer
+from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
 from harness.study.jobs import ModelJob
@@ -44,7 +45,7 @@ def tiny(**changes: Any) -> ModelJob:
 
 def test_a_pretrained_model_loads_with_plain_transformers_and_says_how_it_learnt(tmp_path: Path) -> None:
     record = make_pretrained(tiny(), tmp_path / "m")
-    assert ModelRecord.model_validate_json((tmp_path / "m" / "manifest.json").read_text(encoding="utf-8")) == record
+    assert read(tmp_path / "m" / "manifest.json", ModelRecord) == record
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(record.files_sha256)
     assert [step for step, _ in record.pretraining_loss] == list(range(2, 21, 2))
     assert record.pretraining_loss[-1][1] < record.pretraining_loss[0][1]

@@ -18,6 +18,7 @@ from harness.inputs.generated import split_of
 from harness.inputs.make_rows import make_rows, make_suite
 from harness.inputs.rows import Row, read_rows
 from harness.records.atomic import sha256
+from harness.records.reading import read
 from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
@@ -345,8 +346,7 @@ def test_generated_rows_and_suites_carry_a_manifest_and_share_no_question(tmp_pa
         "test.json": 50,
     }
     assert all(split_of(r["instruction"]) == p.stem for p, rows in files.items() for r in rows)
-    manifest = (tmp_path / "rows" / "manifest.json").read_text(encoding="utf-8")
-    assert RowsRecord.model_validate_json(manifest) == record
+    assert read(tmp_path / "rows" / "manifest.json", RowsRecord) == record
     assert tested.rows == {"test": 50}
 
 

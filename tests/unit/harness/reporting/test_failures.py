@@ -74,9 +74,12 @@ def test_what_is_there_has_its_tables_and_what_is_missing_its_reason(
     plan, paths = resolve_study(load(tmp_path)), Paths()
     there(plan, paths)
     record = Case("full", {}, tiny_inputs(tmp_path / "inputs"), tmp_path / "case").standard()
+    steps = (tmp_path / "case" / "standard" / "steps.jsonl").read_text(encoding="utf-8")
     for name, run in plan.runs.items():
         if run.training.label == "fixed":
             labels = {"name": name, "model": "tiny", "task": "sums", "method": "fixed", "seed": run.seed, "notes": []}
+            labels |= {"lr": run.lr, "files_sha256": {}}
+            atomic.write_text(paths.run(name) / "steps.jsonl", steps)
             atomic.write_json(paths.output(TRAIN, name), record.model_copy(update=labels).model_dump(mode="json"))
     assert main(["partial", "--config", str(config)]) == 0
     said = capsys.readouterr().err

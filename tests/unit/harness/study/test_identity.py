@@ -11,6 +11,7 @@ from harness.__main__ import main
 from harness.errors import UserError
 from harness.records.atomic import sha256, write_json
 from harness.records.provenance import provenance
+from harness.records.reading import read
 from harness.records.run import ModelRecord
 from harness.study import identity
 from harness.study.identity import changed_file, files_of, known_model, replaced_models, stamp_files
@@ -122,7 +123,7 @@ def test_damaged_stamps_cost_a_reading_and_nothing_else(model: Path, manifest: P
     assert known_model(manifest)
     (manifest.parent / "stamps.json").unlink()
     (model / "config.json").write_text("{ }", encoding="utf-8")
-    record = ModelRecord.model_validate_json(manifest.read_text(encoding="utf-8"))
+    record = read(manifest, ModelRecord)
     assert changed_file(record, manifest.parent) == "config.json"
 
 

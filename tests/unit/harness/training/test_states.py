@@ -34,8 +34,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 def run(inputs: Inputs, folder: Path, method: str = "full", **changed: Any) -> TrainRecord:
     return train(
-        tiny_training(method, OPTIONS.get(method, {}), steps=STEPS), name="run", lr_searched=False, seed=0, inputs=inputs, folder=folder,
-        state_folder=folder / "state", checkpoint_every=2, **{"lr": LR, **changed},
+        tiny_training(method, OPTIONS.get(method, {}), steps=STEPS), name="run", lr_searched=False, seed=0,
+        inputs=inputs, folder=folder, state_folder=folder / "state", checkpoint_every=2, **{"lr": LR, **changed},
     )  # fmt: skip
 
 
