@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from harness.records.atomic import write_json
-from harness.reporting.frames import Frames
+from harness.reporting.frames import Frames, refuse_link
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part, trained
 from harness.reporting.probe_figures import drift_curves, probe_figures
@@ -52,9 +52,10 @@ def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:
     """Write every figure as svg and png; captions and alternative texts go to `<folder>.json` beside the folder."""
+    refuse_link(folder)
     captions = {}
     with styled():
         for drawing in draw(frames, study):
             save(drawing, folder)
-            captions[drawing.name] = {"caption": drawing.caption, "alt": drawing.alt}
+            captions[drawing.name] = drawing.texts()
     write_json(folder.with_suffix(".json"), captions)

@@ -67,6 +67,16 @@ def rows_to_frame(name: str, rows: list[dict[str, Any]]) -> DataFrame:
     return DataFrame(made)
 
 
+def refuse_link(folder: Path) -> None:
+    """Of a folder that is about to be filled: published frames may come from a stranger, with links among them.
+
+    Raises:
+        UserError: it is a link.
+    """
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, and what is written must stay below {folder.parent}: remove it")
+
+
 def write_frames(frames: Frames, folder: Path) -> None:
     """Write `<folder>/<name>.parquet` for every table; the same rows give the same bytes."""
     for field in fields(frames):

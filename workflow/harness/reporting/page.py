@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
+from harness.errors import UserError
 from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
-from harness.records.reading import read_json
+from harness.records.reading import read
 from harness.reporting.answer import answer
 from harness.reporting.failures import FAILED, NOT_RUN
 from harness.reporting.frames import Frames
 from harness.reporting.layout import SUBJECT, trained, why
+from harness.reporting.page_parts import Figures, PageTables
 from harness.reporting.score_tables import MEASURES
 from harness.reporting.stats import effective_layers, layer_matrix
 from harness.reporting.table import signed
@@ -44,9 +45,12 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     Raises:
         UserError: tables or figures have not been made.
     """
-    tables = read_json(folder / "tables" / "tables.json")
-    captions = read_json(folder / "figures.json")
-    figures = [{"name": name, "source": _embed(folder / "figures", name)} | texts for name, texts in captions.items()]
+    tables = read(folder / "tables" / "tables.json", PageTables).root
+    captions = read(folder / "figures.json", Figures).root
+    figures = [
+        {"name": name, "source": _embed(folder / "figures", name), "caption": texts.caption, "alt": texts.alt}
+        for name, texts in captions.items()
+    ]
     verdicts = {
         measure: verdict_sentences(folder / "tables" / f"difference_{measure.name}.csv")
         for measure in MEASURES
@@ -62,7 +66,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         status=status_summary(frames),
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),
-        tables={name: _trusted(table) for name, table in tables.items()},
+        tables={name: table.rendered() for name, table in tables.items()},
         verdicts=verdicts if any(verdicts.values()) else {},
         trains=trained(study),
         figures={kind: [f for f in figures if str(f["name"]).startswith(kind)] for kind in _KINDS},
@@ -155,19 +159,18 @@ def _sentence(rows: list[dict[Any, Any]]) -> str:
     return "; ".join(parts) + "."
 
 
-def _trusted(table: dict[str, Any]) -> dict[str, Any]:
-    """`Table.page` has escaped every cell and added nothing but footnote markers."""
-    return {
-        "caption": Markup(table["caption"]),
-        "columns": [Markup(c) for c in table["columns"]],
-        "rows": [[Markup(cell) for cell in row] for row in table["rows"]],
-        "footnotes": [Markup(note) for note in table["footnotes"]],
-    }
-
-
 def _embed(folder: Path, name: str) -> str:
-    """A data URI: the svg, or the png where the svg would make the page heavy."""
+    """A data URI: the svg, or the png where the svg would make the page heavy.
+
+    Raises:
+        UserError: there is no such picture in the folder itself.
+    """
     svg, png = folder / f"{name}.svg", folder / f"{name}.png"
+    for file in (svg, png):
+        if Path(name).name != name or folder.is_symlink() or file.is_symlink() or not file.is_file():
+            raise UserError(
+                f"{folder.with_suffix('.json')}: no picture {name} lies in {folder}; draw the figures again"
+            )
     chosen, kind = (svg, "svg+xml") if svg.stat().st_size <= SVG_LIMIT_BYTES else (png, "png")
     return f"data:image/{kind};base64,{base64.b64encode(chosen.read_bytes()).decode('ascii')}"
 

@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 
 from harness.records.atomic import whole_file
 from harness.reporting.layout import trained
+from harness.reporting.page_parts import FigureTexts
 from harness.study.spec import Study
 
 WIDTH = 7.2
@@ -65,6 +66,10 @@ class Drawing:
     caption: str
     alt: str
     figure: Any
+
+    def texts(self) -> dict[str, str]:
+        """What the page needs beside the picture."""
+        return FigureTexts(caption=self.caption, alt=self.alt).model_dump()
 
 
 def looks(study: Study) -> dict[str, Look]:

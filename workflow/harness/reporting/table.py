@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +11,9 @@ from pandas import DataFrame
 
 from harness.records.atomic import write_text
 from harness.records.units import GIB, gib
+from harness.reporting.page_parts import MARK, PageTable
 
 UNKNOWN = "—"
-_MARK = re.compile(r"\^([a-z]+)\^")
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"\dag{}", "—": "---", "–": "--",
@@ -81,14 +79,14 @@ class Table:
         body = escaped.style.hide(axis="index").to_latex(hrules=True, column_format="l" * len(escaped.columns))
         return f"\\resizebox{{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}}{{!}}{{%\n{body}}}\n"
 
-    def page(self) -> dict[str, Any]:
-        """What the html page needs: escaped cells with their footnote markers."""
-        return {
-            "caption": _html(self.caption),
-            "columns": [_html(str(column)) for column in self.display.columns],
-            "rows": [[_html(cell) for cell in row] for row in self.display.itertuples(index=False, name=None)],
-            "footnotes": [_html(note) for note in self.footnotes],
-        }
+    def page(self) -> PageTable:
+        """What the html page needs."""
+        return PageTable(
+            caption=self.caption,
+            columns=[str(column) for column in self.display.columns],
+            rows=[list(row) for row in self.display.itertuples(index=False, name=None)],
+            footnotes=list(self.footnotes),
+        )
 
     def write(self, folder: Path) -> None:
         """Write `<name>.csv`, `.md` and `.tex`."""
@@ -137,15 +135,11 @@ def rate(value: float) -> str:
 
 
 def _markdown(text: str) -> str:
-    return _MARK.sub(r"<sup>\1</sup>", text.replace("|", "\\|"))
-
-
-def _html(text: str) -> str:
-    return _MARK.sub(r"<sup>\1</sup>", html.escape(text))
+    return MARK.sub(r"<sup>\1</sup>", text.replace("|", "\\|"))
 
 
 def _latex(text: str) -> str:
-    parts = _MARK.split(text)  # odd places hold the letters of footnote markers
+    parts = MARK.split(text)  # odd places hold the letters of footnote markers
     return "".join(
         f"\\textsuperscript{{{part}}}" if i % 2 else "".join(_TEX.get(c, c) for c in part)
         for i, part in enumerate(parts)

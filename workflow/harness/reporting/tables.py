@@ -8,7 +8,7 @@ from harness.records.atomic import write_json
 from harness.reporting.answer import answer_table
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.forgetting_table import forgetting_table
-from harness.reporting.frames import Frames
+from harness.reporting.frames import Frames, refuse_link
 from harness.reporting.importance_tables import importance_tables
 from harness.reporting.layout import cells
 from harness.reporting.lm_eval_table import lm_eval_table
@@ -41,7 +41,8 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
 
 def write_tables(frames: Frames, study: Study, folder: Path) -> None:
     """Write every table as csv, md and tex, and `tables.json` for the page."""
+    refuse_link(folder)
     tables = make_tables(frames, study)
     for table in tables:
         table.write(folder)
-    write_json(folder / "tables.json", {table.name: table.page() for table in tables})
+    write_json(folder / "tables.json", {table.name: table.page().model_dump() for table in tables})

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import reporting_data as data
+from harness.errors import UserError
 from harness.reporting.figures import write_figures
 from harness.reporting.frames import Frames, write_frames
 from harness.reporting.importance_figures import active_spans, importance_map
@@ -121,6 +124,60 @@ def test_the_page_is_self_contained_and_escaped(folder: Path) -> None:
     assert images
     assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
     assert len(text) < 4_000_000
+
+
+def test_nothing_of_a_strangers_frames_is_markup_or_a_file_of_ours(
+    frames: Frames, folder: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    file = theirs / "tables" / "tables.json"
+    tables = json.loads(file.read_text(encoding="utf-8"))
+    evil = '<script>alert(1)</script><img src="https://example.org/x">'
+    for table in tables.values():
+        table |= {"caption": evil, "columns": [evil for _ in table["columns"]], "footnotes": [f"^a^ {evil}"]}
+        table["rows"] = [[evil for _ in row] for row in table["rows"]]
+    file.write_text(json.dumps(tables), encoding="utf-8")
+    captions = json.loads((theirs / "figures.json").read_text(encoding="utf-8"))
+    name = next(iter(captions))
+    (theirs / "figures.json").write_text(json.dumps({name: {"caption": evil, "alt": f'" onload="{evil}'}}))
+    write_page(frames, STUDY, theirs, theirs / "report.html")
+    text = (theirs / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;" in text
+    assert "<sup>a</sup>" in text
+    assert re.search(r'<script|<img src="h|<[^>]*"\s+onload=', text) is None
+
+
+@pytest.mark.parametrize("plant", ["outside", "linked picture", "linked folder"])
+def test_a_picture_from_elsewhere_on_the_disk_is_refused(
+    plant: str, frames: Frames, folder: Path, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(folder, theirs)
+    captions = json.loads((theirs / "figures.json").read_text(encoding="utf-8"))
+    name = next(iter(captions))
+    for suffix in ("svg", "png"):
+        (tmp_path / f"secret.{suffix}").write_text("secret", encoding="utf-8")
+        if plant == "linked picture":
+            (theirs / "figures" / f"{name}.{suffix}").unlink()
+            (theirs / "figures" / f"{name}.{suffix}").symlink_to(tmp_path / f"secret.{suffix}")
+    if plant == "outside":
+        captions = {"../../secret": captions[name]}
+    if plant == "linked folder":
+        shutil.rmtree(theirs / "figures")
+        (theirs / "figures").symlink_to(folder / "figures")
+    (theirs / "figures.json").write_text(json.dumps(captions), encoding="utf-8")
+    with pytest.raises(UserError, match=r"figures\.json: no picture .* lies in .*; draw the figures again"):
+        write_page(frames, STUDY, theirs, theirs / "report.html")
+
+
+@pytest.mark.parametrize("write", [write_tables, write_figures])
+def test_nothing_is_written_through_a_link(write: Callable[..., None], frames: Frames, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "made").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="made is a link, and what is written must stay below"):
+        write(frames, STUDY, tmp_path / "made")
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_the_page_says_what_does_not_count_and_what_is_claimed(folder: Path) -> None:
