@@ -21,11 +21,13 @@ from harness.inputs.generated import pieces
 from harness.inputs.make_models import describe_model
 from harness.inputs.prompts import training_prompt
 from harness.inputs.tokenizer import build_tokenizer
-from harness.progress import Progress
+from harness.progress import Progress, say
 from harness.records.atomic import whole_folder
+from harness.records.claim import claim, with_code
 from harness.records.code import PRETRAINED_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord
+from harness.step import resume
 from harness.study.jobs import ModelJob
 from harness.study.spec import Corpus, PretrainedHere
 
@@ -46,17 +48,25 @@ class Pretrained:
     """(step, mean loss in nats per token since the entry before), about ten entries."""
 
 
-def make_pretrained(job: ModelJob, folder: Path) -> ModelRecord:
+def make_pretrained(job: ModelJob, folder: Path, *, state_folder: Path | None = None) -> ModelRecord:
     """Pretrain a study's own model into `folder`/model and write manifest.json beside it, last.
 
-    Raises UserError for a model that is found or fetched.
+    Args:
+        job: the resolved spec.
+        folder: of the model job.
+        state_folder: where resume state lies, from which a killed pretraining goes on; None: it begins anew.
+
+    Raises:
+        UserError: the model is one that is found or fetched.
     """
     started = time.perf_counter()
     if not isinstance(job.source, PretrainedHere):
         raise UserError(f"{job.name}: this model is not pretrained here; use `prefetch model`")
     origin = provenance(roots=PRETRAINED_MODEL, inputs={})
     weights = folder / "model"
-    losses = pretrain(job.source, weights).losses
+    if state_folder is not None:
+        claim(state_folder, with_code({"spec": job.name}, PRETRAINED_MODEL))
+    losses = pretrain(job.source, weights, state_folder=state_folder).losses
     return describe_model(
         job.name,
         weights,
@@ -69,7 +79,7 @@ def make_pretrained(job: ModelJob, folder: Path) -> ModelRecord:
     )
 
 
-def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:
+def pretrain(source: PretrainedHere, folder: Path, *, state_folder: Path | None = None) -> Pretrained:
     """Pretrain and save model (safetensors) and tokenizer into `folder`, which appears whole or not at all.
 
     AdamW with betas (0.9, 0.95), gradients clipped at norm 1, linear decay to 0 after a warm-up of 20 steps. Weights
@@ -79,7 +89,7 @@ def pretrain(source: PretrainedHere, folder: Path) -> Pretrained:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(source.seed)
         model = _small_llama(source, tokenizer)
-    losses = _train(model, source, tokenizer)
+        losses = _train(model, source, tokenizer, state_folder)
     with whole_folder(folder) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
@@ -136,16 +146,25 @@ def _small_llama(source: PretrainedHere, tokenizer: Any) -> Any:
     return LlamaForCausalLM(config)
 
 
-def _train(model: Any, source: PretrainedHere, tokenizer: Any) -> list[tuple[int, float]]:
-    """Train in place; return the loss curve."""
+def _train(model: Any, source: PretrainedHere, tokenizer: Any, state_folder: Path | None) -> list[tuple[int, float]]:
+    """Train in place; return the loss curve. The state is saved with each of its entries, but the last."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=source.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, source.steps))
     text = batches(source.corpus, tokenizer, rows=source.rows, length=source.length, seed=source.seed)
     losses: list[tuple[int, float]] = []
     since: list[float] = []
-    with Progress(source.steps, "pretraining") as progress:
-        for step in range(1, source.steps + 1):
+    found = None if state_folder is None else resume.load(state_folder, model)
+    done, rest, torn = found or (0, {}, [])
+    for line in torn:
+        say(f"pretraining: warning: {line}")
+    if rest:
+        optimizer.load_state_dict(rest["optimizer"])
+        schedule.load_state_dict(rest["schedule"])
+        losses = [(step, loss) for step, loss in rest["losses"]]
+        next(islice(text, done - 1, None))  # what was read
+    with Progress(source.steps, "pretraining", done=done) as progress:
+        for step in range(done + 1, source.steps + 1):
             ids = next(text)
             logits = model(input_ids=ids, use_cache=False).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -159,6 +178,9 @@ def _train(model: Any, source: PretrainedHere, tokenizer: Any) -> list[tuple[int
             if step % max(1, source.steps // 10) == 0 or step == source.steps:
                 losses.append((step, sum(since) / len(since)))
                 since.clear()
+                if state_folder is not None and step < source.steps:
+                    kept = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "losses": losses}
+                    resume.save(state_folder, step=step, module=model, frozen=(), rest=kept)
     return losses
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 
 
@@ -24,10 +25,13 @@ def run(args: argparse.Namespace) -> int:
 
     from harness.inputs.pretrain import make_pretrained
     from harness.study.jobs import ModelJob, read_job
+    from harness.study.paths import Paths
     from harness.study.progress import announce
 
     torch.set_num_threads(args.threads)
     job = read_job(args.spec, ModelJob, args.spec.parent.name)
-    record = make_pretrained(job, args.spec.parent)
+    state = Paths(args.spec.parents[3]).state(job.name)
+    record = make_pretrained(job, args.spec.parent, state_folder=state)
+    shutil.rmtree(state, ignore_errors=True)
     announce(f"pretrain {job.name}: loss {record.pretraining_loss[-1][1]:.3f}")
     return 0

@@ -17,15 +17,16 @@ import torch
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
 from harness.progress import Progress, say
+from harness.records.claim import claim, with_code
 from harness.records.code import training as roots_of
 from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.run import Check, Status, TrainRecord
+from harness.step import resume
 from harness.step.outcomes import CannotRunError, DivergedError, outcome_of
 from harness.step.run import run_step
 from harness.study.jobs import Training, digest
 from harness.study.spec import Observation
-from harness.training import resume
 from harness.training.batches import CalibrationBatches
 from harness.training.ending import Ending
 from harness.training.engagement import Period
@@ -178,8 +179,8 @@ class _Run:
         if state_folder is None:
             return 0
         mine = {"learning rate": repr(lr), "seed": repr(seed), "spec": digest(self.training.model_dump(mode="json"))}
-        made_from = resume.with_code({**self.inputs.made_from, **mine}, roots_of(self.training.module))
-        if dropped := resume.claim(state_folder, made_from):
+        made_from = with_code({**self.inputs.made_from, **mine}, roots_of(self.training.module))
+        if dropped := claim(state_folder, made_from):
             self.log.notes.append(dropped)
         found = resume.load(state_folder, run.module)
         if found is None:

@@ -12,12 +12,12 @@ import numpy as np
 
 from harness.progress import say
 from harness.records import atomic
+from harness.records.claim import claim, with_code
 from harness.records.code import search as roots_of
 from harness.records.provenance import provenance
 from harness.records.reading import read
 from harness.records.run import SearchRecord, TrainRecord, Trial
 from harness.study.jobs import SearchJob
-from harness.training import resume
 from harness.training.loading import Inputs
 from harness.training.loop import train
 
@@ -47,7 +47,7 @@ def search(
         refusal: reason, known beforehand, why no trial must start.
     """
     started = time.perf_counter()
-    if dropped := resume.claim(trials_folder, resume.with_code(inputs.made_from, roots_of(job.training.module))):
+    if dropped := claim(trials_folder, with_code(inputs.made_from, roots_of(job.training.module))):
         say(f"{job.name}: {dropped}")
     attempt = partial(
         train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.records.run import TrainRecord
+from harness.step import resume
 from harness.study.spec import Observation
-from harness.training import resume
 from harness.training.loading import Inputs
 from harness.training.loop import train
 from safetensors.torch import load_file

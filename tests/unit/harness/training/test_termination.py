@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
+from harness.records import claim
 from harness.records.code import Code
+from harness.step import resume
 from harness.study.jobs import SearchJob
 from harness.study.spec import Search
-from harness.training import resume
 from harness.training.loading import Inputs
 from harness.training.loop import train
 from harness.training.search import search
@@ -104,7 +105,7 @@ def test_a_state_goes_on_under_its_own_rate_seed_and_spec_alone(
 def test_a_state_of_other_code_is_dropped(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         told_in_step(patch, 3, signal.SIGTERM)
-        patch.setattr(resume, "code_of", lambda roots: Code("0" * 64, {}))
+        patch.setattr(claim, "code_of", lambda roots: Code("0" * 64, {}))
         with pytest.raises(SystemExit):
             run(inputs, tmp_path)
     assert "a resume state was dropped: it was made from another code" in run(inputs, tmp_path).notes

@@ -1,4 +1,4 @@
-"""Resume states of a training run: weights, method, generators and logs after some step.
+"""Resume states of training: weights, method, generators and logs after some step.
 
 They are kept under results/state/, outside every declared output, since Snakemake deletes outputs before a job starts.
 The last two of a run are kept, each with a manifest of its size and hash: one that is torn is noticed, and the one
@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +18,8 @@ from pydantic import BaseModel
 from torch import nn
 
 from harness.errors import UserError
-from harness.records.atomic import sha256, whole_file, write_json, write_record
-from harness.records.code import Roots, code_of
-from harness.records.reading import read, read_json
-
-_MADE_FROM = "made_from.json"
+from harness.records.atomic import sha256, whole_file, write_record
+from harness.records.reading import read
 
 
 class Manifest(BaseModel, extra="forbid", frozen=True):
@@ -32,42 +28,6 @@ class Manifest(BaseModel, extra="forbid", frozen=True):
     step: int
     file_bytes: int
     sha256: str
-
-
-def with_code(made_from: Mapping[str, str], roots: Roots) -> dict[str, str]:
-    """What states are made from, with the code that makes them."""
-    return {**made_from, "code": code_of(roots).sha256}
-
-
-def claim(folder: Path, made_from: Mapping[str, str]) -> str | None:
-    """Say what the states in a folder are made from, and drop those that were made from something else.
-
-    Args:
-        folder: results/state/<run or search>.
-        made_from: by role, what must be the same for a state to go on: hashes of files and of code, the learning rate.
-
-    Returns:
-        A line for the record if states were dropped.
-    """
-    note, path = None, folder / _MADE_FROM
-    if folder.exists() and any(folder.iterdir()):
-        before = _read_made_from(path)
-        differs = sorted(role for role in before.keys() | made_from.keys() if before.get(role) != made_from.get(role))
-        if before and not differs:
-            return None
-        shutil.rmtree(folder)
-        note = f"a resume state was dropped: it was made from another {differs[0] if before else 'model, or unknown'}"
-    write_json(path, dict(made_from))
-    return note
-
-
-def _read_made_from(path: Path) -> dict[str, str]:
-    """What states were made from; nothing where that is not known."""
-    try:
-        found = read_json(path)
-    except UserError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def save(folder: Path, *, step: int, module: nn.Module, frozen: Iterable[nn.Parameter], rest: dict[str, Any]) -> None:
