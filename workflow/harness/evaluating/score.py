@@ -16,6 +16,7 @@ import torch
 
 from grass.layers import declared_module
 from harness.errors import UserError
+from harness.evaluating import finished
 from harness.evaluating.asking import Asking
 from harness.evaluating.heldout import DocumentLoss, HeldoutLoss, heldout_loss
 from harness.evaluating.lm import SuiteOutcome, decoding, likelihood_suite, protocol, score_suite, wrap
@@ -25,7 +26,9 @@ from harness.inputs.overlap import normalised
 from harness.inputs.prompts import Prompt, Row, user_text
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import check_ids
+from harness.progress import say
 from harness.records.atomic import whole_file, write_record
+from harness.records.claim import claim, with_code
 from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS, LM_EVAL_SAMPLE_COLUMNS
 from harness.records.held import hashes
@@ -60,6 +63,7 @@ def evaluate(
     rows_folder: Path,
     out: Path,
     batch_size: int,
+    state_folder: Path | None = None,
 ) -> EvalRecord:
     """Score a run's checkpoint on every suite; write `out` (an EvalRecord) and, beside it, its rows as parquet.
 
@@ -73,6 +77,7 @@ def evaluate(
         rows_folder: the training rows (train.json), against which leaked test rows are counted.
         out: path of the record; the table gets its suffix `.parquet` and `columns.DOCUMENT_COLUMNS`.
         batch_size: rows per forward pass, in generation and loss.
+        state_folder: where finished suites are kept, and taken up again after a kill; None: nothing is kept.
 
     Raises:
         UserError: the checkpoint is missing, a file of rows is missing or empty or holds an answer that its scoring
@@ -127,12 +132,22 @@ def evaluate(
         EvalRecord, name=job.name, run=train_record.name, decoding=scorer.settings, scores=scorer.scores,
         lm_eval=scorer.lm_eval, provenance=origin,
     )  # fmt: skip
+    if state_folder is not None:
+        made_from = origin.input_sha256 | {"spec": job.name, "batch size": str(batch_size)}
+        if dropped := claim(state_folder, with_code(made_from, EVALUATION)):
+            say(f"evaluate {train_record.name}: {dropped}")
     for suite in job.all_suites:
+        before = None if state_folder is None else finished.kept(state_folder, suite.label)
+        if before is not None:
+            scorer.take(suite.label, before)
+            continue
         why = scorer.score_in_memory(suite, tests.get(suite.label), suite_folders[suite.label])
         if why is not None:
             _write_samples(out, scorer.samples, job)
             seconds = time.perf_counter() - started
             return _write(out, scorer.documents, record(status="oom", status_why=why, wall_s=seconds))
+        if state_folder is not None:
+            finished.keep(state_folder, suite.label, scorer.of(suite.label))
     _write_samples(out, scorer.samples, job)
     return _write(out, scorer.documents, record(status="ok", wall_s=time.perf_counter() - started))
 
@@ -169,6 +184,24 @@ class _Scorer:
         self.lm_eval: list[LmEvalScore] = []
         self.documents: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
+
+    def of(self, label: str) -> finished.Finished:
+        """What came out of one suite."""
+        return finished.Finished(
+            settings=self.settings["suites"][label],
+            scores=[score for score in self.scores if score.suite == label],
+            documents=[row for row in self.documents if row["suite"] == label],
+            lm_eval=[score for score in self.lm_eval if score.suite == label],
+            samples=[row for row in self.samples if row["suite"] == label],
+        )
+
+    def take(self, label: str, before: finished.Finished) -> None:
+        """Take up a suite that was scored before."""
+        self.settings["suites"][label] = before.settings
+        self.scores += before.scores
+        self.documents += before.documents
+        self.lm_eval += before.lm_eval
+        self.samples += before.samples
 
     def score_in_memory(self, suite: SuiteJob, rows: Sequence[Row] | None, folder: Path) -> str | None:
         """Score a suite, with batches of half the size where memory runs out; why not, if not even one row fits.

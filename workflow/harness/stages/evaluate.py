@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
     training = read_job(args.run / "spec.json", RunJob, args.run.name).training
     for manifest in (paths.output(ROWS, training.rows.name), *(paths.output(SUITE, s.name) for s in job.all_suites)):
         check_files(manifest, read(manifest, RowsRecord).files_sha256)
+    state = paths.state(f"{args.run.name}--{job.name}")
     record = evaluate(
         job,
         train_record=train_record,
@@ -69,7 +71,9 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
         rows_folder=paths.rows(training.rows.name),
         out=args.out,
         batch_size=args.batch_size,
+        state_folder=state,
     )
+    shutil.rmtree(state, ignore_errors=True)
     scores = [f"{s.suite} {s.correct}/{s.rows}" for s in record.scores]
     scores += [f"{s.suite} {s.task} {s.metric} {s.value:.4f}" for s in record.lm_eval if s.value is not None]
     freed = remove_unneeded(args.run.name, paths, scored=True)

@@ -60,7 +60,14 @@ def train_record(checkpoint: Path | None, **changes: Any) -> TrainRecord:
 def scored(tmp_path: Path, checkpoint: Path) -> Callable[..., tuple[EvalRecord, pd.DataFrame]]:
     """Evaluate suites given as rows by label; returns what lies on the disk afterwards."""
 
-    def run(tests: dict[str, list[Row]], *, trained: list[Row], batch_size: int = 64, **changes: Any) -> Any:
+    def run(
+        tests: dict[str, list[Row]],
+        *,
+        trained: list[Row],
+        batch_size: int = 64,
+        state_folder: Path | None = None,
+        **changes: Any,
+    ) -> Any:
         jobs = tuple(suite(label, limit=changes.pop("limit", None)) for label in tests)
         out = tmp_path / "eval" / "e.json"
         returned = evaluate(
@@ -70,6 +77,7 @@ def scored(tmp_path: Path, checkpoint: Path) -> Callable[..., tuple[EvalRecord, 
             rows_folder=write_train(tmp_path / "rows", trained),
             out=out,
             batch_size=batch_size,
+            state_folder=state_folder,
         )
         assert returned == read(out, EvalRecord)
         return returned, pd.read_parquet(out.with_suffix(".parquet"))
@@ -203,6 +211,34 @@ def test_a_run_that_ran_out_of_memory_is_skipped_with_its_reason(tmp_path: Path)
     table = pd.read_parquet(out.with_suffix(".parquet"))
     assert len(table) == 0
     assert list(table.columns) == list(DOCUMENT_COLUMNS)
+
+
+def test_a_killed_scoring_goes_on_with_the_suite_it_was_in(
+    scored: Any, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tests = {"first": rows[:6], "second": rows[6:14]}
+    straight, table = scored(tests, trained=rows[:3])
+    asked: list[int] = []
+    usual = scoring.score_suite
+
+    def counted(*given: Any, rows: list[Row], **named: Any) -> Any:
+        asked.append(len(rows))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return usual(*given, rows=rows, **named)
+
+    monkeypatch.setattr(scoring, "score_suite", counted)
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        scored(tests, trained=rows[:3], state_folder=state)
+    again, same = scored(tests, trained=rows[:3], state_folder=state)
+    assert asked == [6, 8, 8]
+    assert (again.scores, again.decoding) == (straight.scores, straight.decoding)
+    pd.testing.assert_frame_equal(same, table)
+    # what was kept of another model, or of other rows, is not taken up
+    changed, _ = scored(tests | {"second": rows[7:15]}, trained=rows[:3], state_folder=state)
+    assert asked[3:] == [6, 8]
+    assert changed.scores[1].rows == 8
 
 
 def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(
