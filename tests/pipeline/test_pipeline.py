@@ -178,6 +178,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
     )
     for kill in KILLS:
         took = kill.carry_out(other)
+        assert took is not None, f"{kill}: the study ended before"
         assert took < 10 or kill.number != signal.SIGTERM, f"{kill}: a SIGTERM took {took:.0f} s"
     done = other.snakemake()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -9,7 +9,9 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import psutil
 
 DEADLINE_S = 300
 """Until the moment of a kill must have come, and until a killed process must be gone."""
@@ -38,44 +40,78 @@ class Pipeline(Protocol):
     def command(self) -> list[str]: ...
 
 
+Who = Literal["job", "snakemake", "all"]
+
+
 @dataclass(frozen=True)
 class Kill:
-    """One signal, sent as soon as a file is there."""
+    """One signal, sent some time after a file has come."""
 
     when: str
-    """Pattern of the file, below results/."""
+    """Pattern of the file, below the working folder; it counts if it is newer than the start of the study."""
     number: signal.Signals
-    alone: bool
-    """Whether Snakemake alone gets it, or every process of the study."""
+    who: Who
+    """Whether one job gets it, Snakemake alone, or every process of the study."""
+    later_s: float = 0.0
+    """Seconds between the file and the signal."""
 
-    def carry_out(self, study: Pipeline) -> float:
+    def carry_out(self, study: Pipeline) -> float | None:
         """Start the study, send the signal at its moment, and wait for Snakemake to end.
 
         Returns:
-            Seconds between the signal and the end.
+            Seconds between the signal and the end; None where the study ended before its moment.
         """
+        started = time.time()
         process = subprocess.Popen(
             study.command, cwd=study.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + DEADLINE_S
-        while not any((study.folder / "results").glob(self.when)):
-            assert process.poll() is None, f"{self}: the study ended before {self.when} was there"
+        while not self._has_come(study.folder, started):
+            if process.poll() is not None:
+                return None
             assert time.monotonic() < deadline, f"{self}: no {self.when}"
             time.sleep(0.005)
+        time.sleep(self.later_s)
         sent = time.monotonic()
-        (os.kill if self.alone else os.killpg)(process.pid, self.number)
+        if not self._send(process):
+            process.wait(DEADLINE_S)
+            return None
         process.wait(DEADLINE_S)
         return time.monotonic() - sent
 
+    def _has_come(self, folder: Path, started: float) -> bool:
+        for path in folder.glob(self.when):
+            try:
+                if path.stat().st_mtime >= started:
+                    return True
+            except FileNotFoundError:  # a temporary one
+                continue
+        return False
+
+    def _send(self, process: subprocess.Popen[bytes]) -> bool:
+        """Whether there was somebody to send it to."""
+        if process.poll() is not None:
+            return False
+        if self.who == "all":
+            os.killpg(process.pid, self.number)
+        elif self.who == "snakemake":
+            os.kill(process.pid, self.number)
+        else:
+            jobs = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]
+            if not jobs:
+                return False
+            jobs[0].send_signal(self.number)
+        return True
+
 
 KILLS = (
-    Kill("logs/pretrain/*.log", signal.SIGKILL, alone=True),
-    Kill("state/*/lr0.001-seed100/step*.json", signal.SIGKILL, alone=False),
-    Kill("state/*/lr0.003-seed100/step*.json", signal.SIGTERM, alone=True),
-    Kill("state/*/step*.json", signal.SIGKILL, alone=False),
-    Kill("logs/evaluate/*.log", signal.SIGINT, alone=False),
-    Kill("micro/runs.parquet", signal.SIGKILL, alone=True),
+    Kill("results/logs/pretrain/*.log", signal.SIGKILL, "snakemake"),
+    Kill("results/state/*/lr0.001-seed100/step*.json", signal.SIGKILL, "all"),
+    Kill("results/state/*/lr0.003-seed100/step*.json", signal.SIGTERM, "snakemake"),
+    Kill("results/state/*/step*.json", signal.SIGKILL, "all"),
+    Kill("results/logs/evaluate/*.log", signal.SIGINT, "all"),
+    Kill("results/micro/runs.parquet", signal.SIGKILL, "snakemake"),
 )
 
 
