@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -61,6 +62,12 @@ def test_grass_imports_torch_and_numpy_alone_and_takes_a_step(tmp_path: Path) ->
     done = python(LIBRARY, without(others, tmp_path))
     assert done.returncode == 0, done.stderr
     assert not set(done.stdout.split()) & (others | {"harness", "baselines"})
+
+
+def test_a_training_process_does_without_scikit_learn() -> None:
+    done = python("import sys, harness.training.loop; print(*sys.modules)", dict(os.environ))
+    assert "transformers.generation.candidate_generator" in done.stdout.split(), done.stderr
+    assert not {"sklearn", "scipy.stats"} & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("package", PACKAGES)

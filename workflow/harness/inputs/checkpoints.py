@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from harness.errors import UserError, first_line
 from harness.step.architecture import asked_attention
+from harness.step.model_classes import AutoConfig, AutoModelForCausalLM
 
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",

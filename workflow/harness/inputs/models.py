@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from baselines.method import torch_dtype
 from harness.errors import UserError, first_line
 from harness.inputs.checkpoints import check_checkpoint, complaint, load_with_info, quiet
 from harness.step.facts import unreached_as_buffers
+from harness.step.model_classes import AutoConfig, AutoTokenizer, GenerationConfig
 
 disable_progress_bar()  # transformers' bar for each loaded file would hide the harness's own progress
 

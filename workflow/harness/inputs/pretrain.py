@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness.errors import UserError
 from harness.inputs.generated import pieces
@@ -28,6 +27,7 @@ from harness.records.code import PRETRAINED_MODEL
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord
 from harness.step import resume
+from harness.step.model_classes import LlamaConfig, LlamaForCausalLM
 from harness.study.jobs import ModelJob
 from harness.study.spec import Corpus, PretrainedHere
 

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from baselines.method import torch_dtype
 from grass.host import current, using
@@ -24,6 +23,7 @@ from harness.step.attach import attach, new_method, refusals
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.facts import unreached_as_buffers
 from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
+from harness.step.model_classes import AutoConfig, AutoModelForCausalLM
 from harness.step.observer import Observer
 from harness.step.run import Batch, Part, StepContext, run_step
 from harness.step.spec import Cell, Geometry, Shape
