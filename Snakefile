@@ -18,7 +18,7 @@ from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study
-from harness.study.supervision import pass_on_sigterm, take_folder
+from harness.study.supervision import pass_on_sigterm, take_folder, told_to_end
 
 if workflow.overwrite_configfiles:
     raise WorkflowError("--configfile is not taken: give the study's file as --config STUDY=config/<study>.yaml")

@@ -177,9 +177,12 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
         "".join(line for line in text.splitlines(True) if "module: full" not in line and "lisa" not in line)
     )
     for kill in KILLS:
-        took = kill.carry_out(other)
-        assert took is not None, f"{kill}: the study ended before"
-        assert took < 10 or kill.number != signal.SIGTERM, f"{kill}: a SIGTERM took {took:.0f} s"
+        assert kill.carry_out(other) is not None, f"{kill}: the study ended before"
+        if kill.number == signal.SIGTERM:
+            # how fast is what the soak tells: here nothing more is begun, not even the tables of what is there
+            (log,) = (other.folder / "results" / "logs" / "search").glob("*--grass--*.log")
+            assert "stopped by SIGTERM; the same command again goes on from here" in log.read_text()
+            assert not (other.folder / "results" / "micro" / "partial").exists()
     done = other.snakemake()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert differences(study.folder / "results", other.folder / "results") == []

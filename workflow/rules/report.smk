@@ -94,7 +94,8 @@ rule page:
 # One failed job must not take the other runs' tables with it. They go to a folder of their own, since Snakemake must
 # not take them for its outputs.
 onerror:
-    shell("{PYTHON:q} -m harness partial --config {CONFIG:q}")
+    if not told_to_end():
+        shell("{PYTHON:q} -m harness partial --config {CONFIG:q}")
 
 
 onsuccess:

@@ -28,6 +28,14 @@ def take_folder(snakemake: Path) -> str | None:
     return f"another Snakemake works in this folder: {who}; wait for it, or end it"
 
 
+_told: list[int] = []
+
+
+def told_to_end() -> bool:
+    """Whether a SIGTERM came: then every second counts, and nothing more is begun."""
+    return bool(_told)
+
+
 def pass_on_sigterm() -> None:
     """From now on a SIGTERM of this process also reaches the jobs that it started, which save their state.
 
@@ -37,6 +45,7 @@ def pass_on_sigterm() -> None:
     usual: Any = signal.getsignal(signal.SIGTERM)
 
     def both(number: int, frame: FrameType | None) -> None:
+        _told.append(number)
         for process in psutil.Process().children(recursive=True):
             try:
                 if not process.children():
