@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -18,12 +16,11 @@ from grass.layers import declared_module
 from harness.errors import UserError
 from harness.evaluating import finished
 from harness.evaluating.asking import Asking
-from harness.evaluating.heldout import DocumentLoss, HeldoutLoss, heldout_loss
-from harness.evaluating.lm import SuiteOutcome, decoding, likelihood_suite, protocol, score_suite, wrap
+from harness.evaluating.heldout import heldout_loss
+from harness.evaluating.lm import decoding, likelihood_suite, protocol, score_suite, wrap
 from harness.evaluating.stock import score_stock
-from harness.inputs.choices import question
-from harness.inputs.overlap import normalised
-from harness.inputs.prompts import Prompt, Row, user_text
+from harness.evaluating.suite_score import checked_rows, choices_of, document_rows, key_of, settings_of, suite_score
+from harness.inputs.prompts import Prompt, Row
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import check_ids
 from harness.progress import say
@@ -38,21 +35,7 @@ from harness.step.architecture import check_length
 from harness.step.outcomes import CannotRunError, is_out_of_memory, out_of_memory_why
 from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import Choices, FileScoring, LmEvalSuite, ReadSuite
-from harness.tasks.protocol import check_row
-
-CHANCE: dict[FileScoring, float | None] = {
-    "number": None,
-    "letter": 1 / 5,
-    "true_false": 1 / 2,
-    "solution": 1 / 2,
-    "ending": 1 / 4,
-    "option": 1 / 2,
-}
-"""Accuracy of a blind guess among the rule's strings; `answer` has two to five options, see `chance`."""
-
-NOT_TRAINED_SO = "the suite asks otherwise than training does"
-"""Why there is no held-out loss where the options' own texts are scored."""
+from harness.study.spec import LmEvalSuite
 
 
 def evaluate(
@@ -127,7 +110,7 @@ def evaluate(
     asked = (asking.tokens(row) for rows in tests.values() for row in rows)
     check_ids(asked, tokenizer=prompt.tokenizer, embedding=declared_module(model, "get_input_embeddings"))
     lm = wrap(model, prompt.tokenizer, batch_size=batch_size)
-    scorer = _Scorer(lm, job, run=train_record.name, asking=asking, trained={_key(row) for row in train_rows})
+    scorer = _Scorer(lm, job, run=train_record.name, asking=asking, trained={key_of(row) for row in train_rows})
     record = partial(
         EvalRecord, name=job.name, run=train_record.name, decoding=scorer.settings, scores=scorer.scores,
         lm_eval=scorer.lm_eval, provenance=origin,
@@ -174,7 +157,7 @@ class _Scorer:
         job: what is scored.
         run: name of the run.
         asking: how the task's own suites are asked; those of forgetting have no worked examples.
-        trained: keys of the training rows, see `_key`.
+        trained: keys of the training rows, see `key_of`.
     """
 
     def __init__(self, lm: Any, job: EvalJob, *, run: str, asking: Asking, trained: set[str]) -> None:
@@ -234,7 +217,7 @@ class _Scorer:
         source = suite.source
         assert not isinstance(source, LmEvalSuite)
         asking = self.asking if suite in self.job.suites else replace(self.asking, examples=())
-        choices = _choices(suite)
+        choices = choices_of(suite)
         if choices is not None:
             answered = likelihood_suite(self.lm, file=file, rows=rows, choices=choices, asking=asking)
         else:
@@ -250,119 +233,16 @@ class _Scorer:
                 self.lm.model, self.asking.prompt, rows, max_length=self.job.max_length,
                 batch_size=self.lm.batch_size,
             )  # fmt: skip
-        settings = _settings(suite, rows, asking, loss, self.job.max_length)
+        settings = settings_of(suite, rows, asking, loss, self.job.max_length)
         self.settings["suites"][suite.label] = settings | {"batch_size": self.lm.batch_size}
-        self.scores.append(_suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
-        self.documents += _document_rows(self.run, suite.label, rows, answered, loss)
+        self.scores.append(suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
+        self.documents += document_rows(self.run, suite.label, rows, answered, loss)
 
     def _score_lm_eval(self, suite: SuiteJob, folder: Path) -> None:
         found = score_stock(self.lm, suite, folder)
         self.settings["suites"][suite.label] = found.settings | {"batch_size": self.lm.batch_size}
         self.lm_eval += found.scores
         self.samples += [{"run": self.run} | row for row in found.documents]
-
-
-def _settings(
-    suite: SuiteJob, rows: Sequence[Row], asking: Asking, loss: HeldoutLoss | None, max_length: int
-) -> dict[str, Any]:
-    """How one suite was scored, for the record; with the first question as the model read it."""
-    source = suite.source
-    assert not isinstance(source, LmEvalSuite)
-    choices = _choices(suite)
-    asked = None if choices is None else question(rows[0], choices)
-    found: dict[str, Any] = {
-        "first_question": asking.text(rows[0]) if asked is None or asked.text is None else asked.text,
-        "shots": len(asking.examples) if choices != "texts" else 0,
-    }
-    if asked is not None:
-        found["first_answers"] = list(asked.answers)
-    else:
-        found["max_new_tokens"] = source.max_new_tokens
-    if loss is not None:
-        found["heldout_max_tokens"] = max_length
-        found["heldout_rows"] = sum(document.tokens > 0 for document in loss.documents)
-        found["heldout_truncated_rows"] = loss.truncated_rows
-    return found
-
-
-def _choices(suite: SuiteJob) -> Choices | None:
-    """What the allowed answers are, of a suite scored by likelihood."""
-    return suite.source.choices if isinstance(suite.source, ReadSuite) else None
-
-
-def _key(row: Row) -> str:
-    """What is compared to find test rows among the training rows."""
-    return normalised(user_text(row))
-
-
-def chance(scoring: FileScoring, rows: Sequence[Row], *, choices: Choices | None = None) -> float | None:
-    """Expected accuracy of a blind guess, or None if there are no options to guess among.
-
-    For `answer` the options are counted in each instruction's tail ("Answer format: answer1/answer2/answer3"); a row
-    without that tail makes it None.
-    """
-    if choices is not None:
-        return fmean(1 / len(question(row, choices).answers) for row in rows)
-    if scoring != "answer":
-        return CHANCE.get(scoring)
-    options = [len(set(re.findall(r"answer\d", row["instruction"].rpartition("Answer format:")[2]))) for row in rows]
-    return fmean(1 / count for count in options) if all(options) else None
-
-
-def checked_rows(suite: SuiteJob, file: Path) -> list[Row]:
-    """Rows of a suite's file, each with an answer that its scoring can find right.
-
-    Raises:
-        UserError: there are none, or one cannot be scored; the message names file and row.
-    """
-    rows: list[Row] = read_rows(file)
-    if not rows:
-        raise UserError(f"{file}: no rows to score; make the suite again")
-    for number, row in enumerate(rows, start=1):
-        try:
-            check_row(suite.source, row)
-        except ValueError as error:
-            raise UserError(f"{file}, row {number}: {error}; change the suite's `scoring` or the row") from None
-    return rows
-
-
-def _suite_score(
-    suite: SuiteJob, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss | None, trained: set[str], name: str
-) -> SuiteScore:
-    source = suite.source
-    assert not isinstance(source, LmEvalSuite)
-    normalised_outcomes = [outcome.correct_normalised for outcome in answered.outcomes]
-    return SuiteScore(
-        suite=suite.label,
-        scoring=source.scoring,
-        protocol=name,
-        rows=len(rows),
-        # A file with exactly `limit` rows cannot be distinguished from a longer one here, and counts as limited.
-        limited=source.kind != "generated" and source.limit is not None and len(rows) >= source.limit,
-        correct=sum(outcome.correct for outcome in answered.outcomes),
-        correct_normalised=None if None in normalised_outcomes else sum(map(bool, normalised_outcomes)),
-        unparsed=sum(outcome.prediction is None for outcome in answered.outcomes),
-        chance=chance(source.scoring, rows, choices=_choices(suite)),
-        heldout_loss=None if loss is None else loss.mean,
-        heldout_loss_why=NOT_TRAINED_SO if loss is None else loss.why,
-        heldout_tokens=0 if loss is None else loss.tokens,
-        truncated_rows=answered.truncated_rows,
-        leaked_rows=sum(_key(row) in trained for row in rows),
-    )
-
-
-def _document_rows(
-    run: str, suite: str, rows: Sequence[Row], answered: SuiteOutcome, loss: HeldoutLoss | None
-) -> list[dict[str, Any]]:
-    losses = [DocumentLoss(loss=None, tokens=0)] * len(rows) if loss is None else loss.documents
-    return [
-        {
-            "run": run, "suite": suite, "document": number, "correct": outcome.correct,
-            "correct_normalised": outcome.correct_normalised, "parsed": outcome.prediction is not None,
-            "prediction": outcome.prediction, "gold": row["answer"], "loss": document.loss, "tokens": document.tokens,
-        }
-        for number, (row, outcome, document) in enumerate(zip(rows, answered.outcomes, losses, strict=True))
-    ]  # fmt: skip
 
 
 def _write_samples(out: Path, samples: list[dict[str, Any]], job: EvalJob) -> None:

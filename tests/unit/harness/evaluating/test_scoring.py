@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from harness.evaluating.score import chance
+from harness.evaluating.suite_score import chance
 from harness.inputs.overlap import normalised
 from harness.tasks.protocol import check_gold, extract, is_correct, kept_text, score
 from house import SHARED
