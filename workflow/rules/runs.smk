@@ -29,9 +29,12 @@ rule forecast:
     log:
         "results/logs/forecast/{forecast}.log",
     priority: 15
+    group:
+        "forecasts"
     resources:
         mem_mb=needs.SMALL.mem_mb,
         runtime=needs.SMALL.minutes,
+        in_turn=1,
     params:
         spec=str(PATHS.spec(FORECAST, "{forecast}")),
     shell:
@@ -94,11 +97,14 @@ rule evaluate:
         "results/logs/evaluate/{run}--{evaluation}.log",
     # before further runs: a model may be removed once it is scored (runtime.keep)
     priority: 14
+    group:
+        group_of_score
     threads: RUNTIME.threads
     resources:
         mem_mb=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).mem_mb,
         runtime=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).minutes,
         gpu=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).gpus,
+        in_turn=1,
     params:
         spec=str(PATHS.spec(EVALUATE, "{evaluation}")),
         run=str(PATHS.run("{run}")),
