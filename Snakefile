@@ -13,6 +13,7 @@ from snakemake.exceptions import WorkflowError
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
+from harness.study.cards import card_for, cards
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
@@ -35,6 +36,7 @@ IN_JOB = not workflow.is_main_process
 # Snakemake does not tell a Snakefile whether this is a dry run while it parses the file
 DRY_RUN = not IN_JOB and any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
+    CARDS = cards()
     if IN_JOB:
         PLAN = reopen_study(CONFIG)
         # a shell in between would end at a SIGTERM, and the cluster would then kill what has yet to save

@@ -178,10 +178,17 @@ def sacct(queue: Path, words: list[str]) -> int:
 
 
 def squeue(queue: Path, words: list[str]) -> int:
+    asked = options_of(words)
     for job in jobs(queue):
-        facts = job.facts
-        if facts["state"] in {"PENDING", "RUNNING"}:
-            print(f"{job.number:>6} {facts['state']:<8} {job.options['comment']}")
+        facts, options = job.facts, job.options
+        if ("states" in asked or facts["state"] in {"PENDING", "RUNNING"}) and asked.get(
+            "name", options["job-name"]
+        ) == (options["job-name"]):
+            values = {"%i": str(job.number), "%T": facts["state"], "%k": options["comment"]}
+            line = asked.get("format", "%i %T %k")
+            for letter, value in values.items():
+                line = line.replace(letter, value)
+            print(line)
     return 0
 
 

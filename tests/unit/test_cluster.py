@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from harness.records.atomic import write_json
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord
+from harness.records.run import ModelRecord, RunForecast
+from harness.records.units import GIB
 from harness.study.config import load_study
 from harness.study.jobs import FORECAST, MODEL, ROWS, SUITE, TRAIN
 from harness.study.needs import SMALL, of_training
@@ -58,9 +59,16 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
         )  # fmt: skip
         write_json(paths.output(MODEL, name), record.model_dump(mode="json"))
     made = [paths.output(ROWS, name) for name in plan.rows] + [paths.output(SUITE, name) for name in plan.suites]
-    made += [paths.output(FORECAST, name) for name in plan.forecasts if "--full--" in name]
+    (folder / "cards.yaml").write_text("large: 80GiB\nhuge: 141GiB\nsmall: 24 GiB\n", encoding="utf-8")
     for path in (*made, *(paths.output(TRAIN, name) for name in plan.runs if "--fixed--" in name)):
         write_json(path, {})
+    for name in plan.forecasts:
+        if "--full--" in name:
+            forecast = RunForecast(
+                name=name, longest_row_tokens=8, peak_bytes=29 * GIB, peak_phase="step", needed_bytes=30 * GIB,
+                peak_why=None, provenance=provenance(roots=(), inputs={}),
+            )  # fmt: skip
+            write_json(paths.output(FORECAST, name), forecast.model_dump(mode="json"))
     profile = (ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8")
     for line, value in (
         ("# slurm_account: <account>", "slurm_account: mine"),
@@ -73,7 +81,8 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     environment = install(folder / "slurm", refusing=True)
     said = subprocess.run(
         [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--profile",
-         str(folder / "profile"), "--configfile", str(config), "--retries", "0"],
+         str(folder / "profile"), "--configfile", str(config), "--retries", "0",
+         "--config", f"CARDS={folder / 'cards.yaml'}"],
         capture_output=True, text=True, env=environment, cwd=ROOT,
     )  # fmt: skip
     found = jobs(folder / "slurm" / "queue")
@@ -93,6 +102,8 @@ def test_a_training_asks_for_a_gpu_and_what_it_needs_and_saves_when_it_is_preemp
     for line in lines:
         assert (line["gpus"], line["mem"], line["time"]) == ("1", str(needs.mem_mb), str(needs.minutes))
         assert (line["account"], line["partition"]) == ("mine", "cards")
+        assert line["constraint"] == "large", "the smallest card that has what the forecast says"
+        assert "CARDS=" in line["wrap"]
         assert (line["signal"], line["open-mode"], line["requeue"]) == ("TERM@120", "append", "")
         assert line["wrap"].startswith("trap : TERM && ")
 

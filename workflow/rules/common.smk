@@ -66,6 +66,12 @@ def score_needs(run, evaluation):
     )
 
 
+def card_of(training):
+    """For a cluster's scheduler, which asks when the forecast is there."""
+    job = forecast_job(training)
+    return None if job is None else card_for(PATHS.output(FORECAST, job.name), CARDS)
+
+
 # ------------------------------------------------------------ groups of short jobs, on a cluster only: see profiles/slurm
 
 

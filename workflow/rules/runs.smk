@@ -55,6 +55,7 @@ rule search:
         mem_mb=lambda wildcards: search_needs(wildcards.search).mem_mb,
         runtime=lambda wildcards: search_needs(wildcards.search).minutes,
         gpu=lambda wildcards: search_needs(wildcards.search).gpus,
+        constraint=lambda wildcards: card_of(PLAN.searches[wildcards.search].training),
     params:
         spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
@@ -79,6 +80,7 @@ rule train:
         mem_mb=lambda wildcards: run_needs(wildcards.run).mem_mb,
         runtime=lambda wildcards: run_needs(wildcards.run).minutes,
         gpu=lambda wildcards: run_needs(wildcards.run).gpus,
+        constraint=lambda wildcards: card_of(PLAN.runs[wildcards.run].training),
     params:
         spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
