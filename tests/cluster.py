@@ -64,7 +64,6 @@ def job_of(queue: Path, words: str) -> Job:
 def test_a_study_on_the_stand_in_ends_as_one_on_this_machine(tmp_path: Path) -> None:
     alone = Study(tmp_path / "alone", "--cores", "2")
     said, _ = alone.start().communicate()
-    assert "5 of 6 runs are there" not in said
     assert "4 of 5 runs are there" in said, said[-3000:]
 
     environment = install(tmp_path / "slurm")
@@ -95,7 +94,9 @@ def test_a_study_on_the_stand_in_ends_as_one_on_this_machine(tmp_path: Path) -> 
     # the failed one was submitted again as often as the profile says
     failed = [job for job in jobs(queue) if "--cut--" in job.options["comment"]]
     assert [job.facts["state"] for job in failed] == ["FAILED"] * 3
-    assert differences(alone.folder / "results", results) == []
+    (cut,) = results.glob("runs/*--cut--*")
+    unscored = [f"{cut.name}: never scored"]
+    assert differences(alone.folder / "results", results) == unscored
 
     # without the failing method: the same page and tables; the scores of trained runs are one job
     for study in (alone, cluster):
@@ -108,7 +109,7 @@ def test_a_study_on_the_stand_in_ends_as_one_on_this_machine(tmp_path: Path) -> 
     said, _ = process.communicate(timeout=600)
     assert process.returncode == 0, said[-3000:]
     assert [job.options["comment"] for job in jobs(queue)[before:]] == ["rule_scores_evaluate"]
-    assert differences(alone.folder / "results", results) == []
+    assert differences(alone.folder / "results", results) == unscored
     same = [study.folder / "results" / "micro" / "tables" / "accuracy.csv" for study in (alone, cluster)]
     assert same[0].read_bytes() == same[1].read_bytes()
     assert (results / "micro" / "report.html").is_file()
