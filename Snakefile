@@ -14,11 +14,12 @@ from snakemake.exceptions import WorkflowError
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
 from harness.study import progress
+from harness.study.cards import card_for, cards
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
-from harness.study.plan import forecast_job, open_study
-from harness.study.supervision import pass_on_sigterm, take_folder, told_to_end
+from harness.study.plan import forecast_job, open_study, reopen_study
+from harness.study.supervision import copy_of, pass_on_sigterm, take_folder, told_to_end
 
 if workflow.overwrite_configfiles:
     raise WorkflowError("--configfile is not taken: give the study's file as --config STUDY=config/<study>.yaml")
@@ -33,18 +34,34 @@ for name, value in given.items():
 
 PATHS = Paths()
 PYTHON = sys.executable
+# a job of a cluster reads this file again, in its own process; what follows from the whole study is done once
+IN_JOB = not workflow.is_main_process
 # Snakemake does not tell a Snakefile whether this is a dry run while it parses the file
-DRY_RUN = any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
+DRY_RUN = not IN_JOB and any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
-    PLAN = open_study(CONFIG, PATHS, dry_run=DRY_RUN)
+    CARDS = cards()
+    if IN_JOB:
+        PLAN = reopen_study(CONFIG)
+        # a shell in between would end at a SIGTERM, and the cluster would then kill what has yet to save
+        shell.prefix("exec ")
+    else:
+        PLAN = open_study(CONFIG, PATHS, dry_run=DRY_RUN)
+        COPY = copy_of(CONFIG, Path(".snakemake").absolute())
+        # what jobs are given: an edited config does not change a study under way
+        workflow.config_settings.config_args = [
+            f"{name}={value}" for name, value in {**given, "STUDY": COPY.path}.items()
+        ]
 except UserError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
-# used by the progress lines of the jobs
-os.environ[STUDY_FILE] = str(CONFIG)
-os.environ[progress.STUDY_STARTED] = str(time.time())
-os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
+if not IN_JOB:
+    # jobs inherit it, for their progress lines
+    os.environ |= {
+        STUDY_FILE: str(CONFIG),
+        progress.STUDY_STARTED: str(time.time()),
+        progress.STUDY_DONE: str(progress.study_work(CONFIG)[0]),
+    }
 
 
 def disk_is_too_small(files=None):
@@ -58,16 +75,27 @@ if DRY_RUN and disk_is_too_small():
     print(f"this would be refused: {disk_is_too_small()}", file=sys.stderr)
 
 
-# not in a dry run; a job of a cluster reads this file again, and is not asked
+# not in a dry run, and not in a job of a cluster
 onstart:
-    if workflow.is_main_process:
-        if taken := take_folder(Path(".snakemake")):
-            sys.exit(taken)
-        pass_on_sigterm()
+    if taken := take_folder(Path(".snakemake")):
+        sys.exit(taken)
+    pass_on_sigterm()
+    COPY.write()
     files = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.output}
-    line = disk_is_too_small(files) if workflow.is_main_process else None
-    if line:
+    if line := disk_is_too_small(files):
         sys.exit(line)
+
+
+# on a cluster these stay where Snakemake runs: a compute node may have no network to fetch from, and what is made of all
+# records at the end takes less time than another wait in the queue
+localrules:
+    prefetch_model,
+    prefetch_rows,
+    prefetch_suite,
+    collect,
+    tables,
+    figures,
+    page,
 
 
 include: "workflow/rules/common.smk"

@@ -80,3 +80,26 @@ def score_needs(run, evaluation):
     return needs.of_evaluation(
         PLAN.evals[evaluation], PLAN.runs[run].training, PATHS, batch_size=RUNTIME.eval_batch_size
     )
+
+
+def card_of(training):
+    """For a cluster's scheduler, which asks when the forecast is there."""
+    job = forecast_job(training)
+    return None if job is None else card_for(PATHS.output(FORECAST, job.name), CARDS)
+
+
+# ------------------------------------------------------------ groups of short jobs, on a cluster only: see profiles/slurm
+
+
+def group_of_score(wildcards):
+    """Of runs that are trained already: a group starts when all its inputs are there, and one failed training would
+    keep the scores of others. A long one is a job of its own: a group asks for the time of all its members."""
+    if score_needs(wildcards.run, wildcards.evaluation).minutes > needs.SHORT_MINUTES:
+        return None
+    return "scores" if was_trained(wildcards.run) else None
+
+
+@cache
+def was_trained(run):
+    """When first asked: Snakemake asks again while it works, and cannot bear that a group changes."""
+    return PATHS.output(TRAIN, run).is_file()

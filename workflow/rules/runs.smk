@@ -29,9 +29,12 @@ rule forecast:
     log:
         "results/logs/forecast/{forecast}.log",
     priority: 15
+    group:
+        "forecasts"
     resources:
         mem_mb=needs.SMALL.mem_mb,
         runtime=needs.SMALL.minutes,
+        in_turn=1,
     params:
         spec=str(PATHS.spec(FORECAST, "{forecast}")),
     shell:
@@ -52,6 +55,7 @@ rule search:
         mem_mb=lambda wildcards: search_needs(wildcards.search).mem_mb,
         runtime=lambda wildcards: search_needs(wildcards.search).minutes,
         gpu=lambda wildcards: search_needs(wildcards.search).gpus,
+        constraint=lambda wildcards: card_of(PLAN.searches[wildcards.search].training),
     params:
         spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
@@ -76,6 +80,7 @@ rule train:
         mem_mb=lambda wildcards: run_needs(wildcards.run).mem_mb,
         runtime=lambda wildcards: run_needs(wildcards.run).minutes,
         gpu=lambda wildcards: run_needs(wildcards.run).gpus,
+        constraint=lambda wildcards: card_of(PLAN.runs[wildcards.run].training),
     params:
         spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
@@ -94,11 +99,14 @@ rule evaluate:
         "results/logs/evaluate/{run}--{evaluation}.log",
     # before further runs: a model may be removed once it is scored (runtime.keep)
     priority: 14
+    group:
+        group_of_score
     threads: RUNTIME.threads
     resources:
         mem_mb=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).mem_mb,
         runtime=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).minutes,
         gpu=lambda wildcards: score_needs(wildcards.run, wildcards.evaluation).gpus,
+        in_turn=1,
     params:
         spec=str(PATHS.spec(EVALUATE, "{evaluation}")),
         run=str(PATHS.run("{run}")),

@@ -1,7 +1,11 @@
-"""Locks that a dead process cannot hold: the kernel's own (`flock`), which it drops when the process ends, however."""
+"""Locks that a dead process cannot hold: the kernel's own (`flock`), which it drops when the process ends, however.
+
+Some shared file systems have none. There a job goes on without: it cannot know of another process that does the same.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,18 +17,28 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from harness.errors import UserError
 from harness.progress import duration, say
 
 POLL_S = 2.0
 """Seconds between two tries of a waiting process."""
 COMMAND_LENGTH = 200
 """Characters of the holder's command that are shown to others."""
+_HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+"""Answers of a file system without locks: Lustre mounted without `flock`, NFS without its lock daemon."""
+
+
+class NoLocksError(UserError):
+    """The file system has no locks."""
 
 
 def try_lock(path: Path) -> int | None:
     """An open descriptor that holds the lock until it is closed, or None where another process, or this one, holds it.
 
     The file then describes the holder, see `holder`.
+
+    Raises:
+        NoLocksError: the file system has no locks.
     """
     while True:
         # not truncated: it holds the present holder's description
@@ -34,6 +48,15 @@ def try_lock(path: Path) -> int | None:
         except BlockingIOError:
             os.close(descriptor)
             return None
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno not in _HAS_NONE:
+                raise
+            path.unlink(missing_ok=True)
+            raise NoLocksError(
+                f"{path.parent}: this file system has no locks (flock: {error.strerror}); use a folder on another one, "
+                "or have it mounted with locks"
+            ) from None
         if _is_still(path, descriptor):
             break
         os.close(descriptor)  # the last holder removed the file between our two calls
@@ -56,7 +79,8 @@ def holder(path: Path) -> tuple[int, str] | None:
 def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
     """Hold the lock of the job that writes `output`, which may have survived the Snakemake that started it.
 
-    Waits for another process that does the same job. Without the output's folder there is no such process, and no lock.
+    Waits for another process that does the same job. Without the output's folder there is no such process, and no lock;
+    a file system without locks has none either.
 
     Yields:
         Whether the job is still to be done: not where the other process has written `output` meanwhile.
@@ -66,12 +90,18 @@ def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
         return
     path, started = output.with_name(f".{output.name}.lock"), time.monotonic()
     told = False
-    while (descriptor := try_lock(path)) is None:
+    try:
+        descriptor = try_lock(path)
+    except NoLocksError:
+        yield True
+        return
+    while descriptor is None:
         if not told:
             told = True
             who = holder(path)
             say(f"{output}: {who[1] if who else 'another process'} does this job; waiting for it to end")
         time.sleep(poll_s)
+        descriptor = try_lock(path)
     if told:
         say(f"{output}: the other process ended after {duration(time.monotonic() - started)}")
     try:

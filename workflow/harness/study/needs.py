@@ -73,6 +73,9 @@ class Needs:
 SMALL = Needs(mem_mb=8_000, minutes=30)
 """Needs of a job that makes files, tables or figures from rows or records, or forecasts on fake tensors."""
 
+SHORT_MINUTES = 60
+"""Most minutes of a scoring that a cluster is given in a group with others."""
+
 
 def of_model(job: ModelJob, paths: Paths) -> Needs:
     """Pretraining, hashing or fetching a model."""

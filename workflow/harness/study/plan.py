@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from baselines import find_method
 from harness.errors import UserError
 from harness.records import atomic
 from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of, task_recipe
@@ -78,6 +79,11 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
         _check_mirror(plan, paths, config=path)
         write_specs(plan, paths)
     return plan
+
+
+def reopen_study(path: Path) -> Plan:
+    """The plan of a study that is under way, for one of its jobs: nothing is checked or written again."""
+    return resolve_study(load_study(path, inputs_needed=False))
 
 
 def _check_mirror(plan: Plan, paths: Paths, *, config: Path) -> None:
@@ -184,8 +190,9 @@ def probe_job(study: Study, model: ModelJob, rows: RowsJob, probes: Probes) -> P
 
 
 def forecast_job(training: Training) -> ForecastJob | None:
-    """The memory forecast that a run depends on; None on a CPU."""
-    return ForecastJob(training=training) if training.recipe.device == "cuda" else None
+    """The memory forecast that a run depends on; None on a CPU, and for a method that takes no step."""
+    steps = training.recipe.device == "cuda" and find_method(training.module).TRAINS
+    return ForecastJob(training=training) if steps else None
 
 
 def write_specs(plan: Plan, paths: Paths) -> None:

@@ -1,15 +1,40 @@
-"""What the Snakefile adds where processes die: a lock that ends with its holder, and SIGTERM for the jobs."""
+"""What the Snakefile adds for processes that die, or work elsewhere: a lock that ends with its holder, SIGTERM for the
+jobs, and the config that they all read.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
-from harness.records.locks import holder, try_lock
+from harness.progress import say
+from harness.records import atomic
+from harness.records.locks import NoLocksError, holder, try_lock
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The text of a config file, and where it is kept for jobs that start later: the file itself may be edited."""
+
+    text: str
+    path: Path
+
+    def write(self) -> None:
+        """Write the file unless it is there; its name follows from the text."""
+        if not self.path.exists():
+            atomic.write_text(self.path, self.text)
+
+
+def copy_of(config: Path, folder: Path) -> Copy:
+    """The copy of a config that goes into `folder`."""
+    text = config.read_text(encoding="utf-8")
+    return Copy(text, folder / "studies" / f"{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml")
 
 
 def take_folder(snakemake: Path) -> str | None:
@@ -21,7 +46,11 @@ def take_folder(snakemake: Path) -> str | None:
         snakemake: the folder `.snakemake`.
     """
     lock = snakemake / "study.lock"
-    if try_lock(lock) is not None:  # the open descriptor is the lock
+    try:
+        if try_lock(lock) is not None:  # the open descriptor is the lock
+            return None
+    except NoLocksError as error:
+        say(f"{error}; until then nothing stops a second Snakemake in this folder: start one alone")
         return None
     found = holder(lock)
     who = found[1] if found else "it has just begun"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,7 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from harness.records.locks import holder, one_at_a_time, try_lock
+from harness.records.atomic import write_text
+from harness.records.locks import NoLocksError, holder, one_at_a_time, try_lock
+from harness.study.supervision import take_folder
 
 HOLD = """
 import sys, time
@@ -112,3 +116,32 @@ def test_many_take_turns_though_the_file_comes_and_goes(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert most == [1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_on_a_file_system_without_locks_work_goes_on_and_the_study_says_so(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(NoLocksError, match="this file system has no locks"):
+        try_lock(tmp_path / "one.lock")
+    with one_at_a_time(tmp_path / "train.json") as to_do:
+        assert to_do
+        write_text(tmp_path / "train.json", "{}")
+    assert take_folder(tmp_path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}: this file system has no locks (flock: ")
+    assert "nothing stops a second Snakemake" in line
+    assert [file.name for file in tmp_path.iterdir()] == ["train.json"]
+
+
+def test_another_failure_of_a_lock_is_not_taken_for_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="broken"), one_at_a_time(tmp_path / "train.json"):
+        pass
