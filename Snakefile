@@ -40,8 +40,12 @@ RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
 # used by the progress lines of the jobs
 os.environ[STUDY_FILE] = str(CONFIG)
-os.environ[progress.STUDY_STARTED] = str(time.time())
-os.environ[progress.STUDY_DONE] = str(progress.study_work(CONFIG)[0])
+if not DRY_RUN:
+    WORK = PATHS.root / "logs" / f"{PLAN.study.study}.work"
+    progress.write_work(PLAN, PATHS, WORK)
+    os.environ[progress.STUDY_WORK] = str(WORK)
+    os.environ[progress.STUDY_STARTED] = str(time.time())
+    os.environ[progress.STUDY_DONE] = str(progress.read_work(WORK)[0])
 
 
 def disk_is_too_small(files=None):
