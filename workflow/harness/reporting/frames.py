@@ -67,6 +67,23 @@ def rows_to_frame(name: str, rows: list[dict[str, Any]]) -> DataFrame:
     return DataFrame(made)
 
 
+def table_to_frame(name: str, table: DataFrame) -> DataFrame:
+    """The columns of `FRAMES[name]` from a table, cast to their types; those that it lacks are null.
+
+    Raises:
+        FrameError: a value does not fit the type of its column.
+    """
+    made: dict[str, Any] = {}
+    for column, dtype in FRAMES[name].items():
+        try:
+            made[column] = (
+                table[column].astype(dtype) if column in table else pd.array([None] * len(table), dtype=dtype)
+            )
+        except (TypeError, ValueError) as error:
+            raise FrameError(f"{name}: column {column!r} does not hold {dtype} values: {error}") from None
+    return DataFrame(made)
+
+
 def write_frames(frames: Frames, folder: Path) -> None:
     """Write `<folder>/<name>.parquet` for every table; the same rows give the same bytes."""
     for field in fields(frames):
