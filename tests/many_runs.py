@@ -52,6 +52,7 @@ from harness.study.plan import Plan, resolve_study
 ROOT = Path(__file__).resolve().parents[1]
 MODELS, TASKS, LAYERS, STEPS, DOCUMENTS = 2, 5, 8, 20, 20
 METHODS = ("full", "lora", "lisa", "grass", "grass-static")
+SEARCH_SEED = 1_000_000
 CELLS = MODELS * TASKS * len(METHODS)
 STAGE = "{python} -m harness {stage} --config mine.yaml"
 STAGES = {
@@ -82,6 +83,7 @@ def study(runs: int) -> dict[str, Any]:
         "tasks": {f"sums{n}": task | {"train": task["train"] | {"seed": n}} for n in range(TASKS)},
         "methods": {label: body["methods"][label] for label in METHODS},
     }
+    body["search"] |= {"seeds": [SEARCH_SEED]}
     return body
 
 
@@ -125,7 +127,8 @@ def _provenance(roots: Roots) -> Provenance:
 def _search(name: str, job: SearchJob) -> SearchRecord:
     t = job.training
     trials = [
-        Trial(lr=lr, seed=100, status="ok", validation_loss=0.5 + lr, extension=False) for lr in (1e-3, 3e-3, 1e-2)
+        Trial(lr=lr, seed=SEARCH_SEED, status="ok", validation_loss=0.5 + lr, extension=False)
+        for lr in (1e-3, 3e-3, 1e-2)
     ]
     return SearchRecord(
         name=name, model=t.model.label, task=t.rows.label, method=t.label, lr=1e-3, at_edge=True, trials=trials,
@@ -217,7 +220,9 @@ def measured(folder: Path) -> dict[str, tuple[float, float]]:
     for stage, command in STAGES.items():
         words = command.format(python=sys.executable, root=ROOT)
         with (folder / f"{stage.replace(' ', '-')}.log").open("wb") as log:
-            process = subprocess.Popen(["bash", "-c", f"exec {words}"], cwd=folder, env=environment, stdout=log, stderr=log)  # fmt: skip
+            process = subprocess.Popen(
+                ["bash", "-c", f"exec {words}"], cwd=folder, env=environment, stdout=log, stderr=log
+            )
             _, code, usage = os.wait4(process.pid, 0)
         found[stage] = (usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
         said = f"{found[stage][0]:.1f} s, {found[stage][1]:.2f} GiB"

@@ -76,9 +76,8 @@ def table_to_frame(name: str, table: DataFrame) -> DataFrame:
     made: dict[str, Any] = {}
     for column, dtype in FRAMES[name].items():
         try:
-            made[column] = (
-                table[column].astype(dtype) if column in table else pd.array([None] * len(table), dtype=dtype)
-            )
+            values: Any = table[column] if column in table else pd.Series(None, index=table.index, dtype="object")
+            made[column] = values.astype(dtype)
         except (TypeError, ValueError) as error:
             raise FrameError(f"{name}: column {column!r} does not hold {dtype} values: {error}") from None
     return DataFrame(made)
