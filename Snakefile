@@ -56,11 +56,15 @@ except UserError as error:
 RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
 if not IN_JOB:
+    os.environ[STUDY_FILE] = str(CONFIG)
+if not IN_JOB and not DRY_RUN:
+    WORK = PATHS.root / "logs" / f"{PLAN.study.study}.work"
+    progress.write_work(PLAN, PATHS, WORK)
     # jobs inherit it, for their progress lines
     os.environ |= {
-        STUDY_FILE: str(CONFIG),
+        progress.STUDY_WORK: str(WORK),
         progress.STUDY_STARTED: str(time.time()),
-        progress.STUDY_DONE: str(progress.study_work(CONFIG)[0]),
+        progress.STUDY_DONE: str(progress.read_work(WORK)[0]),
     }
 
 

@@ -67,6 +67,22 @@ def rows_to_frame(name: str, rows: list[dict[str, Any]]) -> DataFrame:
     return DataFrame(made)
 
 
+def table_to_frame(name: str, table: DataFrame) -> DataFrame:
+    """The columns of `FRAMES[name]` from a table, cast to their types; those that it lacks are null.
+
+    Raises:
+        FrameError: a value does not fit the type of its column.
+    """
+    made: dict[str, Any] = {}
+    for column, dtype in FRAMES[name].items():
+        try:
+            values: Any = table[column] if column in table else pd.Series(None, index=table.index, dtype="object")
+            made[column] = values.astype(dtype)
+        except (TypeError, ValueError) as error:
+            raise FrameError(f"{name}: column {column!r} does not hold {dtype} values: {error}") from None
+    return DataFrame(made)
+
+
 def refuse_link(folder: Path) -> None:
     """Of a folder that is about to be filled: published frames may come from a stranger, with links among them.
 

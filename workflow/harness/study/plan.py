@@ -197,11 +197,8 @@ def forecast_job(training: Training) -> ForecastJob | None:
 
 def write_specs(plan: Plan, paths: Paths) -> None:
     """Write each job's resolved spec if it is missing; existing specs are never changed."""
-    for kind in KINDS:
-        for name, job in plan.jobs(kind).items():
-            path = paths.spec(kind, name)
-            if not path.exists():
-                atomic.write_json(path, job.body())
+    specs = ((paths.spec(kind, name), job) for kind in KINDS for name, job in plan.jobs(kind).items())
+    atomic.write_many_json((path, job.body()) for path, job in specs if not path.exists())
 
 
 @dataclass(frozen=True)

@@ -6,34 +6,53 @@ import os
 import time
 from pathlib import Path
 
-from harness.errors import UserError
-from harness.progress import STUDY_FILE, duration, say
-from harness.study.config import load_study
+from harness.progress import duration, say
+from harness.records.atomic import write_text
 from harness.study.paths import Paths
-from harness.study.plan import outputs, resolve_study
+from harness.study.plan import Plan, outputs
 
 STUDY_STARTED, STUDY_DONE = "GRASS_STUDY_STARTED", "GRASS_STUDY_DONE"
 """Environment of a study's jobs: when it was started (s), and the work that was done by then."""
+STUDY_WORK = "GRASS_STUDY_WORK"
+"""Environment of a study's jobs: path of the list that `write_work` wrote."""
 
 
 def announce(what: str) -> None:
-    """Print that a job ended; within a study, also the study's progress."""
-    config = os.environ.get(STUDY_FILE)
-    if config is None:
-        say(what)
-        return
+    """Print that a job ended; within a study, also the study's progress.
+
+    The list of work is read instead of the study: resolving ten thousand runs again at the end of each of them would
+    take as long as the runs.
+    """
+    listed = os.environ.get(STUDY_WORK)
     try:
-        done, total = study_work(Path(config))
-    except UserError:  # the config file is being edited: this must not make a finished job fail
+        work = None if listed is None else read_work(Path(listed))
+    except FileNotFoundError:  # removed by hand: this must not make a finished job fail
+        work = None
+    if work is None:
         say(what)
         return
+    done, total = work
     spent = time.time() - float(os.environ[STUDY_STARTED])
     fresh = done - float(os.environ[STUDY_DONE])
     left = f", about {duration(spent * (total - done) / fresh)} left" if fresh > 0 else ""
     say(f"[{done / total:4.0%}, {duration(spent)} gone{left}] {what}")
 
 
-def study_work(config: Path) -> tuple[float, float]:
-    """Work done and total work of a study, in optimizer steps of its jobs (see `plan.Output.weight`)."""
-    listed = outputs(resolve_study(load_study(config, inputs_needed=False)), Paths())
-    return sum(o.weight for o in listed if o.path.exists()), sum(o.weight for o in listed)
+def write_work(plan: Plan, paths: Paths, file: Path) -> None:
+    """Write the outputs of a study's jobs, one a line: work in optimizer steps (see `plan.Output.weight`), tab, path.
+
+    A file that says the same already is left alone: every job of a cluster comes by here.
+    """
+    text = "".join(f"{output.weight:g}\t{output.path}\n" for output in outputs(plan, paths))
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        write_text(file, text)
+
+
+def read_work(file: Path) -> tuple[float, float]:
+    """Work done and total work of a study, in optimizer steps, from the list that `write_work` wrote."""
+    done = total = 0.0
+    for line in file.read_text(encoding="utf-8").splitlines():
+        weight, path = line.split("\t")
+        total += float(weight)
+        done += float(weight) * os.path.exists(path)
+    return done, total

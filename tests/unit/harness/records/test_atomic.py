@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness.errors import UserError
 from harness.records import atomic
-from harness.records.atomic import whole_file, whole_folder, write_text
+from harness.records.atomic import whole_file, whole_folder, write_json, write_many_json, write_text
 
 WRITE = """
 import sys
@@ -139,3 +139,17 @@ def test_a_writer_that_fails_leaves_the_old_one(kind: str, tmp_path: Path) -> No
         fail_within(kind, path)
     assert (path if kind == "whole_file" else path / "inner").read_text() == "whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_many_files_are_what_single_ones_are_and_the_disk_is_waited_for_a_few_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = []
+    monkeypatch.setattr(atomic.os, "sync", lambda: waits.append(len(list(tmp_path.glob("*/spec.json")))))
+    monkeypatch.setattr(atomic.os, "fsync", lambda _: pytest.fail("a file was waited for alone"))
+    write_many_json((tmp_path / str(n) / "spec.json", {"job": n}) for n in range(401))
+    assert waits == [0, 200, 400], "no file has its name before its content is on the disk"
+    monkeypatch.undo()
+    write_json(tmp_path / "one.json", {"job": 400})
+    assert (tmp_path / "400" / "spec.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert not list(tmp_path.glob("*/.*"))

@@ -205,6 +205,22 @@ def test_words_for_the_reader_are_no_part_of_a_name(tmp_path: Path) -> None:
     assert every_name(other) == every_name(plan_of(tmp_path))
 
 
+def test_comments_and_the_order_of_labels_and_keys_rename_nothing(tmp_path: Path) -> None:
+    before = resolve_study(study_files.load(tmp_path))
+    after = resolve_study(
+        study_files.load(
+            tmp_path,
+            ("  full: {module: full}\n", ""),
+            ("\nrecipe:\n  steps: 10\n", "\n  full: {module: full}  # last now\nrecipe:\n"),
+            ("  schedule: linear\n", "  schedule: linear\n  steps: 10\n"),
+            ("{rank: 4, alpha: 8}", "{alpha: 8, rank: 4}"),
+        )
+    )
+    assert list(after.runs) != list(before.runs), "the order is another one"
+    for kind in KINDS:
+        assert after.jobs(kind).keys() == before.jobs(kind).keys()
+
+
 def test_two_studies_share_the_runs_they_have_in_common(tmp_path: Path) -> None:
     one = plan_of(tmp_path)
     other = plan_of(
