@@ -1,4 +1,4 @@
-"""A whole study through a stand-in for SLURM: one job is preempted, one fails. `python -m tests.cluster`, ten minutes.
+"""A whole study through a stand-in for SLURM, one job preempted, one failing: `python -m tests.cluster`, 15 minutes.
 
 The same study on this machine alone is what it must end like.
 """
