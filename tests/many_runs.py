@@ -27,8 +27,10 @@ import numpy as np
 import pandas as pd
 import yaml
 from harness.progress import STUDY_FILE
+from harness.records.atomic import sealed
 from harness.records.code import Roots
 from harness.records.columns import DOCUMENT_COLUMNS
+from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.run import (
     DataUse,
@@ -84,6 +86,7 @@ def study(runs: int) -> dict[str, Any]:
         "methods": {label: body["methods"][label] for label in METHODS},
     }
     body["search"] |= {"seeds": [SEARCH_SEED]}
+    body["recipe"] |= {"steps": STEPS, "warmup_steps": 2}
     return body
 
 
@@ -103,8 +106,8 @@ def finish(plan: Plan, paths: Paths) -> None:
     for name, search in plan.searches.items():
         put(paths.output(SEARCH, name), _search(name, search))
     for name, job in plan.runs.items():
-        put(paths.output(TRAIN, name), _run(name, job))
         _course(paths.run(name), job, rng)
+        put(paths.output(TRAIN, name), _run(name, job, paths.run(name)))
         evaluation = plan.evaluation_of[name]
         suites = [suite.label for suite in plan.evals[evaluation].all_suites]
         _score(paths.score(name, evaluation), name, evaluation, suites, rng)
@@ -112,7 +115,7 @@ def finish(plan: Plan, paths: Paths) -> None:
 
 def put(path: Path, record: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(record.model_dump_json(indent=2), encoding="utf-8")
+    path.write_text(sealed(record.model_dump_json(indent=2)), encoding="utf-8")
 
 
 def made_by(kind: Kind[Any], job: Job) -> Provenance:
@@ -127,16 +130,16 @@ def _provenance(roots: Roots) -> Provenance:
 def _search(name: str, job: SearchJob) -> SearchRecord:
     t = job.training
     trials = [
-        Trial(lr=lr, seed=SEARCH_SEED, status="ok", validation_loss=0.5 + lr, extension=False)
-        for lr in (1e-3, 3e-3, 1e-2)
+        Trial(lr=lr, seed=SEARCH_SEED, status="ok", validation_loss=0.5 + lr, extension=False) for lr in job.search.grid
     ]
     return SearchRecord(
-        name=name, model=t.model.label, task=t.rows.label, method=t.label, lr=1e-3, at_edge=True, trials=trials,
+        name=name, model=t.model.label, task=t.rows.label, method=t.label, lr=job.search.grid[0], at_edge=True,
+        trials=trials,
         wall_s=9.0, provenance=made_by(SEARCH, job),
     )  # fmt: skip
 
 
-def _run(name: str, job: RunJob) -> TrainRecord:
+def _run(name: str, job: RunJob, folder: Path) -> TrainRecord:
     t = job.training
     return TrainRecord(
         name=name, status="ok", model=t.model.label, task=t.rows.label, method=t.label, module=t.module,
@@ -154,7 +157,7 @@ def _run(name: str, job: RunJob) -> TrainRecord:
             device_reserved_peak_bytes={}, device_why="the run was on the CPU", nvml_process_peak_bytes=None,
             nvml_device_peak_bytes=None, nvml_why="no NVIDIA driver", state_peak_bytes=3_000_000 + job.seed,
         ),
-        provenance=made_by(TRAIN, job),
+        files_sha256=hashes(folder, folder.glob("*.jsonl")), provenance=made_by(TRAIN, job),
     )  # fmt: skip
 
 
@@ -181,6 +184,7 @@ def _course(folder: Path, job: RunJob, rng: np.random.Generator) -> None:
 
 
 def _jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
@@ -201,12 +205,14 @@ def _score(path: Path, run: str, name: str, suites: list[str], rng: np.random.Ge
                 limited=False,
             )
         )  # fmt: skip
+    documents = path.with_suffix(".parquet")
+    documents.parent.mkdir(parents=True, exist_ok=True)
+    pd.concat(tables).to_parquet(documents, index=False)
     record = EvalRecord(
         name=name, run=run, status="ok", decoding={}, scores=scores, wall_s=1.0,
-        provenance=_provenance(EVALUATE.roots(None)),
+        files_sha256=hashes(path.parent, [documents]), provenance=_provenance(EVALUATE.roots(None)),
     )  # fmt: skip
     put(path, record)
-    pd.concat(tables).to_parquet(path.with_suffix(".parquet"), index=False)
 
 
 def measured(folder: Path) -> dict[str, tuple[float, float]]:
