@@ -45,7 +45,7 @@ def _one_sentence(text: str) -> str:
         return text
     # a message begins with the file and ends with the mend
     where, colon, rest = text.partition(": ")
-    text = _shortened(where, 150) + colon + re.sub(r"\S{61,}", lambda word: _shortened(word[0], 40), rest)
+    text = _shortened(where, 150) + colon + re.sub(r"\S{101,}", lambda word: _shortened(word[0], 40), rest)
     text = re.sub(r"(?:[^,;:]{1,40}, ){8,}", _fewer, text) if len(text) >= LONGEST else text
     return _shortened(text, LONGEST - 1)
 

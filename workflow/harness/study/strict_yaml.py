@@ -52,7 +52,7 @@ class Source:
         while known and known not in self.lines:
             known = known[:-1]
         dotted = ".".join(map(str, key)) + ": " if key else ""
-        return ConfigError(f"{self.path}:{self.lines.get(known, 1)}: {dotted}{message}")
+        return ConfigError(f"{self.path}:{self.lines.get(known, 1)}: {dotted}{message}".replace("\n", "\\n"))
 
 
 def read_yaml(path: Path) -> Source:
