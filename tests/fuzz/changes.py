@@ -16,7 +16,15 @@ Place = tuple[Any, Any]
 
 LONG = "x" * 5000
 NESTED = 60
-HOSTILE = ("<script>alert(1)</script>", '" onload="alert(1)', "]]>", "a|b\nc", "\\input{x}_^$%&#{}~", "../../outside", "${HOME}")
+HOSTILE = (
+    "<script>alert(1)</script>",
+    '" onload="alert(1)',
+    "]]>",
+    "a|b\nc",
+    "\\input{x}_^$%&#{}~",
+    "../../outside",
+    "${HOME}",
+)
 RAW = (
     "!!python/object/apply:os.system ['touch RAN']", "!!python/name:os.system", "!local x", "&a [*a]", "*nowhere",
     "2020-01-01", "2020-01-01T10:00:00Z", "yes", "no", "~", "1e-5", "0x" + "f" * 6000, "9" * 5000, ".inf", "-.inf",
@@ -27,7 +35,9 @@ RAW = (
 """Written into the file as it stands here."""
 PLAIN = st.one_of(
     st.sampled_from([None, True, False, 0, -1, 1, 1.5, -0.0, 10**9, 2**31, 2**63, 10**30, -(10**30), 1e308, 1e-300]),
-    st.sampled_from([float("nan"), float("inf"), float("-inf"), "", " ", "nan", "1", "a b", "\u2028", "é", "\u202e", "\0"]),
+    st.sampled_from(
+        [float("nan"), float("inf"), float("-inf"), "", " ", "nan", "1", "a b", "\u2028", "é", "\u202e", "\0"]
+    ),
     st.sampled_from([*HOSTILE, LONG, [], {}, [[]], {"": None}, {"a": {"b": []}}, list(range(3000))]),
     st.just({f"k{i}": i for i in range(3000)}),
     st.integers(),
@@ -64,7 +74,9 @@ def edited(draw: st.DrawFn, value: Any) -> Any:
             break
         inside, key = found[draw(st.integers(0, len(found) - 1))]
         old = inside[key]
-        match draw(st.sampled_from(("set", "set", "raw", "delete", "rename", "wrap", "scale", "many", "near", "share"))):
+        match draw(
+            st.sampled_from(("set", "set", "raw", "delete", "rename", "wrap", "scale", "many", "near", "share"))
+        ):
             case "set":
                 inside[key] = copy.deepcopy(draw(PLAIN))  # a drawn list is changed further, and is drawn again
             case "raw":

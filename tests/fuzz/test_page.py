@@ -16,10 +16,9 @@ from harness.reporting.page import write_page
 from harness.reporting.table import Table
 from harness.reporting.tables import write_tables
 from harness.study.spec import Study
-from house import ROOT
 from pandas import DataFrame
 
-HOSTILE = "[<script>alert(1)</script>\" onload=\"x' ]]> --> </td></table> a|b\nc\n\n$&%#_{}~^\\ <img src=x onerror=y>"
+HOSTILE = '[<script>alert(1)</script>" onload="x\' ]]> --> </td></table> a|b\nc\n\n$&%#_{}~^\\ <img src=x onerror=y>'
 HARMLESS = "x" * len(HOSTILE)
 TEXTS = {
     "runs": ("status_why", "failed_checks", "notes", "git_commit", "platform", "device", "device_why", "nvml_why",

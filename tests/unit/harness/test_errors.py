@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from harness import __main__ as door
 from harness.errors import LONGEST, UserError, first_line, without_secrets
-from harness.step.outcomes import CannotRunError, DivergedError, outcome_of, out_of_memory_why
 from harness.stderr import copied_stderr
+from harness.step.outcomes import CannotRunError, DivergedError, out_of_memory_why, outcome_of
 
 PLANTED = "planted-token-of-this-test"
 LOOKS_SO = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz12345678"
@@ -26,7 +26,11 @@ def clean(text: str) -> bool:
 
 
 def test_a_short_message_is_as_it_was_written() -> None:
-    for text in ("a.yaml:3: lr: a number is wanted", "hf_hub_download and hf_transfer are names", "https://hub.example/a"):
+    for text in (
+        "a.yaml:3: lr: a number is wanted",
+        "hf_hub_download and hf_transfer are names",
+        "https://hub.example/a",
+    ):
         assert str(UserError(text)) == text
 
 
