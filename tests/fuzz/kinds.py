@@ -19,7 +19,7 @@ from harness.efficiency.record import ForecastRecord
 from harness.efficiency.spec import load_efficiency
 from harness.records.reading import Stamp, read, read_json, read_jsonl
 from harness.records.run import EvalRecord, ModelRecord, ProbeRecord, RowsRecord, SearchRecord, TrainRecord
-from harness.reporting.frames import read_frames, read_table, write_frames
+from harness.reporting.frames import read_table
 from harness.reporting.published import load_published, published_table
 from harness.study.config import load_study
 from harness.study.jobs import RunJob
@@ -102,12 +102,6 @@ _STEPS = [{"step": i, "loss": 1.5 - 0.1 * i, "lr_factor": 1.0, "grad_norm": None
 def _of_bytes(data: bytes) -> st.SearchStrategy[bytes]:
     text = data.decode("latin-1")
     return garbled(text).map(lambda new: new.decode("utf-8", "replace").encode("latin-1", "replace"))
-
-
-def _frames_folder(path: Path) -> object:
-    write_frames(_frames(), path.parent / "whole")
-    (path.parent / "whole" / path.name).write_bytes(path.read_bytes())
-    return read_frames(path.parent / "whole")
 
 
 @cache
