@@ -14,7 +14,7 @@ import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
-from harness.errors import OWN_FAULT, UserError, missing_package
+from harness.errors import OWN_FAULT, UserError, missing_package, without_secrets
 from harness.records.locks import one_at_a_time
 from harness.stderr import copied_stderr
 
@@ -104,7 +104,7 @@ def _complain(stage: str, message: str) -> None:
 
 
 def _own_fault(stage: str) -> int:
-    traceback.print_exc()
+    sys.stderr.write(without_secrets(traceback.format_exc()))
     _complain(stage, OWN_FAULT)
     return 1
 

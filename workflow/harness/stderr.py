@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from harness.errors import UserError
+from harness.errors import UserError, without_secrets
 
 
 @contextmanager
 def copied_stderr(path: Path) -> Iterator[None]:
     """Copy what Python code writes to `sys.stderr` inside the block into the file `path`, which is overwritten.
+
+    Access tokens do not reach the file.
 
     The stream itself is unchanged, so progress is visible at once and a crash of the interpreter loses nothing. Output
     that C code writes directly to the file descriptor is not copied.
@@ -44,7 +46,7 @@ class _Both:
     def write(self, text: str) -> int:
         """Write to both."""
         if not self._log.closed:
-            self._log.write(text)
+            self._log.write(without_secrets(text))
         return self._own.write(text)
 
     def writelines(self, lines: list[str]) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import IO
 
 from harness.efficiency.jobs import Hello, Job, Reply
+from harness.errors import without_secrets
 from harness.records.device import DeviceKind, DeviceRecord
 
 START_S = 300.0
@@ -143,4 +144,4 @@ class Worker:
     def _end_of_stderr(self, lines: int) -> str:
         assert self._errors is not None
         self._errors.seek(0)
-        return "\n".join(self._errors.read().decode(errors="replace").splitlines()[-lines:])
+        return without_secrets("\n".join(self._errors.read().decode(errors="replace").splitlines()[-lines:]))

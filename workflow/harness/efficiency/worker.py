@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import IO
 
 from harness.efficiency.jobs import Hello, Job, Reply
+from harness.errors import first_line
 from harness.records.device import DeviceKind
 
 Execute = Callable[[Job], Reply]
@@ -87,7 +88,7 @@ def _write_line(answers: IO[str], line: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    return f"{type(error).__name__}: {first_line(error) if str(error) else 'no message'}"
 
 
 if __name__ == "__main__":

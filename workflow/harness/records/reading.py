@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from harness.errors import UserError
+from harness.errors import UserError, first_line
 from harness.records.run import SCHEMA_VERSION
 
 Model = TypeVar("Model", bound=BaseModel)
 
 _AGAIN = "if this is the file that is meant, delete it and run again"
+_LOG_AGAIN = "delete the record beside it and run again"
 
 
 class Origin(BaseModel):
@@ -53,24 +54,25 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); {_AGAIN}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({first_line(error)}); {_AGAIN}") from error
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Inverse of `harness.records.atomic.write_jsonl`.
 
     Raises:
-        UserError: no such file, or a line that is not JSON.
+        UserError: no such file, or a line that is no JSON object.
     """
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(_text(path).splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(
-                f"{path}, line {number}: not JSON ({error}); delete the record beside it and run again"
-            ) from error
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path}, line {number}: not JSON ({first_line(error)}); {_LOG_AGAIN}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: a JSON object is wanted; {_LOG_AGAIN}")
+        rows.append(row)
     return rows
 
 
@@ -118,6 +120,9 @@ def _complaint_of(error: ValidationError, text: bytes) -> str:
 
 def _schema_version(text: bytes) -> Any:
     """Schema version stated in a record; None where it states none."""
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):  # what pydantic reads and Python does not, such as 5000 digits
+        return None
     origin = value.get("provenance") if isinstance(value, dict) else None
     return origin.get("schema_version") if isinstance(origin, dict) else None

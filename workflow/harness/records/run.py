@@ -7,11 +7,11 @@ reason under the same key + `_why`; never 0, never a sentinel.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 
 EVALUATION = "eval"
 """The phase of a run that is not part of training: its memory does not count in a run's peaks."""
@@ -33,7 +33,7 @@ class Record(BaseModel):
 class Provenance(Record):
     """Which code, packages, inputs and machine made a record."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     source_sha256: str = Field(description="of the code that made this record, comments left out")
     sources: dict[str, str] = Field(
         default_factory=dict,

@@ -62,7 +62,7 @@ def rows_to_frame(name: str, rows: list[dict[str, Any]]) -> DataFrame:
     for column, dtype in columns.items():
         try:
             made[column] = pd.array([row[column] for row in rows], dtype=dtype)  # type: ignore[call-overload]
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise FrameError(f"{name}: column {column!r} does not hold {dtype} values: {error}") from None
     return DataFrame(made)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from harness.records.units import GIB, gib
 from harness.reporting.page_parts import MARK, PageTable
 
 UNKNOWN = "—"
+_TAG = re.compile(r"<(?=[A-Za-z/!?])")
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "†": r"\dag{}", "—": "---", "–": "--",
@@ -59,9 +61,10 @@ class Table:
 
     def markdown(self) -> str:
         """GitHub markdown."""
-        body = self.display.map(_markdown).to_markdown(index=False, disable_numparse=True)
+        escaped = self.display.map(_markdown).rename(columns=_markdown)
+        body = escaped.to_markdown(index=False, disable_numparse=True)
         notes = "".join(f"\n- {_markdown(note)}" for note in self.footnotes)
-        return f"**{self.caption}**\n\n{body}\n" + (f"{notes}\n" if notes else "")
+        return f"**{_markdown(self.caption)}**\n\n{body}\n" + (f"{notes}\n" if notes else "")
 
     def latex(self) -> str:
         """A table float; needs the package booktabs, and graphicx to shrink a wide one."""
@@ -135,12 +138,15 @@ def rate(value: float) -> str:
 
 
 def _markdown(text: str) -> str:
-    return MARK.sub(r"<sup>\1</sup>", text.replace("|", "\\|"))
+    # a line break ends a row; a text is no element of a page
+    escaped = _TAG.sub(r"\\<", " ".join(text.splitlines()).replace("|", "\\|"))
+    return MARK.sub(r"<sup>\1</sup>", escaped)
 
 
 def _latex(text: str) -> str:
-    parts = MARK.split(text)  # odd places hold the letters of footnote markers
-    return "".join(
+    parts = MARK.split(" ".join(text.splitlines()))  # odd places hold the letters of footnote markers
+    # behind the end of a row these would be read as arguments of it
+    return ("{}" if text.startswith(("[", "*")) else "") + "".join(
         f"\\textsuperscript{{{part}}}" if i % 2 else "".join(_TEX.get(c, c) for c in part)
         for i, part in enumerate(parts)
     )

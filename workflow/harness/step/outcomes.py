@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Literal
 
+from harness.errors import first_line, without_secrets
+
 _ALLOCATORS_SAY = (
     "can't allocate memory",  # the CPU's
     "CUDA error: out of memory",  # pinned memory, and kernels that find no room for their launch
@@ -35,9 +37,9 @@ def outcome_of(
     try:
         work()
     except CannotRunError as error:
-        return "skipped", str(error)
+        return "skipped", without_secrets(str(error))
     except DivergedError as error:
-        return "diverged", str(error)
+        return "diverged", without_secrets(str(error))
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -56,7 +58,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory_why(error: BaseException, phase: str) -> str:
     """One line for a record: where memory ran out, and the first line of the allocator's message."""
-    return f"in phase {phase}: {(str(error) or 'host memory').splitlines()[0]}"
+    return f"in phase {phase}: {first_line(error) if str(error) else 'host memory'}"
 
 
 def requested_bytes(message: str) -> int | None:

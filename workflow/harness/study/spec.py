@@ -12,7 +12,12 @@ from pydantic import Field, StringConstraints, model_validator
 
 from baselines.method import Recipe, Strict, later
 
-Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+LONGEST_LABEL = 40
+"""Letters: several labels make up the name of a file, which may have 255."""
+MOST_RUNS = 10_000
+LARGEST_SEED = 2**32 - 1
+"""Of numpy's generators."""
+Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=LONGEST_LABEL)]
 Scoring = Literal["number", "letter", "true_false", "solution", "answer", "ending", "option"]
 FileScoring = Literal[Scoring, "likelihood"]
 Choices = Literal["labels", "texts"]
@@ -50,7 +55,7 @@ class PretrainedHere(Strict):
     rows: int = Field(gt=0, description="sequences per step")
     length: int = Field(gt=1, description="tokens per sequence")
     lr: float = Field(gt=0)
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=LARGEST_SEED)
 
     @model_validator(mode="after")
     def _divisible(self) -> PretrainedHere:
@@ -85,7 +90,7 @@ class GeneratedRows(Strict):
 
     kind: Literal["generated"]
     family: Literal["arithmetic", "choice"]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=LARGEST_SEED)
     train_rows: int = Field(gt=0)
     validation_rows: int = Field(gt=0)
 
@@ -121,7 +126,7 @@ class ReadRows(Strict):
     without: tuple[str, ...] = later(
         (), description="files, such as test sets: rows whose text occurs in one, numbers masked, are left out"
     )
-    seed: int = Field(ge=0, description="of the split into training and validation rows")
+    seed: int = Field(ge=0, le=LARGEST_SEED, description="of the split into training and validation rows")
     train_rows: int | None = Field(default=None, gt=0, description="null takes every row")
     validation_rows: int = Field(gt=0)
 
@@ -176,7 +181,7 @@ class GeneratedSuite(Strict):
 
     kind: Literal["generated"]
     variant: Literal["two-step", "three-step", "choice"]
-    seed: int = Field(ge=0)
+    seed: int = Field(ge=0, le=LARGEST_SEED)
     rows: int = Field(gt=0)
     scoring: Scoring
     max_new_tokens: int = Field(gt=0)
@@ -283,13 +288,13 @@ class Probes(Strict):
 
     batches: int = Field(ge=4, description="measured one by one; half of them against the other half is the noise")
     rows: int = Field(gt=0, description="training rows in a batch")
-    seed: int = Field(default=0, ge=0, description="of the order in which rows are taken")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="of the order in which rows are taken")
 
 
 class Runtime(Strict):
     """How runs are carried out. It does not change their results, so it never enters a job's name."""
 
-    threads: int = Field(default=1, gt=0, description="torch threads of one job")
+    threads: int = Field(default=1, gt=0, le=1024, description="torch threads of one job")
     checkpoint_every_steps: int = Field(default=100, gt=0, description="resume state is written this often")
     eval_batch_size: int = Field(default=64, gt=0)
     keep: Literal["none", "last", "all"] | None = Field(
@@ -351,8 +356,11 @@ class Study(Strict):
         if self.search and set(self.search.seeds) & {seed for _, seeds in used for seed in seeds}:
             raise ValueError("search.seeds: must differ from the seeds of all runs, or the search sees the test runs")
         for name, seeds in [*used, *([("search.seeds", self.search.seeds)] if self.search else [])]:
-            if len(set(seeds)) != len(seeds) or min(seeds) < 0:
-                raise ValueError(f"{name}: must be distinct whole numbers from 0 on")
+            if len(set(seeds)) != len(seeds) or min(seeds) < 0 or max(seeds) > LARGEST_SEED:
+                raise ValueError(f"{name}: must be distinct whole numbers from 0 to {LARGEST_SEED}")
+        seeds_of_methods = sum(len(entry.seeds or self.seeds) for entry in self.methods.values())
+        if (runs := len(self.models) * len(self.tasks) * seeds_of_methods) > MOST_RUNS:
+            raise ValueError(f"{runs} runs are asked for, at most {MOST_RUNS} may be: make several studies of them")
         for label in self.forgetting:
             tasks = [task for task, entry in self.tasks.items() if label in entry.suites]
             if tasks:

@@ -24,6 +24,13 @@ from harness.errors import UserError, first_line
 KeyPath = tuple[str | int, ...]
 _YAML = "tag:yaml.org,2002:"
 
+MOST_BYTES = 400_000
+MOST_VALUES = 20_000
+"""Keys and values of a file; what an alias stands for counts wherever it stands."""
+DEEPEST = 40
+"""Lists and mappings within one another."""
+_LARGEST = 2**63
+
 
 class ConfigError(UserError):
     """One line for the user: file, line, key, what is wrong and how to fix it."""
@@ -59,15 +66,24 @@ def read_yaml(path: Path) -> Source:
         raise ConfigError(f"{path}: no such file" + (f"; there are {', '.join(map(str, near))}" if near else ""))
     source = Source(path, {}, {})
     try:
+        if path.stat().st_size > MOST_BYTES:
+            raise ConfigError(f"{path}:1: larger than {MOST_BYTES // 1000} kB: a file written by hand is wanted here")
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        _check_extent(node, path)
         value = _build(node, (), source, ()) if node is not None else None
     except yaml.MarkedYAMLError as error:
         mark, began = error.problem_mark or error.context_mark, error.context_mark
         since = f" ({error.context}, begun on line {began.line + 1})" if began and error.context else ""
         mend = next((f"; {mend}" for sign, mend in _SYNTAX.items() if sign in str(error.problem)), "")
         raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem}{since}{mend}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}:1: not UTF-8 text ({first_line(error)}): save it as UTF-8") from None
+    except yaml.YAMLError as error:
         raise ConfigError(f"{path}:1: not YAML: {first_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}:1: {_TOO_DEEP}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a file that you may read") from None
     if node is None:
         raise ConfigError(f"{path}:1: the file is empty; copy config/embedded.yaml and edit it")
     if not isinstance(value, dict):
@@ -80,6 +96,30 @@ _SYNTAX = {
     "mapping values": "put text with ': ' in it in quotes, and look at the indentation",
 }
 _PLAIN = {_YAML + kind for kind in ("null", "bool", "int", "float", "str")}
+
+
+_TOO_DEEP = f"more than {DEEPEST} lists and mappings within one another: look at the brackets and the indentation"
+
+
+def _check_extent(node: yaml.Node | None, path: Path) -> None:
+    """Refuse a file that is small on disk and huge once its aliases are written out."""
+    known: dict[int, tuple[int, int]] = {}
+
+    def extent(node: yaml.Node) -> tuple[int, int]:
+        if id(node) not in known:
+            known[id(node)] = (1, 1)  # met again below itself, it is refused later, by its key
+            inside = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = [child for item in inside for child in (item if isinstance(item, tuple) else (item,))]
+            found = [extent(child) for child in children]
+            known[id(node)] = (1 + sum(n for n, _ in found), 1 + max((deep for _, deep in found), default=0))
+        return known[id(node)]
+
+    values, deep = extent(node) if node is not None else (0, 0)
+    if values > MOST_VALUES:
+        many = f"more than {MOST_VALUES:,} keys and values, aliases written out: leave some out"
+        raise ConfigError(f"{path}:1: {many}")
+    if deep > DEEPEST:
+        raise ConfigError(f"{path}:1: {_TOO_DEEP}")
 
 
 def _build(node: yaml.Node, key: KeyPath, source: Source, outer: tuple[yaml.Node, ...]) -> Any:
@@ -98,11 +138,20 @@ def _build(node: yaml.Node, key: KeyPath, source: Source, outer: tuple[yaml.Node
         value = yaml.SafeLoader("").construct_object(node)
     except ValueError:
         raise source.error(key, f"YAML cannot read {node.value!r} as {node.tag.replace(_YAML, '')}") from None
+    if isinstance(value, int) and abs(value) >= _LARGEST:
+        raise source.error(key, f"a number below {_LARGEST:.1e} is wanted, not {node.value}")
     if isinstance(value, float) and not math.isfinite(value):
         raise source.error(key, f"a finite number is wanted, not {node.value}")
     if isinstance(value, bool):
         source.words[key] = f"YAML reads the bare word {node.value} as {json.dumps(value)}"
     return value
+
+
+def _read_as(node: yaml.ScalarNode) -> str:
+    try:
+        return json.dumps(yaml.SafeLoader("").construct_object(node))
+    except ValueError:  # 0x_, or thousands of digits
+        return node.tag.replace(_YAML, "")
 
 
 def _build_mapping(node: yaml.MappingNode, key: KeyPath, source: Source, outer: tuple[yaml.Node, ...]) -> Any:
@@ -112,8 +161,7 @@ def _build_mapping(node: yaml.MappingNode, key: KeyPath, source: Source, outer: 
         if not isinstance(key_node, yaml.ScalarNode) or key_node.tag not in {*_PLAIN, _YAML + "merge"}:
             raise ConfigError(f"{at}: a key is one plain word: no tag, no list, no mapping")
         if key_node.tag in _PLAIN - {_YAML + "str"}:
-            read = json.dumps(yaml.SafeLoader("").construct_object(key_node))
-            raise ConfigError(f"{at}: YAML reads the key {name!r} as {read}: put it in quotes")
+            raise ConfigError(f"{at}: YAML reads the key {name!r} as {_read_as(key_node)}: put it in quotes")
         if name in names:
             raise ConfigError(f"{at}: the key {name!r} stands twice in this mapping, first on line {names[name]}")
         names[name] = key_node.start_mark.line + 1
@@ -186,6 +234,8 @@ _WORDING = {
     "string_type": "text is wanted, not {given}: put it in quotes",
     "tuple_type": "a list is wanted, not {given}: write [{given}]",
     "dict_type": "`key: value` lines are wanted, not {given}",
+    "string_too_long": "at most {max_length} letters are wanted",
+    "string_too_short": "at least {min_length} letter is wanted",
     "too_short": "at least {min_length} wanted, given {actual_length}",
     "too_long": "at most {max_length} wanted, given {actual_length}",
     "union_tag_invalid": "must be one of {expected_tags}, not '{tag}'",

@@ -133,13 +133,28 @@ def test_seed_0_is_a_seed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("right", "wrong", "said"),
     [
-        ("seeds: [0, 1]", "seeds: [0, -1]", "mine.yaml:3: seeds: must be distinct whole numbers from 0 on"),
-        ("seeds: [0, 1]", "seeds: [1, 1]", "mine.yaml:3: seeds: must be distinct whole numbers from 0 on"),
+        ("seeds: [0, 1]", "seeds: [0, -1]", "mine.yaml:3: seeds: must be distinct whole numbers from 0 to 4294967295"),
+        ("seeds: [0, 1]", "seeds: [1, 1]", "mine.yaml:3: seeds: must be distinct whole numbers from 0 to 4294967295"),
+        (
+            "seeds: [0, 1]",
+            "seeds: [4294967296]",
+            "mine.yaml:3: seeds: must be distinct whole numbers from 0 to 4294967295",
+        ),
+        (
+            "seeds: [0, 1]",
+            f"seeds: {list(range(200, 4200))}",
+            "mine.yaml:1: 12000 runs are asked for, at most 10000 may be",
+        ),
+        ("study: mine", f"study: {'m' * 41}", "mine.yaml:1: study: at most 40 letters are wanted"),
         ("seeds: [0, 1]", "seeds: []", "mine.yaml:3: seeds: at least 1 wanted, given 0"),
         ("{module: full}", "{module: full, seeds: [2, 2]}", "mine.yaml:24: methods.full.seeds: must be distinct"),
         # an empty list once meant the study's seeds
         ("{module: full}", "{module: full, seeds: []}", "mine.yaml:24: methods.full.seeds: at least 1 wanted"),
-        ("seeds: [100]", "seeds: [-1]", "mine.yaml:36: search.seeds: must be distinct whole numbers from 0 on"),
+        (
+            "seeds: [100]",
+            "seeds: [-1]",
+            "mine.yaml:36: search.seeds: must be distinct whole numbers from 0 to 4294967295",
+        ),
         ("seeds: [100]", "seeds: [100, 1]", "mine.yaml:36: search.seeds: must differ from the seeds of all runs"),
         ("{module: full}", "{module: full, seeds: [100]}", "mine.yaml:36: search.seeds: must differ from the seeds"),
         ("grid: [1.0e-3, 3.0e-3", "grid: [1.0e-3, 1.0e-3", "mine.yaml:36: search.grid: must be distinct rates above 0"),

@@ -69,7 +69,7 @@ def test_a_file_that_holds_no_mapping_is_refused(tmp_path: Path) -> None:
         said = complaint(tmp_path, text=other)
         assert said == "mine.yaml:1: `key: value` lines are wanted, this file holds a list or a single value"
     (tmp_path / "mine.yaml").write_bytes(b"study: \xff\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml:1: not YAML: .utf-8. codec can't decode byte 0xff"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml:1: not UTF-8 text \(.utf-8. codec can't decode byte 0xff"):
         load_study(tmp_path / "mine.yaml")
 
 
