@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import LONGEST, UserError, letters
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from tests.fuzz.kinds import Kind
 
-LONGEST = 300
-"""Letters of a sentence, and it must be shorter."""
 SECONDS = 20
 """Of processor time for one file; what is not done by then hangs."""
 
@@ -65,7 +63,7 @@ def end_of(use: Callable[[Path], object], path: Path) -> tuple[str, str]:
         text = str(error)
         faults = {
             "two lines": len(text.splitlines()) != 1,
-            "long": len(text) >= LONGEST,
+            "long": letters(text) >= LONGEST or len(text) >= 4 * LONGEST,
             "no file": path.name not in text,
             "of pydantic": "validation error" in text or "pydantic" in text,
             "unprintable": not text.isprintable(),

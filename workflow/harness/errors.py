@@ -15,7 +15,8 @@ class UserError(Exception):
     """A mistake of the user's: one line that says what is wrong and how to fix it.
 
     Any other exception is a bug in this project, and is shown with its traceback. Whatever the message quotes, it stays
-    one printable line below `LONGEST` letters without secrets: long values and lists lose their middle.
+    one printable line below `LONGEST` letters without secrets: long values and lists lose their middle. Paths keep all
+    of theirs, since they are there to be copied, and do not count.
     """
 
     def __init__(self, message: str) -> None:
@@ -23,7 +24,9 @@ class UserError(Exception):
 
 
 LONGEST = 300
-"""Letters that a message for the user stays below."""
+"""Letters that a message for the user stays below, paths left out."""
+LONGEST_PATH = 250
+LONGEST_QUOTE = 200
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACEHUB_API_TOKEN")
 _SECRET = re.compile(r"\bhf_(?=[A-Za-z0-9]*[A-Z0-9])[A-Za-z0-9]{8,}|(?<=://)[^/@\s]+(?=@)")
 _SHORTEST_SECRET = 8
@@ -43,11 +46,20 @@ def _one_sentence(text: str) -> str:
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
     if len(text) < LONGEST:
         return text
+    text = re.sub(r"\S{101,}", lambda word: word[0] if _is_path(word[0]) else _shortened(word[0], 40), text)
+    if letters(text) >= LONGEST:
+        text = re.sub(r"(?:[^,;:]{1,40}, ){8,}", _fewer, text)
     # a message begins with the file and ends with the mend
-    where, colon, rest = text.partition(": ")
-    text = _shortened(where, 150) + colon + re.sub(r"\S{101,}", lambda word: _shortened(word[0], 40), rest)
-    text = re.sub(r"(?:[^,;:]{1,40}, ){8,}", _fewer, text) if len(text) >= LONGEST else text
-    return _shortened(text, LONGEST - 1)
+    return text if letters(text) < LONGEST else _shortened(text, LONGEST - 1 + len(text) - letters(text))
+
+
+def letters(text: str) -> int:
+    """Letters of a message, paths left out."""
+    return len(text) - sum(len(word) for word in text.split() if _is_path(word))
+
+
+def _is_path(word: str) -> bool:
+    return "/" in word and len(word) <= LONGEST_PATH
 
 
 def _shortened(text: str, longest: int) -> str:
@@ -69,6 +81,11 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message without secrets, to be quoted in our own; its class name if it has none."""
+    """First line of an error's message without secrets, to be quoted in our own; its class name if it has none.
+
+    Of a long line, its first sentence.
+    """
     lines = [line for line in without_secrets(str(error)).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[0] if len(lines[0]) <= LONGEST_QUOTE else re.split(r"(?<=\w)\. ", lines[0], maxsplit=1)[0]

@@ -166,12 +166,10 @@ def _embed(folder: Path, name: str) -> str:
         UserError: there is no such picture in the folder itself.
     """
     svg, png = folder / f"{name}.svg", folder / f"{name}.png"
-    for file in (svg, png):
-        if Path(name).name != name or folder.is_symlink() or file.is_symlink() or not file.is_file():
-            raise UserError(
-                f"{folder.with_suffix('.json')}: no picture {name} lies in {folder}; draw the figures again"
-            )
-    chosen, kind = (svg, "svg+xml") if svg.stat().st_size <= SVG_LIMIT_BYTES else (png, "png")
+    light = svg.is_file() and svg.stat().st_size <= SVG_LIMIT_BYTES
+    chosen, kind = (svg, "svg+xml") if light else (png, "png")
+    if Path(name).name != name or folder.is_symlink() or chosen.is_symlink() or not chosen.is_file():
+        raise UserError(f"{folder.with_suffix('.json')}: no picture {name} lies in {folder}; draw the figures again")
     return f"data:image/{kind};base64,{base64.b64encode(chosen.read_bytes()).decode('ascii')}"
 
 
