@@ -16,7 +16,7 @@ from harness.study import progress
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
-from harness.study.plan import forecast_job, open_study
+from harness.study.plan import forecast_job, open_study, processes_of
 from harness.study.supervision import pass_on_sigterm, take_folder
 
 for name, value in workflow.config_settings.config.items():

@@ -1,0 +1,71 @@
+"""`python -m harness train --gpus 2`: torchrun, two processes, one record; stopped by SIGTERM, and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import study_files
+from harness.__main__ import main
+from harness.checking.tiny import tiny_inputs
+from harness.records.run import TrainRecord
+from harness.study.jobs import MODEL, ROWS, TRAIN
+from harness.study.paths import Paths
+from harness.study.plan import Plan, open_study
+
+DEADLINE_S = 400
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A study with its inputs made, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny_inputs(tmp_path / "tiny")
+    (model,) = re.findall(r"  tiny:\n(?:    .*\n)+", study_files.STUDY)
+    edits = [
+        (model, f"  tiny: {{kind: local, path: {tmp_path / 'tiny' / 'model'}}}\n"),
+        ("    recipe: {steps: 12}\n", "    recipe: {steps: 60}\n"),
+        ("  fixed: {module: full, lr: 1.0e-3}\n", "  fixed: {module: full, lr: 1.0e-3, seeds: [0], gpus: 2}\n"),
+    ]
+    found = open_study(study_files.written(tmp_path, *edits), Paths())
+    for kind, what in ((MODEL, "model"), (ROWS, "rows")):
+        for name in found.jobs(kind):
+            assert main(["prefetch", what, "--spec", str(Paths().spec(kind, name))]) == 0
+    return found
+
+
+def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan) -> None:
+    (run,) = [name for name in plan.runs if "--fixed--" in name]
+    state, log = Paths().state(run) / "state.pt", Path("train.log")
+    common = ["train", "--spec", str(Paths().spec(TRAIN, run)), "--threads", "2", "--log", str(log)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-m", "harness", *common, "--checkpoint-every", "1", "--gpus", "2"]
+    job = subprocess.Popen(command, env=environment)
+    try:
+        started = time.monotonic()
+        while not state.is_file() and job.poll() is None and time.monotonic() - started < DEADLINE_S:
+            time.sleep(0.02)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(timeout=DEADLINE_S) == 128 + signal.SIGTERM, log.read_text()
+    finally:
+        job.kill()
+    said = log.read_text()
+    (stopped,) = re.findall(rf"\[rank 0\] {run}, after step (\d+): stopped by SIGTERM", said)
+    assert "Traceback" not in said
+    assert "[rank 1]" not in said, "rank 0 alone speaks"
+    assert not Paths().output(TRAIN, run).exists()
+    done = subprocess.run(command, env=environment, timeout=DEADLINE_S)
+    assert done.returncode == 0, log.read_text()
+    record = TrainRecord.model_validate(json.loads(Paths().output(TRAIN, run).read_text()))
+    assert (record.status, record.processes, record.steps_done) == ("ok", 2, 60)
+    assert f"resumed after step {stopped}" in record.notes
+    # a record from before several processes could train a run
+    old = {k: v for k, v in record.model_dump(mode="json").items() if k != "processes" and not k.startswith("rank_")}
+    assert TrainRecord.model_validate(old).processes == 1
