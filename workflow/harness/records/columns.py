@@ -62,6 +62,7 @@ RUNS: dict[str, Column] = {
     "train_loss": Column("Float64", "train_loss"),
     "validation_loss": Column("Float64", "validation_loss"),
     "clipped_share": Column("Float64", "clipped_share"),
+    "processes": Column("Int64", "processes"),
     "train_rows": Column("Int64", "data.train_rows"),
     "truncated_rows": Column("Int64", "data.truncated_rows"),
     "dropped_rows": Column("Int64", "data.dropped_rows"),

@@ -228,6 +228,8 @@ class _Run:
         steps = self.recipe.steps if run.method.TRAINS else 0
         period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
         several, first = ranks() > 1, rank() == 0
+        if several:
+            self.log.notes.append(f"{ranks()} processes from step {first_step} on")
         with Progress(steps, self.name, done=first_step) as progress, Termination(patient=several) as termination:
             for step in range(first_step, steps):
                 seed_step(seed, step)

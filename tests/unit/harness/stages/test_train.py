@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ from harness.records.run import TrainRecord
 from harness.study.jobs import MODEL, ROWS, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Plan, open_study
+from harness.training import launching, ranks
+
+from baselines.full import Full
 
 DEADLINE_S = 400
 
@@ -69,3 +73,32 @@ def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan) -> None:
     # a record from before several processes could train a run
     old = {k: v for k, v in record.model_dump(mode="json").items() if k != "processes" and not k.startswith("rank_")}
     assert TrainRecord.model_validate(old).processes == 1
+
+
+def test_one_process_without_memory_is_the_runs_outcome(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other rank fails with it, by a closed connection, and hands over no record."""
+    (run,) = [name for name in plan.runs if "--fixed--" in name]
+    spec, given = Paths().spec(TRAIN, run), ["--threads", "1", "--checkpoint-every", "9", "--gpus", "2"]
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    def fails(words: list[str], *, processes: int) -> int:
+        """Rank 1 alone, in this process."""
+        assert processes == 2
+        with monkeypatch.context() as patch:
+            patch.setenv("RANK", "1")
+            patch.setattr(ranks, "group", lambda device: nullcontext())
+            patch.setattr(Full, "end_step", out_of_memory)
+            with pytest.raises(SystemExit) as ended:
+                main(words[2:])
+        return int(str(ended.value.code))
+
+    monkeypatch.setattr(launching, "launch", fails)
+    assert main(["train", "--spec", str(spec), *given]) == 0
+    record = json.loads(Paths().output(TRAIN, run).read_text())
+    assert (record["status"], record["status_why"]) == ("oom", "in phase first_step: host memory")
+    monkeypatch.setattr(launching, "launch", lambda words, *, processes: 1)
+    Paths().output(TRAIN, run).unlink()
+    assert main(["train", "--spec", str(spec), *given]) == 1, "an error that is no outcome"
+    assert not Paths().output(TRAIN, run).exists()

@@ -105,6 +105,8 @@ def test_a_state_of_2_processes_goes_on_under_1_and_4(name: str, folder: Path, f
     for count in (1, 4):
         record = found("resumed", count)[0][name]
         assert f"resumed after step {STOPPED_AFTER}" in record["notes"]
+        assert "2 processes from step 0 on" in record["notes"]
+        assert (f"4 processes from step {STOPPED_AFTER} on" in record["notes"]) == (count == 4)
         assert (record["status"], record["processes"]) == ("ok", count)
         assert losses(folder, count, f"resumed/{name}") == pytest.approx(losses(folder, 1, name), rel=ROUNDING)
 
