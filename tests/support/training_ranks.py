@@ -7,6 +7,7 @@ everything, since imports cost more than the training.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import multiprocessing
 import os
@@ -147,6 +148,7 @@ def main(folder: Path) -> int:
     import peft  # noqa: F401
     from transformers import AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
+    gc.freeze()  # what was imported is not searched again and again: each run collects garbage
     failed = 0
     for number, groups in enumerate(SESSIONS):
         ranks = [(rank, count, number, folder) for count in groups for rank in range(count)]

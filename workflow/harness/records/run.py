@@ -169,8 +169,7 @@ class Timing(Record):
     prepare_s: float | None
     train_s: float | None = Field(description="sum of the steps")
     processor_s: float | None = Field(
-        default=None,
-        description="processor time of the steps, all threads of rank 0 together; null on a GPU",
+        default=None, description="processor time of the steps, all threads of rank 0 together; null on a GPU"
     )
     waited_s: float | None = Field(
         default=None, description="time in the steps that a thread was ready to run and no processor was free"
@@ -270,12 +269,8 @@ class TrainRecord(Record):
     clipped_share: float | None = None
     data: DataUse | None = None
     processes: int = Field(default=1, description="that trained it together, each with its share of every step's rows")
-    rank_host_peak_bytes: list[int | None] = Field(
-        default_factory=list, description="resident set in training, of each process; empty if there were no steps"
-    )
-    rank_device_allocated_peak_bytes: list[int | None] = Field(
-        default_factory=list, description="of torch's allocator in training, of each process"
-    )
+    rank_host_peak_bytes: list[int | None] = Field(default_factory=list, description="in training, by rank")
+    rank_device_allocated_peak_bytes: list[int | None] = Field(default_factory=list, description="in training, by rank")
     timing: Timing | None = None
     memory: Memory | None = None
     gpu: GpuRecord | None = Field(default=None, description="as the driver describes it")

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -45,28 +45,33 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return found
 
 
-def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan) -> None:
+def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = [name for name in plan.runs if "--fixed--" in name]
     state, log = Paths().state(run) / "state.pt", Path("train.log")
     common = ["train", "--spec", str(Paths().spec(TRAIN, run)), "--threads", "2", "--log", str(log)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, "-m", "harness", *common, "--checkpoint-every", "1", "--gpus", "2"]
-    job = subprocess.Popen(command, env=environment)
-    try:
+    command = [*common, "--checkpoint-every", "1", "--gpus", "2"]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+
+    def end_it() -> None:
         started = time.monotonic()
-        while not state.is_file() and job.poll() is None and time.monotonic() - started < DEADLINE_S:
+        while not state.is_file() and time.monotonic() - started < DEADLINE_S:
             time.sleep(0.02)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(timeout=DEADLINE_S) == 128 + signal.SIGTERM, log.read_text()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    threading.Thread(target=end_it, daemon=True).start()
+    try:
+        assert main(command) == 128 + signal.SIGTERM
+        said = log.read_text()
+        (stopped,) = re.findall(rf"\[rank 0\] {run}, after step (\d+): stopped by SIGTERM", said)
+        assert "Traceback" not in said
+        assert "[rank 1]" not in said, "rank 0 alone speaks"
+        assert not Paths().output(TRAIN, run).exists()
+        assert main(command) == 0, log.read_text()
     finally:
-        job.kill()
-    said = log.read_text()
-    (stopped,) = re.findall(rf"\[rank 0\] {run}, after step (\d+): stopped by SIGTERM", said)
-    assert "Traceback" not in said
-    assert "[rank 1]" not in said, "rank 0 alone speaks"
-    assert not Paths().output(TRAIN, run).exists()
-    done = subprocess.run(command, env=environment, timeout=DEADLINE_S)
-    assert done.returncode == 0, log.read_text()
+        # torchrun leaves its own
+        for number, handler in zip((signal.SIGTERM, signal.SIGINT), usual, strict=True):
+            signal.signal(number, handler)
     record = TrainRecord.model_validate(json.loads(Paths().output(TRAIN, run).read_text()))
     assert (record.status, record.processes, record.steps_done) == ("ok", 2, 60)
     assert f"resumed after step {stopped}" in record.notes
