@@ -24,6 +24,7 @@ class Dora(Lora):
     """
 
     PAPER = "arXiv 2402.09353"
+    RANKS = False
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"rank": 4, "alpha": 8},
         {"rank": 4, "alpha": 8, "dropout": 0.1, "targets": ("q_proj", "v_proj")},

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class Full(Method):
     """Every parameter trains at every step."""
 
+    RANKS = True
+
     def attach(self, model: nn.Module) -> nn.Module:
         """Make every parameter trainable."""
         self.model = model.requires_grad_(True)

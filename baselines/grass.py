@@ -66,6 +66,7 @@ class GrassMethod(Method):
 
     Config = GrassOptions
     PAPER = "arXiv 2604.07808"
+    RANKS = True
     # a random model's layers differ by noise, which `auto` turns into draws, other ones with other micro-batches
     EXAMPLES = (
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "temperature": 1.0},
@@ -101,6 +102,7 @@ class GrassMethod(Method):
     def attach(self, model: nn.Module) -> nn.Module:
         """Build the optimizer over the whole model; it freezes the sleeping layers."""
         from grass import Grass
+        from grass.distributed import ranks
 
         self.model = model
         self.optimizer = Grass(
@@ -117,7 +119,7 @@ class GrassMethod(Method):
             state=self.options.state,
             reprobe=self._calibration_batches if self.options.reprobe else False,
             offload=self.options.offload,
-            accumulation_steps=self.recipe.accumulation_steps,
+            accumulation_steps=self.recipe.accumulation_steps // ranks(),
             train_embedding=self.options.train_embedding,
             train_head=self.options.train_head,
             train_final_norm=self.options.train_final_norm,

@@ -60,6 +60,7 @@ class Ist(Lora):
     """LoRA in which only a few layers train at a time; moments of sleeping adapters are kept, as in the code."""
 
     Config = IstOptions
+    RANKS = False
     PAPER = "arXiv 2410.11772"
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"rank": 4, "alpha": 8, "measure_every": 4},

@@ -58,6 +58,7 @@ class Lora(Method):
     Config = LoraOptions
     REQUIRES = ("peft",)
     PAPER = "arXiv 2106.09685"
+    RANKS = True
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"rank": 4, "alpha": 8},
         {"rank": 4, "alpha": 8, "dropout": 0.1},

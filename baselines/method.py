@@ -180,7 +180,10 @@ class Calibration(Protocol):
     """Batches that the harness supplies, replays and times for `Method.prepare`; they are not taken from training."""
 
     def batches(self, count: int) -> Iterator[Batch]:
-        """The first `count` calibration batches, the same ones at every call."""
+        """The first `count` calibration batches, the same ones at every call.
+
+        Several processes share them if they can be shared evenly; otherwise each of them gets all.
+        """
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean training loss of one batch (scalar), with the run's own loss mask."""
@@ -195,6 +198,10 @@ class Method:
     PAPER: ClassVar[str] = ""
     TRAINS: ClassVar[bool] = True
     """False: no step is taken, so there is no learning rate to search."""
+    RANKS: ClassVar[bool] = False
+    """True: several processes, each with its share of a step's micro-batches, may train one model together: they update
+    by gradients averaged over them, as `end_step` below does, and `prepare` averages what it measures. Otherwise a run
+    that asks for several is `skipped`."""
 
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options with which the contract suite tries this method on a model of 4 layers and width 32, in 12 steps."""
@@ -240,10 +247,13 @@ class Method:
         loss.backward()
 
     def end_step(self, replay: Callable[[], Iterator[Tensor]]) -> StepFacts:
-        """Clip, update, free gradients. `replay()` yields the losses of this step's micro-batches once more."""
+        """Average over processes, clip, update, free gradients. `replay()` yields this step's losses once more."""
         import torch
 
+        from grass.distributed import average_gradients
+
         assert self.optimizer is not None
+        average_gradients([p for group in self.optimizer.param_groups for p in group["params"]])
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         limit = self.recipe.max_grad_norm
         norm = host_number(torch.nn.utils.clip_grad_norm_(parameters, limit if limit is not None else float("inf")))

@@ -71,8 +71,13 @@ def search_needs(search):
 
 
 @cache
+def run_processes(run):
+    return processes_of(PLAN.study, PLAN.runs[run].training)
+
+
+@cache
 def run_needs(run):
-    return needs.of_training(PLAN.runs[run].training, PATHS)
+    return needs.of_training(PLAN.runs[run].training, PATHS, processes=run_processes(run))
 
 
 @cache

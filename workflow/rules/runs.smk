@@ -75,17 +75,19 @@ rule train:
         "results/logs/train/{run}.log",
     # before further searches: a study that is stopped early has whole runs to show
     priority: 11
-    threads: RUNTIME.threads
+    threads: lambda wildcards: max(RUNTIME.threads, run_processes(wildcards.run))
     resources:
         mem_mb=lambda wildcards: run_needs(wildcards.run).mem_mb,
         runtime=lambda wildcards: run_needs(wildcards.run).minutes,
         gpu=lambda wildcards: run_needs(wildcards.run).gpus,
         constraint=lambda wildcards: card_of(PLAN.runs[wildcards.run].training),
+        # not a param: a finished run stays as it is where their number changes
+        processes=lambda wildcards: run_processes(wildcards.run),
     params:
         spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
     shell:
-        "{PYTHON:q} -m harness train --spec {params.spec} --threads {threads}"
+        "{PYTHON:q} -m harness train --spec {params.spec} --threads {threads} --gpus {resources.processes}"
         " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast} --log {log}"
 
 

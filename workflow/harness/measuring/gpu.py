@@ -49,49 +49,55 @@ class Device:
 
 
 @contextmanager
-def lease_for(device: str) -> Iterator[Device | None]:
-    """A leased GPU if a recipe's device is "cuda"; otherwise None, at once."""
+def lease_for(device: str, *, count: int = 1) -> Iterator[Device | None]:
+    """`count` leased GPUs, the first of them yielded, if a recipe's device is "cuda"; otherwise None, at once."""
     if device != "cuda":
         yield None
         return
-    with gpu_lease() as leased:
+    with gpu_lease(count=count) as leased:
         yield leased
 
 
 @contextmanager
 def gpu_lease(
     *,
+    count: int = 1,
     lister: Callable[[], Sequence[Device]] | None = None,
     folder: Path | None = None,
     tell: Callable[[str], None] = say,
     poll_s: float = POLL_S,
 ) -> Iterator[Device]:
-    """Hold one free GPU of those visible, and make it the only one that CUDA will see in this process.
+    """Hold one free GPU of those visible, or several, and make them all that CUDA will see in this process.
 
-    Waits until one is free. Once this process has a CUDA context, the lease lasts until the process ends, because the
+    Yields the first. Waits until enough are free, and holds none until then: two jobs that each held half of what they
+    need would wait for ever. Once this process has a CUDA context, the lease lasts until the process ends, because the
     context holds memory on the card until then.
 
     Args:
+        count: GPUs to hold.
         lister: returns all devices of the machine; by default `list_devices`.
         folder: of the lock files; by default the user's own, see `lock_folder`.
         tell: called with a line when waiting begins and ends.
         poll_s: seconds between two tries.
 
     Raises:
-        NoGpuError: no GPU, or none that CUDA_VISIBLE_DEVICES lets through.
+        NoGpuError: no GPU, or none that CUDA_VISIBLE_DEVICES lets through, or fewer than `count`.
         RuntimeError: this process has initialised CUDA already, or holds a lease.
     """
     if cuda_is_initialised():
         raise RuntimeError("CUDA is initialised in this process already: take the GPU lease before torch is used")
     given = os.environ.get(VISIBLE)
     devices = visible_devices(list_devices() if lister is None else lister(), given)
-    device, lock = _wait(devices, lock_folder() if folder is None else folder, tell, poll_s)
-    os.environ[VISIBLE] = device.uuid
+    if len(devices) < count:
+        raise NoGpuError(f"gpus: {count} are asked for, and {len(devices)} can be seen here: ask for {len(devices)}")
+    held = _wait(devices, count, lock_folder() if folder is None else folder, tell, poll_s)
+    os.environ[VISIBLE] = ",".join(device.uuid for device, _ in held)
     try:
-        yield device
+        yield held[0][0]
     finally:
         if not cuda_is_initialised():
-            os.close(lock)
+            for _, lock in held:
+                os.close(lock)
             os.environ.pop(VISIBLE)
             if given is not None:
                 os.environ[VISIBLE] = given
@@ -114,18 +120,30 @@ def lock_folder() -> Path:
     return folder
 
 
-def _wait(devices: Sequence[Device], folder: Path, tell: Callable[[str], None], poll_s: float) -> tuple[Device, int]:
+def _wait(
+    devices: Sequence[Device], count: int, folder: Path, tell: Callable[[str], None], poll_s: float
+) -> list[tuple[Device, int]]:
+    """`count` devices with their locks."""
     started, told = time.monotonic(), False
     while True:
+        held: list[tuple[Device, int]] = []
         for device in devices:
             lock = try_lock(_lock_file(folder, device))
             if lock is not None:
+                held.append((device, lock))
+            if len(held) == count:
                 if told:
-                    tell(f"{device} is free after {duration(time.monotonic() - started)}")
-                return device, lock
+                    free = f"{held[0][0]} is" if count == 1 else f"{count} GPUs are"
+                    tell(f"{free} free after {duration(time.monotonic() - started)}")
+                return held
+        for _, lock in held:
+            os.close(lock)
         if not told:
             told = True
-            tell(f"waiting for a GPU: {'; '.join(_holder_of(folder, device) for device in devices)}")
+            what = "a GPU" if count == 1 else f"{count} GPUs"
+            mine = {device for device, _ in held}
+            others = [_holder_of(folder, device) for device in devices if device not in mine]
+            tell(f"waiting for {what}: {'; '.join(others)}")
         time.sleep(poll_s)
 
 

@@ -18,7 +18,7 @@ from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
 from harness.records.device import DeviceKind, DeviceRecord
-from harness.records.run import EVALUATION, GpuRecord, GpuState, Memory
+from harness.records.run import EVALUATION, GpuRecord, GpuState, Memory, largest
 
 LEFTOVER_BYTES = 16 * 2**20
 """Memory that may stay allocated after a job has released the device: handles and small constants of libraries."""
@@ -152,6 +152,11 @@ class Meters:
     def gpu_record(self) -> tuple[GpuRecord | None, str | None]:
         """The card before and after, or None with the reason."""
         return self._nvml.gpu_record()
+
+    def highest(self) -> tuple[int | None, int | None]:
+        """Peaks so far over all phases but evaluation: resident set, and torch's allocator (None as in `record`)."""
+        device = None if self.foreign_why else largest(self._device_peaks.by_phase["allocated"], without=EVALUATION)
+        return largest(self._host_peaks.by_phase["host"], without=EVALUATION), device
 
     def card_now(self) -> tuple[GpuState | None, str | None]:
         """Clocks, power and temperature at this moment, or None with the reason."""

@@ -62,6 +62,7 @@ RUNS: dict[str, Column] = {
     "train_loss": Column("Float64", "train_loss"),
     "validation_loss": Column("Float64", "validation_loss"),
     "clipped_share": Column("Float64", "clipped_share"),
+    "processes": Column("Int64", "processes"),
     "train_rows": Column("Int64", "data.train_rows"),
     "truncated_rows": Column("Int64", "data.truncated_rows"),
     "dropped_rows": Column("Int64", "data.dropped_rows"),
@@ -199,7 +200,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "runs": (
         "timed_steps", "throughput_total_tokens_per_s", "host_pss_bytes", "method_pinned_peak_bytes",
         "device_reserved_peak_bytes", "alloc_retries", "nvml_device_delta_peak_bytes", "nvml_delta_why", "nvml_source",
-        "foreign_why", *LEFT_OUT,
+        "foreign_why", "processes", *LEFT_OUT,
     ),
     "scores": ("accuracy_normalised",),
     "documents": ("correct_normalised",),

@@ -171,7 +171,7 @@ class Timing(Record):
     prepare_s: float | None
     train_s: float | None = Field(description="sum of the steps")
     processor_s: float | None = Field(
-        default=None, description="processor time of the steps, all threads together; null on a GPU"
+        default=None, description="processor time of the steps, all threads of rank 0 together; null on a GPU"
     )
     waited_s: float | None = Field(
         default=None, description="time in the steps that a thread was ready to run and no processor was free"
@@ -180,7 +180,9 @@ class Timing(Record):
     timed_steps: int | None = Field(default=None, description="whole periods of the method only")
     step_median_s: float | None
     step_p95_s: float | None
-    throughput_tokens_per_s: float | None = Field(description="non-padding tokens of the timed steps")
+    throughput_tokens_per_s: float | None = Field(
+        description="non-padding tokens of the timed steps, all processes together"
+    )
     throughput_total_tokens_per_s: float | None = Field(default=None, description="the same with padding")
     throughput_why: str | None = Field(default=None, description="also why any other time here is null")
     clock: Literal["perf_counter", "cuda events"] | None = None
@@ -268,6 +270,9 @@ class TrainRecord(Record):
     validation_why: str | None = Field(default=None, description="why an `ok` run has no validation loss")
     clipped_share: float | None = None
     data: DataUse | None = None
+    processes: int = Field(default=1, description="that trained it together, each with its share of every step's rows")
+    rank_host_peak_bytes: list[int | None] = Field(default_factory=list, description="in training, by rank")
+    rank_device_allocated_peak_bytes: list[int | None] = Field(default_factory=list, description="in training, by rank")
     timing: Timing | None = None
     memory: Memory | None = None
     gpu: GpuRecord | None = Field(default=None, description="as the driver describes it")

@@ -12,6 +12,7 @@ from torch import nn
 
 from baselines import find_method
 from baselines.method import Expectation, Method, ModelFacts, Recipe
+from grass.distributed import ranks
 from harness.errors import first_line
 from harness.step.facts import facts_of
 from harness.step.outcomes import CannotRunError
@@ -49,9 +50,11 @@ def new_method(module: str, options: Mapping[str, Any], *, recipe: Recipe, lr: f
         seed: for the method's own draws.
 
     Raises:
-        CannotRunError: a package that the method needs is missing.
+        CannotRunError: a package that the method needs is missing, or it cannot train under several processes.
     """
     found = method_class(module)
+    if ranks() > 1 and not found.RANKS:
+        raise CannotRunError(f"{module} cannot train under {ranks()} processes: give its entry `gpus: 1`")
     missing = [package for package in found.REQUIRES if importlib.util.find_spec(package) is None]
     if missing:
         raise CannotRunError(f"needs the package {', '.join(missing)}")

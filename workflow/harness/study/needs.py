@@ -89,8 +89,8 @@ def of_model(job: ModelJob, paths: Paths) -> Needs:
     return _needs(held_bytes=20 * count, seconds=source.steps * step_s)
 
 
-def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
-    """Training runs one after the other in one process.
+def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: int = 1) -> Needs:
+    """Training runs one after the other, each in one process or in several that share its steps.
 
     The host holds at most: the weights while they are loaded and saved, their gradients if training runs on the CPU,
     and both moments of every parameter, which methods that offload keep there.
@@ -100,9 +100,9 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1) -> Needs:
     weight, state = WEIGHT_BYTES[recipe.weight_dtype], WEIGHT_BYTES[recipe.state_dtype]
     step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
     return _needs(
-        held_bytes=(3 * weight + 2 * state) * count,
+        held_bytes=processes * (3 * weight + 2 * state) * count + (processes - 1) * BASE_BYTES,
         seconds=runs * recipe.steps * step_s if find_method(training.module).TRAINS else 0.0,
-        gpus=int(recipe.device == "cuda"),
+        gpus=processes * (recipe.device == "cuda"),
     )
 
 

@@ -127,6 +127,7 @@ def _add_runs(plan: Plan, study: Study, model: ModelJob, rows: RowsJob, label: s
         prompt=study.tasks[rows.label].prompt,
         recipe_changes=tuple(changed_recipe_keys(study, label)),
     )
+    _check_processes(study, training)
     forecast = forecast_job(training)
     if forecast is not None:
         plan.forecasts[forecast.name] = forecast
@@ -148,6 +149,28 @@ def _add_runs(plan: Plan, study: Study, model: ModelJob, rows: RowsJob, label: s
         search = run.search_job()
         if search is not None:
             plan.searches[search.name] = search
+
+
+def processes_of(study: Study, training: Training) -> int:
+    """Processes that train one of a method's runs: `gpus` of its entry, else of the study; 1 if it takes no step."""
+    if not find_method(training.module).TRAINS:
+        return 1
+    return study.methods[training.label].gpus or study.runtime.gpus
+
+
+def _check_processes(study: Study, training: Training) -> None:
+    """Refuse processes that a step's micro-batches cannot be shared among, unless the run will be skipped anyway.
+
+    Raises:
+        UserError: with the key, and the mend.
+    """
+    count, micro_batches = processes_of(study, training), training.recipe.accumulation_steps
+    if find_method(training.module).RANKS and micro_batches % count:
+        key = f"methods.{training.label}.gpus" if study.methods[training.label].gpus else "runtime.gpus"
+        raise UserError(
+            f"{key}: {count} processes cannot share the {micro_batches} micro-batches of a step on task "
+            f"{training.rows.label} evenly: choose batch_size / micro_batch_size as a multiple of it"
+        )
 
 
 def _evaluation(study: Study, training: Training) -> EvalJob | None:

@@ -265,6 +265,7 @@ class MethodEntry(Strict):
         ge=0,
         description="worked examples, the first training rows of the task, before every test question; not trained so",
     )
+    gpus: int | None = Field(default=None, gt=0, description="null takes the study's `runtime.gpus`")
     note: str = ""
 
 
@@ -295,6 +296,13 @@ class Runtime(Strict):
     """How runs are carried out. It does not change their results, so it never enters a job's name."""
 
     threads: int = Field(default=1, gt=0, le=1024, description="torch threads of one job")
+    gpus: int = Field(
+        default=1,
+        gt=0,
+        le=1024,
+        description="processes that train one run, each on a GPU of its own, with its share of every step's "
+        "micro-batches; with device cpu, processes alone",
+    )
     checkpoint_every_steps: int = Field(default=100, gt=0, description="resume state is written this often")
     eval_batch_size: int = Field(default=64, gt=0)
     keep: Literal["none", "last", "all"] | None = Field(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from grass.loss import NO_TARGET
 from harness.inputs.tokens import Encoded, collate
 from harness.step.loss import label_tokens, token_loss
 
@@ -39,20 +40,66 @@ class RowOrder:
 
 
 class Batches:
-    """Micro-batches of every optimizer step, on the run's device."""
+    """Micro-batches of every optimizer step, on the run's device.
+
+    Of several processes, each takes every `count`-th micro-batch of a step, so that all together take the rows that one
+    would take.
+
+    Args:
+        rows: of training.
+        batch_size: rows in a step.
+        micro_batch_size: rows in a forward pass.
+        seed: of the order.
+        pad_id: any token.
+        device: where the batches go.
+        share: this process's rank and the number of processes.
+
+    Raises:
+        ValueError: a step's micro-batches cannot be shared evenly.
+    """
 
     def __init__(
-        self, rows: Sequence[Encoded], *, batch_size: int, micro_batch_size: int, seed: int, pad_id: int, device: str
+        self,
+        rows: Sequence[Encoded],
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        pad_id: int,
+        device: str,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self._rows, self._pad_id, self._device = rows, pad_id, device
         self._batch, self._micro = batch_size, micro_batch_size
+        self._rank, self._ranks = share
+        if batch_size // micro_batch_size % self._ranks:
+            raise ValueError(f"{self._ranks} processes cannot share {batch_size // micro_batch_size} micro-batches")
         self._order = RowOrder(len(rows), seed)
         self._calibration = RowOrder(len(rows), seed, CALIBRATION_STREAM)
 
     def step(self, step: int) -> list[dict[str, Tensor]]:
-        """The micro-batches of optimizer step `step`."""
-        chosen = self._order.rows(step * self._batch, self._batch)
-        return [self._collate(chosen[i : i + self._micro]) for i in range(0, self._batch, self._micro)]
+        """Micro-batches of optimizer step `step` that this process takes."""
+        return [self._collate(numbers) for numbers in self._shared(step)]
+
+    def rows_of(self, step: int) -> list[int]:
+        """Numbers of all rows of step `step`, whichever process takes them."""
+        return self._order.rows(step * self._batch, self._batch)
+
+    def own_numbers(self, step: int) -> list[int]:
+        """Numbers of the rows of step `step` that this process takes."""
+        return [number for numbers in self._shared(step) for number in numbers]
+
+    def _shared(self, step: int) -> list[list[int]]:
+        chosen, stride = self.rows_of(step), self._micro * self._ranks
+        return [chosen[i : i + self._micro] for i in range(self._rank * self._micro, self._batch, stride)]
+
+    def label_tokens(self, step: int) -> int:
+        """Label tokens in all rows of step `step`."""
+        return sum(label != NO_TARGET for number in self.rows_of(step) for label in self._rows[number].labels[1:])
+
+    def calibration_numbers(self, count: int) -> range:
+        """Numbers of this process's share of the first `count` calibration batches; all where they cannot be shared."""
+        return range(count) if count % self._ranks else range(self._rank, count, self._ranks)
 
     def calibration_batch(self, number: int) -> dict[str, Tensor]:
         """Calibration batch `number`: one micro-batch of training rows, in a separate order."""
@@ -74,8 +121,8 @@ class CalibrationBatches:
         self._batches, self._autocast = batches, autocast
 
     def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
-        """The first `count` calibration batches."""
-        return (self._batches.calibration_batch(number) for number in range(count))
+        """The first `count` calibration batches, or this process's share of them."""
+        return (self._batches.calibration_batch(number) for number in self._batches.calibration_numbers(count))
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss per label token."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from grass.distributed import ranks
 from grass.layers import declared_module
 from harness.inputs.models import check_savable, generation_why, load_model, load_tokenizer
 from harness.inputs.prompts import Prompt
@@ -27,6 +28,7 @@ from harness.study.paths import Paths, resolve
 from harness.study.spec import Observation
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
+from harness.training.ranks import rank
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,12 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     model = model.to(recipe.device)
     on_device: dict[str, Any] = {"pad_id": tokenizer.pad_token_id, "device": recipe.device}
     batches = Batches(
-        rows, batch_size=recipe.batch_size, micro_batch_size=recipe.micro_batch_size, seed=seed, **on_device
+        rows,
+        batch_size=recipe.batch_size,
+        micro_batch_size=recipe.micro_batch_size,
+        seed=seed,
+        share=(rank(), ranks()),
+        **on_device,
     )
     observed = fixed_batches(held[: observation.rows if observation else 0], size=recipe.micro_batch_size, **on_device)
     layers, own = layers_of(model), list(model.parameters())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
 
 from baselines.method import LayerTrace, StepFacts
 from grass.importance import effective_layers
@@ -33,6 +32,10 @@ class Log:
     observed: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     prepare_s: float = 0.0
+    compared: int = 0
+    """How often the weights of all processes were compared."""
+    apart_at: list[int] = field(default_factory=list)
+    """Steps after which they differed."""
 
     def step(
         self,
@@ -41,11 +44,23 @@ class Log:
         loss: float,
         factor: float,
         facts: StepFacts,
-        batches: Sequence[Mapping[str, Tensor]],
+        tokens: int,
+        total_tokens: int,
         seconds: float,
         processor: ProcessorTime | None = None,
     ) -> None:
-        """One optimizer step on the micro-batches `batches`; `processor` is its processor time, None on a GPU."""
+        """One optimizer step.
+
+        Args:
+            step: counted from 0.
+            loss: mean per label token.
+            factor: of the schedule.
+            facts: of the method.
+            tokens: without padding, of all processes.
+            total_tokens: the same with padding.
+            seconds: of the slowest process.
+            processor: this process's processor time; None on a GPU.
+        """
         self.steps.append(
             {
                 "step": step,
@@ -53,8 +68,8 @@ class Log:
                 "lr_factor": factor,
                 "grad_norm": facts.grad_norm,
                 "clipped": facts.clipped,
-                "tokens": sum(int(batch["attention_mask"].sum()) for batch in batches),
-                "total_tokens": sum(batch["attention_mask"].numel() for batch in batches),
+                "tokens": tokens,
+                "total_tokens": total_tokens,
                 "step_s": seconds,
                 "processor_s": None if processor is None else processor.ran_s,
                 "waited_s": None if processor is None else processor.waited_s,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from grass.distributed import ranks
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
 from harness.progress import Progress, say
@@ -32,6 +33,17 @@ from harness.training.ending import Ending
 from harness.training.engagement import Period
 from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
+from harness.training.ranks import (
+    Peaks,
+    agreement,
+    gathered,
+    rank,
+    seed_step,
+    share_of,
+    signal_of_any,
+    total,
+    weights_agree,
+)
 from harness.training.schedule import lr_factor
 from harness.training.termination import Termination
 from harness.training.verdict import verdict
@@ -67,6 +79,8 @@ def train(
         folder: where logs and the exported model go; None keeps nothing (a trial of a search).
         state_folder: where resume state lives; None cannot resume.
         checkpoint_every: steps between two writes of the resume state; it is also written after the last step.
+            Under several processes (`harness.training.ranks`) rank 0 alone writes it, logs and model; a state of any
+            number of processes is resumed.
         observation: the observer probe; None switches it off.
         refusal: reason, known beforehand, why the run must not start; the record is then `skipped` with this reason.
     """
@@ -85,7 +99,7 @@ def train(
     memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
     gpu, gpu_why = run.meters.gpu_record()
     void_why = run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
-    if folder is not None:
+    if folder is not None and rank() == 0:
         run.log.write(folder, run.periods)
     return TrainRecord(
         name=name,
@@ -113,6 +127,9 @@ def train(
         validation_why=ending.validation_why,
         clipped_share=run.log.clipped_share,
         data=loaded.data if loaded else None,
+        processes=ranks(),
+        rank_host_peak_bytes=[peaks.host for peaks in run.peaks],
+        rank_device_allocated_peak_bytes=[peaks.device_allocated for peaks in run.peaks],
         timing=run.log.timing(
             load_s=run.load_s,
             period_steps=(loaded and loaded.promise.period_steps) or 1,
@@ -123,7 +140,9 @@ def train(
         gpu=gpu,
         gpu_why=gpu_why,
         engagement=checks,
-        files_sha256={} if folder is None else hashes(folder, [*folder.glob("*.jsonl"), *folder.glob("model/*")]),
+        files_sha256={}
+        if folder is None or rank()
+        else hashes(folder, [*folder.glob("*.jsonl"), *folder.glob("model/*")]),
         notes=[*(loaded.notes if loaded else []), *run.log.notes, *ending.notes],
         provenance=provenance(
             roots=roots_of(training.module),
@@ -148,6 +167,7 @@ class _Run:
         self.load_s = 0.0
         self.ending = Ending(in_phase=self._in_phase, release=self.meters.empty_cache)
         self.checks: list[Check] = []
+        self.peaks: list[Peaks] = []
         self.current_phase = "load"
 
     def whole(
@@ -168,7 +188,9 @@ class _Run:
         first_step = self._resume(run, state_folder, lr=lr, seed=seed)
         if first_step == 0:
             self._prepare(run)
-        self._train(run, first_step, state_folder, checkpoint_every)
+        self._train(run, first_step, seed, state_folder, checkpoint_every)
+        if rank() != 0:
+            return
         self.ending.validate(run)
         self.ending.export(run, folder, self.inputs)
 
@@ -180,8 +202,9 @@ class _Run:
             return 0
         mine = {"learning rate": repr(lr), "seed": repr(seed), "spec": digest(self.training.model_dump(mode="json"))}
         made_from = with_code({**self.inputs.made_from, **mine}, roots_of(self.training.module))
-        if dropped := claim(state_folder, made_from):
+        if rank() == 0 and (dropped := claim(state_folder, made_from)):
             self.log.notes.append(dropped)
+        gathered(None)  # the others read what rank 0 has left
         found = resume.load(state_folder, run.module)
         if found is None:
             return 0
@@ -210,28 +233,39 @@ class _Run:
 
     # ------------------------------------------------------------ steps
 
-    def _train(self, run: Loaded, first_step: int, state_folder: Path | None, checkpoint_every: int) -> None:
+    def _train(self, run: Loaded, first_step: int, seed: int, state_folder: Path | None, checkpoint_every: int) -> None:
         """Run all optimizer steps, with the observer and the engagement watch between them."""
-        total = self.recipe.steps if run.method.TRAINS else 0
+        steps = self.recipe.steps if run.method.TRAINS else 0
         period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
-        with Progress(total, self.name, done=first_step) as progress, Termination() as termination:
-            for step in range(first_step, total):
+        several, first = ranks() > 1, rank() == 0
+        if several:
+            self.log.notes.append(f"{ranks()} processes from step {first_step} on")
+        with Progress(steps, self.name, done=first_step) as progress, Termination(patient=several) as termination:
+            for step in range(first_step, steps):
+                seed_step(seed, step)
                 with self._in_phase("first_step" if step == 0 else "steady"):
                     loss = self._step(run, step, period)
                 done = step + 1
-                if done % period == 0 or done == total:
+                if done % period == 0 or done == steps:
                     run.watch.end_period(step)
+                    self._compare(run, done)
                     self.meters.pinned(run.method.pinned_bytes())
-                if self.observation and (done % self.observation.every_steps == 0 or done == total):
+                if self.observation and (done % self.observation.every_steps == 0 or done == steps):
                     self._observe(run, done)
                 # after the last step too: what fails later is then done again without training
-                due = done % checkpoint_every == 0 or done == total or termination.asked
-                if state_folder is not None and due:
+                asked = signal_of_any(termination.asked)
+                due = done % checkpoint_every == 0 or done == steps or asked
+                if state_folder is not None and due and first:
                     self._save(run, state_folder, done)
-                progress.advance(f"loss {loss:.3f}")
-                termination.leave_if_asked(f"{self.name}, after step {done}")
+                if first:
+                    progress.advance(f"loss {loss:.3f}")
+                if asked:
+                    gathered(None)  # nobody leaves before the state is whole
+                    termination.leave(asked, f"{self.name}, after step {done}", tell=first)
         coarse = self.recipe.weight_dtype == "bf16"
         self.checks = verdict(run.promise, run.facts, self.periods, bf16_weights=coarse)
+        self.checks += agreement(compared=self.log.compared, apart_at=self.log.apart_at)
+        self.peaks = [Peaks(*peaks) for peaks in gathered(self.meters.highest())]
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
         """Run one timed optimizer step; returns the mean loss per label token."""
@@ -240,24 +274,36 @@ class _Run:
         self.clock.start()
         facts = run_step(run, step, lr_factor=factor, context=context)
         seconds, loss = self.clock.stop(), context.mean_loss()
-        if not math.isfinite(loss) or (facts.grad_norm is not None and not math.isfinite(facts.grad_norm)):
-            raise DivergedError(f"at step {step}: loss {loss}, gradient norm {facts.grad_norm}")
+        own = share_of(
+            context.batches, loss=loss, grad_norm=facts.grad_norm, seconds=seconds, rows=run.batches.own_numbers(step)
+        )
+        whole = total(own, step=step, rows=run.batches.rows_of(step))
+        if not whole.finite:
+            raise DivergedError(f"at step {step}: loss {whole.loss}, gradient norm {whole.grad_norm}")
         self.log.step(
             step,
-            loss=loss,
+            loss=whole.loss,
             factor=factor,
             facts=facts,
-            batches=context.batches,
-            seconds=seconds,
+            tokens=whole.tokens,
+            total_tokens=whole.total_tokens,
+            seconds=whole.seconds,
             processor=self.clock.processor,
         )
         context.release_tensors()
         if context.starts_period:
             run.watch.after_update()
-        return loss
+        return whole.loss
+
+    def _compare(self, run: Loaded, done: int) -> None:
+        """Compare the weights of all processes, if there are several."""
+        if ranks() > 1:
+            self.log.compared += 1
+            if not weights_agree(run.module):
+                self.log.apart_at.append(done)
 
     def _observe(self, run: Loaded, done: int) -> None:
-        if self.observation is not None:
+        if self.observation is not None:  # by every process: what measures gradients averages them
             rms, loss = run.observer.observe(run.module, run.observed)
             self.meters.empty_cache()
             broken = sum(not math.isfinite(norm) for norm in rms)

@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from grass.distributed import ranks
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
-from harness.step.loss import label_tokens, token_loss
+from harness.step.loss import token_loss
 from harness.step.run import Batch, Part, StepContext
 from harness.training.loading import Loaded
 from harness.training.logs import Log
@@ -53,14 +54,18 @@ class WatchedStep(StepContext):
                 self._run.watch.start_period(self._step, trace)
 
     def micro_batches(self) -> list[dict[str, Tensor]]:
-        """The step's micro-batches, whose rows depend on seed and step alone."""
+        """Micro-batches of the step that this process takes, whose rows depend on seed and step alone."""
         self.batches = self._run.batches.step(self._step)
-        self._targets = sum(label_tokens(batch) for batch in self.batches)
+        self._targets = self._run.batches.label_tokens(self._step)
         return self.batches
 
     def loss(self, module: nn.Module, batch: Batch) -> Tensor:
-        """The micro-batch's share of the step's mean loss per label token."""
-        return token_loss(module, batch, autocast=self._run.method.recipe.autocast) / self._targets
+        """The micro-batch's share of the step's mean loss per label token, times the number of processes.
+
+        Gradients are averaged over processes: so that the average is the gradient of the mean over all label tokens, it
+        is their number in the whole step that each process divides by.
+        """
+        return token_loss(module, batch, autocast=self._run.method.recipe.autocast) / (self._targets / ranks())
 
     def after_backward(self, loss: Tensor) -> None:
         """Add up the step's loss."""
@@ -74,7 +79,7 @@ class WatchedStep(StepContext):
                 self._run.watch.before_update()
 
     def mean_loss(self) -> float:
-        """Mean loss per label token; waits for the device."""
+        """Mean loss per label token; of several processes, their mean is the step's. Waits for the device."""
         assert self._total is not None
         return float(self._total)
 

@@ -30,6 +30,7 @@ from harness.measuring.gpu import (
     visible_devices,
 )
 from harness.records.atomic import write_json
+from harness.records.locks import try_lock
 from harness.records.provenance import provenance
 from harness.records.run import TrainRecord
 from harness.study.jobs import RunJob, SearchJob
@@ -188,6 +189,41 @@ def test_once_cuda_is_in_use_the_lease_lasts_as_long_as_the_process(
     assert "waiting" in start([A]).says(), "the context is still on the card"
 
 
+@pytest.mark.usefixtures("_no_variable")
+def test_a_run_on_several_gpus_holds_all_of_them(tmp_path: Path) -> None:
+    with gpu_lease(count=2, lister=lambda: [A, B, *PARTS], folder=tmp_path) as first:
+        assert (first, os.environ[VISIBLE]) == (A, "GPU-aa,GPU-bb")
+        with pytest.raises(RuntimeError, match="this process holds GPU 0"):
+            gpu._wait([A, B], 1, tmp_path, lambda line: None, 0.01)
+    assert VISIBLE not in os.environ
+    assert len(gpu._wait([A, B], 2, tmp_path, lambda line: None, 0.01)) == 2, "both are free again"
+
+
+@pytest.mark.usefixtures("_no_variable")
+def test_fewer_gpus_than_asked_for_are_refused_in_one_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(NoGpuError, match=r"^gpus: 3 are asked for, and 2 can be seen here: ask for 2$"),
+        gpu_lease(count=3, lister=lambda: [A, B], folder=tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("_no_variable")
+def test_who_waits_for_two_gpus_holds_none(tmp_path: Path, start: Callable[[list[Device]], Job]) -> None:
+    class ToldError(Exception):
+        pass
+
+    def told(line: str) -> None:
+        free = try_lock(gpu._lock_file(tmp_path, B))
+        assert free is not None
+        os.close(free)
+        raise ToldError(line)
+
+    assert "holds GPU-aa" in start([A]).says()
+    with pytest.raises(ToldError, match=r"^waiting for 2 GPUs: GPU 0 \(Card A\) is held by process \d+ since [^;]*$"):
+        gpu._wait([A, B], 2, tmp_path, told, 0.01)
+
+
 def test_on_the_cpu_nothing_is_leased_and_nothing_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def looked() -> list[Device]:
         raise AssertionError("devices were listed")
@@ -299,7 +335,7 @@ def test_nvml_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
 STAGES = """
 import json, sys
 from harness.measuring import gpu
-def leased(device):
+def leased(device, *, count=1):
     print(device, "torch" in sys.modules)
     raise SystemExit
 gpu.lease_for = leased

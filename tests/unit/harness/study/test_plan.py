@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import study_files
 from harness.__main__ import main
+from harness.errors import UserError
+from harness.study import needs
 from harness.study.config import load_study
 from harness.study.jobs import KINDS, TRAIN, EvalJob, Job
 from harness.study.paths import Paths
-from harness.study.plan import Plan, open_study, outputs, resolve_study
+from harness.study.plan import Plan, open_study, outputs, processes_of, resolve_study
 from harness.study.stale import current
 from house import ROOT
 
@@ -388,3 +390,38 @@ def test_the_zoo_shares_runs_with_the_embedded_study_and_names_every_method_file
     shared = {run.training.label for name, run in zoo.runs.items() if name in embedded.runs}
     assert shared == set(embedded.study.methods)
     assert {entry.module for entry in zoo.study.methods.values()} == set(method_names())
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def test_gpus_are_the_studys_or_the_entrys_and_in_no_name(tmp_path: Path) -> None:
+    plain = plan_of(tmp_path)
+    study = ("runtime: {threads: 1}", "runtime: {threads: 1, gpus: 2}")
+    plan = plan_of(tmp_path, study, ("lora: {module: lora,", "lora: {module: lora, gpus: 1,"))
+    assert every_name(plan) == every_name(plain)
+    counts = {run.training.label: processes_of(plan.study, run.training) for run in plan.runs.values()}
+    assert counts == {"base": 1, "full": 2, "lora": 1}
+    (training,) = {
+        run.training.label: run.training for run in plan.runs.values() if run.training.label == "full"
+    }.values()
+    one, two = (needs.of_training(training, Paths(), processes=count) for count in (1, 2))
+    assert (one.gpus, two.gpus, two.mem_mb > 1.9 * one.mem_mb) == (0, 0, True)
+    on_gpu = training.model_copy(update={"recipe": training.recipe.model_copy(update={"device": "cuda"})})
+    assert needs.of_training(on_gpu, Paths(), processes=2).gpus == 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (("runtime: {threads: 1}", "runtime: {threads: 1, gpus: 3}"), "runtime.gpus"),
+        (("full: {module: full}", "full: {module: full, gpus: 3}"), "methods.full.gpus"),
+    ],
+)
+def test_processes_that_cannot_share_a_step_are_refused(edit: tuple[str, str], key: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        plan_of(tmp_path, edit)
+    assert str(refused.value) == (
+        f"{key}: 3 processes cannot share the 2 micro-batches of a step on task sums evenly: choose batch_size / "
+        "micro_batch_size as a multiple of it"
+    )

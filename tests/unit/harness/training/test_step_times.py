@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from harness.measuring.processors import ProcessorTime
 from harness.training.logs import Log
 
@@ -13,10 +12,9 @@ from baselines.method import StepFacts
 
 def log_of(seconds: list[float]) -> Log:
     log = Log()
-    batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
     for step, s in enumerate(seconds):
         facts = StepFacts(grad_norm=None, clipped=None)
-        log.step(step, loss=1.0, factor=1.0, facts=facts, batches=[batch, batch], seconds=s)
+        log.step(step, loss=1.0, factor=1.0, facts=facts, tokens=10, total_tokens=12, seconds=s)
     return log
 
 
@@ -39,8 +37,8 @@ def crowded_log(*steps: tuple[float, float, float | None]) -> Log:
     log = log_of([])
     for step, (seconds, ran, waited) in enumerate(steps):
         log.step(
-            step, loss=1.0, factor=1.0, facts=StepFacts(grad_norm=None, clipped=None), batches=[], seconds=seconds,
-            processor=ProcessorTime(ran, waited),
+            step, loss=1.0, factor=1.0, facts=StepFacts(grad_norm=None, clipped=None), tokens=0, total_tokens=0,
+            seconds=seconds, processor=ProcessorTime(ran, waited),
         )  # fmt: skip
     return log
 
