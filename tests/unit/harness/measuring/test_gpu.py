@@ -353,12 +353,14 @@ def test_every_stage_that_computes_takes_its_lease_before_torch_is_imported(devi
     training = tiny_training("full", {}, device=device)
     search = Search(grid=(1e-4, 1e-3, 1e-2), seeds=(7,), max_extensions=0)
     run = RunJob(training=training, lr=1e-3, search=None, seed=0, observation=Observation(every_steps=4, rows=8))
-    write_json(tmp_path / "spec.json", run.body())
-    write_json(tmp_path / "search.json", SearchJob(training=training, search=search).body())
+    specs = {}
+    for stage, job in (("train", run), ("search", SearchJob(training=training, search=search))):
+        specs[stage] = tmp_path / job.name / "spec.json"
+        write_json(specs[stage], job.body())
     threads = ["--threads", "1"]
     commands = [
-        ["train", "--spec", str(tmp_path / "spec.json"), *threads, "--checkpoint-every", "9"],
-        ["search", "--spec", str(tmp_path / "search.json"), "--checkpoint-every", "1", *threads],
+        ["train", "--spec", str(specs["train"]), *threads, "--checkpoint-every", "9"],
+        ["search", "--spec", str(specs["search"]), "--checkpoint-every", "1", *threads],
     ]
     for name, checkpoint in (("scored", "model"), ("skipped", None)):
         record = TrainRecord(
@@ -380,8 +382,9 @@ def test_no_gpu_is_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.
         training=tiny_training("full", {}, device="cuda"), lr=1e-3, search=None, seed=0,
         observation=Observation(every_steps=4, rows=8),
     )  # fmt: skip
-    write_json(tmp_path / "spec.json", run.body())
-    arguments = ["train", "--spec", str(tmp_path / "spec.json"), "--threads", "1", "--checkpoint-every", "9"]
+    spec = tmp_path / run.name / "spec.json"
+    write_json(spec, run.body())
+    arguments = ["train", "--spec", str(spec), "--threads", "1", "--checkpoint-every", "9"]
     environment = {**os.environ, VISIBLE: ""}
     found = subprocess.run(
         [sys.executable, "-m", "harness", *arguments], capture_output=True, text=True, env=environment

@@ -16,7 +16,9 @@ import pytest
 import study_files
 from harness.__main__ import main
 from harness.checking.tiny import tiny_inputs
+from harness.records.reading import read
 from harness.records.run import TrainRecord
+from harness.step import resume
 from harness.study.jobs import MODEL, ROWS, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Plan, open_study
@@ -47,16 +49,18 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = [name for name in plan.runs if "--fixed--" in name]
-    state, log = Paths().state(run) / "state.pt", Path("train.log")
+    state, log = Paths().state(run), Path("train.log")
     common = ["train", "--spec", str(Paths().spec(TRAIN, run)), "--threads", "2", "--log", str(log)]
     command = [*common, "--checkpoint-every", "1", "--gpus", "2"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
     def end_it() -> None:
         started = time.monotonic()
-        while not state.is_file() and time.monotonic() - started < DEADLINE_S:
+        while time.monotonic() - started < DEADLINE_S:
+            if resume.manifests(state):
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
 
     usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     threading.Thread(target=end_it, daemon=True).start()
@@ -72,7 +76,7 @@ def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan, monkeypatch:
         # torchrun leaves its own
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), usual, strict=True):
             signal.signal(number, handler)
-    record = TrainRecord.model_validate(json.loads(Paths().output(TRAIN, run).read_text()))
+    record = read(Paths().output(TRAIN, run), TrainRecord)
     assert (record.status, record.processes, record.steps_done) == ("ok", 2, 60)
     assert f"resumed after step {stopped}" in record.notes
     # a record from before several processes could train a run
