@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness.records.reading import read_jsonl
+from harness.training import ranks
 from harness.training.batches import Batches
 from harness.training.launching import launch
 from house import ROOT
 from training_ranks import COUNTS, METHODS, RESUMED, STEPS, STOPPED_AFTER
+
+from baselines import find_method, method_names
 
 DEADLINE_S = 400
 ROUNDING = 1e-5
@@ -152,6 +157,35 @@ def test_shares_of_a_step_are_its_micro_batches_in_turn() -> None:
         batches(0, 3)
     assert [list(batches(rank, 2).calibration_numbers(4)) for rank in range(2)] == [[0, 2], [1, 3]]
     assert list(batches(1, 2).calibration_numbers(3)) == [0, 1, 2]
+
+
+def test_a_step_is_all_shares_by_the_slowest_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [
+        ranks.Share(loss=1.0, grad_norm=2.0, tokens=10, total_tokens=12, seconds=0.5, rows=[4, 1]),
+        ranks.Share(loss=2.0, grad_norm=2.0, tokens=20, total_tokens=24, seconds=0.7, rows=[3, 2]),
+    ]
+    monkeypatch.setattr(ranks, "gathered", lambda share: shares)
+    whole = ranks.total(shares[0], step=0, rows=[1, 2, 3, 4])
+    assert (whole.loss, whole.tokens, whole.total_tokens, whole.seconds, whole.finite) == (1.5, 30, 36, 0.7, True)
+    shares[1] = replace(shares[1], grad_norm=float("nan"))
+    assert not ranks.total(shares[0], step=0, rows=[1, 2, 3, 4]).finite, "all stop if one has no number"
+
+
+def test_dropout_is_each_processs_own_and_the_same_after_a_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(rank: int, step: int) -> float:
+        monkeypatch.setattr(ranks, "rank", lambda: rank)
+        ranks.seed_step(0, step)
+        return float(torch.rand(()))
+
+    with torch.random.fork_rng():
+        monkeypatch.setattr(ranks, "ranks", lambda: 2)
+        first = [drawn(rank, step) for rank in range(2) for step in range(3)]
+        assert len(set(first)) == 6
+        assert first == [drawn(rank, step) for rank in range(2) for step in range(3)]
+
+
+def test_three_methods_say_that_they_can() -> None:
+    assert {name for name in method_names() if find_method(name).RANKS} == {"full", "lora", "grass"}
 
 
 # ---------------------------------------------------------------- the launcher
