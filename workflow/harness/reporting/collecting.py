@@ -99,21 +99,33 @@ class _Found:
 
     def __init__(self) -> None:
         self.tables: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
+        self.read: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
+        """Tables as they lie beside the records, to be cast many at a time."""
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FRAMES}
 
     def add(self, other: _Found | None) -> None:
         """Take the rows of a run, once all of them are trusted."""
         if other is not None:
-            for name, tables in other.tables.items():
-                self.tables[name] += tables
+            for name, read_ones in self.read.items():
+                read_ones += other.read[name]
+                if sum(map(len, read_ones)) >= PART_ROWS:
+                    self._cast(name)
             for name, rows in self.rows.items():
                 rows += other.rows[name]
                 if len(rows) >= PART_ROWS:
                     self.tables[name].append(rows_to_frame(name, rows))
                     rows.clear()
 
+    def _cast(self, name: str) -> None:
+        if self.read[name]:
+            # older tables lack the newest columns; samples have more than are reported
+            self.tables[name].append(table_to_frame(name, pd.concat(self.read[name], ignore_index=True)))
+            self.read[name].clear()
+
     def frames(self) -> Frames:
         """All of it."""
+        for name in self.read:
+            self._cast(name)
         return Frames(
             **{
                 name: pd.concat([*made, rows_to_frame(name, self.rows[name])], ignore_index=True)
@@ -165,9 +177,8 @@ def _of_run(plan: Plan, paths: Paths, name: str, models: OneModelEach, *, unscor
             kinds["lm_eval_documents"] = LM_EVAL_SAMPLES
         for kind, suffix in kinds.items():
             table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
-            # older tables lack the newest columns; samples have more than are reported
-            found.tables[kind].append(table_to_frame(kind, table))
-    documents = found.tables["documents"][0] if found.tables["documents"] else None
+            found.read[kind].append(table)
+    documents = found.read["documents"][0] if found.read["documents"] else None
     check_scores(score, name, plan.evals[evaluation], documents, score_file)
     found.rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
     found.rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pandas import DataFrame
 
 from harness.errors import UserError
-from harness.records.run import EvalRecord, SearchRecord, SuiteScore, TrainRecord
+from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.study.jobs import EvalJob, RunJob, SearchJob
 from harness.study.spec import LmEvalSuite
 
@@ -82,15 +83,19 @@ def check_scores(record: EvalRecord, run: str, job: EvalJob, documents: DataFram
         raise _untrusted(
             path, f"suite {wrong} is scored {scored.count(wrong)} times, where {', '.join(asked)} were asked"
         )
-    by_suite = {str(suite): rows for suite, rows in documents.groupby("suite", sort=False)}
-    if set(by_suite) - set(scored) or not (documents["run"] == run).all():
+    counts = _counts(documents, run)
+    if counts.keys() - set(scored):
         raise _untrusted(path, "its documents are of other suites, or of another run")
     for score in record.scores:
-        rows = by_suite.get(score.suite, documents.iloc[:0])
-        for what, said, counted in _counts(score, rows):
-            if said != counted:
-                raise _untrusted(path, f"suite {score.suite} has {what} {said}, but its documents have {counted}")
-        if not _same_loss(score, rows):
+        counted = counts.get(score.suite, _Counts())
+        for what in ("rows", "correct", "correct_normalised", "unparsed"):
+            said, found = getattr(score, what), getattr(counted, what)
+            if said is not None and said != found:
+                raise _untrusted(path, f"suite {score.suite} has {what} {said}, but its documents have {found}")
+        loss = counted.mean_loss
+        if None not in (loss, score.heldout_loss) and not math.isclose(
+            loss, score.heldout_loss, rel_tol=LOSS_TOLERANCE
+        ):
             raise _untrusted(path, f"suite {score.suite} has another held-out loss than its documents")
 
 
@@ -108,26 +113,39 @@ def _not_once(found: Sequence[str], asked: Sequence[str], *, all_of_them: bool) 
     return next((label for label in found if label not in asked), None)
 
 
-def _counts(score: SuiteScore, rows: DataFrame) -> list[tuple[str, int, int]]:
-    """What a score counts, beside the same count of its documents."""
-    found = [
-        ("rows", score.rows, len(rows)),
-        ("correct", score.correct, int(rows["correct"].sum())),
-        ("unparsed", score.unparsed, int((~rows["parsed"].astype(bool)).sum())),
-    ]
-    if score.correct_normalised is not None:
-        found.append(("correct_normalised", score.correct_normalised, int(rows["correct_normalised"].sum())))
+@dataclass
+class _Counts:
+    """What the documents of one suite add up to."""
+
+    rows: int = 0
+    correct: int = 0
+    correct_normalised: int = 0
+    unparsed: int = 0
+    tokens: int = 0
+    nats: float = 0.0
+
+    @property
+    def mean_loss(self) -> float | None:
+        """Nats per answer token; None without one."""
+        return self.nats / self.tokens if self.tokens else None
+
+
+def _counts(documents: DataFrame, run: str) -> dict[str, _Counts]:
+    """By suite; documents of another run are under an empty name. Without pandas: most tables are short, and many."""
+    found: dict[str, _Counts] = {}
+    columns = ("run", "suite", "correct", "correct_normalised", "parsed", "loss", "tokens")
+    for of_run, suite, correct, normalised, parsed, loss, tokens in zip(
+        *(documents[column].tolist() for column in columns), strict=True
+    ):
+        counts = found.setdefault(suite if of_run == run else "", _Counts())
+        counts.rows += 1
+        counts.correct += correct is True
+        counts.correct_normalised += normalised is True
+        counts.unparsed += parsed is False
+        if isinstance(loss, float) and tokens:
+            counts.tokens += tokens
+            counts.nats += loss * tokens
     return found
-
-
-def _same_loss(score: SuiteScore, rows: DataFrame) -> bool:
-    """Whether the held-out loss is the mean over the documents' tokens."""
-    known = rows[rows["loss"].notna()]
-    tokens = int(known["tokens"].sum())
-    if score.heldout_loss is None or not tokens:
-        return True
-    mean = float((known["loss"] * known["tokens"]).sum()) / tokens
-    return math.isclose(mean, score.heldout_loss, rel_tol=LOSS_TOLERANCE)
 
 
 def _untrusted(path: Path, what: str) -> UserError:
