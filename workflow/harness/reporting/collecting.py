@@ -101,6 +101,7 @@ class _Found:
         self.tables: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
         self.read: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
         """Tables as they lie beside the records, to be cast many at a time."""
+        self.read_rows = dict.fromkeys(FRAMES, 0)
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FRAMES}
 
     def add(self, other: _Found | None) -> None:
@@ -108,7 +109,8 @@ class _Found:
         if other is not None:
             for name, read_ones in self.read.items():
                 read_ones += other.read[name]
-                if sum(map(len, read_ones)) >= PART_ROWS:
+                self.read_rows[name] += sum(map(len, other.read[name]))
+                if self.read_rows[name] >= PART_ROWS:
                     self._cast(name)
             for name, rows in self.rows.items():
                 rows += other.rows[name]
@@ -121,6 +123,7 @@ class _Found:
             # older tables lack the newest columns; samples have more than are reported
             self.tables[name].append(table_to_frame(name, pd.concat(self.read[name], ignore_index=True)))
             self.read[name].clear()
+            self.read_rows[name] = 0
 
     def frames(self) -> Frames:
         """All of it."""

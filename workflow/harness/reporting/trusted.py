@@ -92,10 +92,7 @@ def check_scores(record: EvalRecord, run: str, job: EvalJob, documents: DataFram
             said, found = getattr(score, what), getattr(counted, what)
             if said is not None and said != found:
                 raise _untrusted(path, f"suite {score.suite} has {what} {said}, but its documents have {found}")
-        loss = counted.mean_loss
-        if None not in (loss, score.heldout_loss) and not math.isclose(
-            loss, score.heldout_loss, rel_tol=LOSS_TOLERANCE
-        ):
+        if not _close(counted.mean_loss, score.heldout_loss):
             raise _untrusted(path, f"suite {score.suite} has another held-out loss than its documents")
 
 
@@ -111,6 +108,10 @@ def _not_once(found: Sequence[str], asked: Sequence[str], *, all_of_them: bool) 
         if found.count(label) > 1 or (all_of_them and label not in found):
             return label
     return next((label for label in found if label not in asked), None)
+
+
+def _close(loss: float | None, said: float | None) -> bool:
+    return loss is None or said is None or math.isclose(loss, said, rel_tol=LOSS_TOLERANCE)
 
 
 @dataclass
