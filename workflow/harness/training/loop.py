@@ -215,8 +215,9 @@ class _Run:
             self.log = Log(**rest["log"])
             self.log.notes.append(f"resumed after step {done}")
         for line in torn:
-            say(f"{self.name}: warning: {line}")
             self.log.notes.append(line)
+            if rank() == 0:
+                say(f"{self.name}: warning: {line}")
         return done
 
     def _prepare(self, run: Loaded) -> None:
