@@ -2,6 +2,8 @@
 # A target's line of `make help` stands above it, behind two hashes.
 PYTHON ?= python3
 CORES ?= 2
+# of the tests: one more than cores, since some wait for servers and schedulers
+WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -24,7 +26,7 @@ study: $(READY)
 
 ## set up and run all tests but those that need a GPU
 test: $(READY) $(OFFICIAL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
 
 ## check style and format of Python and Snakemake files
 lint: $(READY)

@@ -6,7 +6,6 @@
 import os
 import re
 import sys
-import time
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -57,15 +56,6 @@ RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
 if not IN_JOB:
     os.environ[STUDY_FILE] = str(CONFIG)
-if not IN_JOB and not DRY_RUN:
-    WORK = PATHS.root / "logs" / f"{PLAN.study.study}.work"
-    progress.write_work(PLAN, PATHS, WORK)
-    # jobs inherit it, for their progress lines
-    os.environ |= {
-        progress.STUDY_WORK: str(WORK),
-        progress.STUDY_STARTED: str(time.time()),
-        progress.STUDY_DONE: str(progress.read_work(WORK)[0]),
-    }
 
 
 def disk_is_too_small(files=None):
@@ -85,6 +75,8 @@ onstart:
         sys.exit(taken)
     pass_on_sigterm()
     COPY.write()
+    # jobs inherit it, for their progress lines
+    os.environ |= progress.begin(PLAN, PATHS, Path(".snakemake") / "study.work")
     files = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.output}
     if line := disk_is_too_small(files):
         sys.exit(line)

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 from harness.records.locks import try_lock
 from house import ROOT
-from kills import KILLS, differences
+from kills import KILLS, SAID, differences
 
 pytestmark = pytest.mark.pipeline
 
@@ -177,7 +177,9 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
         "".join(line for line in text.splitlines(True) if "module: full" not in line and "lisa" not in line)
     )
     for kill in KILLS:
-        assert kill.carry_out(other) is not None, f"{kill}: the study ended before"
+        assert kill.carry_out(other) is not None, (
+            f"{kill}: the study ended before: {(other.folder / SAID).read_text()[-3000:]}"
+        )
         if kill.number == signal.SIGTERM:
             # how fast is what the soak tells: here nothing more is begun, not even the tables of what is there
             (log,) = (other.folder / "results" / "logs" / "search").glob("*--grass--*.log")

@@ -15,6 +15,8 @@ import psutil
 
 DEADLINE_S = 300
 """Until the moment of a kill must have come, and until a killed process must be gone."""
+SAID = "killed.log"
+"""In the working folder: what the last study that was killed said."""
 # what a clock, a meter or the way there decides, and not the run
 OF_THE_WAY = {
     "wall_s",
@@ -63,7 +65,7 @@ class Kill:
         """
         started = time.time()
         process = subprocess.Popen(
-            study.command, cwd=study.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            study.command, cwd=study.folder, stdout=(study.folder / SAID).open("w"), stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         deadline = time.monotonic() + DEADLINE_S

@@ -1,33 +1,7 @@
 # Helpers that several rules use to query the plan. The rules themselves are in the files beside this one.
 from functools import cache
 
-from harness.errors import UserError
-from harness.records.atomic import sha256
-from harness.study import needs
-from harness.study.paths import resolve
-
-
-@cache
-def content_of(text):
-    """Hash of a file supplied by the user; None where it is missing, as it may be in a dry run.
-
-    A param of the job that reads the file, not an input: copied anew or moved, a file makes no job run again.
-    """
-    try:
-        file = resolve(text)
-    except UserError:
-        return None
-    return sha256(file) if file.is_file() else None
-
-
-def rows_contents(source):
-    files = [path for path, _ in getattr(source, "files", ())]
-    return [content_of(text) for text in (*files, *getattr(source, "without", ()))]
-
-
-def suite_content(source):
-    text = getattr(source, "path", None)
-    return None if text is None else content_of(text)
+from harness.study import contents, needs
 
 
 def inputs_of(job):

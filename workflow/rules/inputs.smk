@@ -47,7 +47,7 @@ rule prefetch_rows:
         runtime=needs.SMALL.minutes,
     params:
         spec=str(PATHS.spec(ROWS, "{rows}")),
-        content=lambda wildcards: rows_contents(PLAN.rows[wildcards.rows].source),
+        content=lambda wildcards: contents.of_rows(PLAN.rows[wildcards.rows].source),
     shell:
         "{PYTHON:q} -m harness prefetch rows --spec {params.spec} --log {log}"
 
@@ -63,6 +63,6 @@ rule prefetch_suite:
         runtime=needs.SMALL.minutes,
     params:
         spec=str(PATHS.spec(SUITE, "{suite}")),
-        content=lambda wildcards: suite_content(PLAN.suites[wildcards.suite].source),
+        content=lambda wildcards: contents.of_suite(PLAN.suites[wildcards.suite].source),
     shell:
         "{PYTHON:q} -m harness prefetch suite --spec {params.spec} --log {log}"

@@ -38,14 +38,15 @@ def announce(what: str) -> None:
     say(f"[{done / total:4.0%}, {duration(spent)} gone{left}] {what}")
 
 
-def write_work(plan: Plan, paths: Paths, file: Path) -> None:
-    """Write the outputs of a study's jobs, one a line: work in optimizer steps (see `plan.Output.weight`), tab, path.
+def begin(plan: Plan, paths: Paths, file: Path) -> dict[str, str]:
+    """Write the list of a study's work; returns what its jobs are to find in their environment."""
+    write_work(plan, paths, file)
+    return {STUDY_WORK: str(file), STUDY_STARTED: str(time.time()), STUDY_DONE: str(read_work(file)[0])}
 
-    A file that says the same already is left alone: every job of a cluster comes by here.
-    """
-    text = "".join(f"{output.weight:g}\t{output.path}\n" for output in outputs(plan, paths))
-    if not file.is_file() or file.read_text(encoding="utf-8") != text:
-        write_text(file, text)
+
+def write_work(plan: Plan, paths: Paths, file: Path) -> None:
+    """Write the outputs of a study's jobs, one a line: work in optimizer steps (`plan.Output.weight`), tab, path."""
+    write_text(file, "".join(f"{output.weight:g}\t{output.path}\n" for output in outputs(plan, paths)))
 
 
 def read_work(file: Path) -> tuple[float, float]:

@@ -48,6 +48,11 @@ def test_the_kernel_tells_a_busy_thread_from_one_that_sleeps() -> None:
     time.sleep(0.2)
     asleep = ProcessorTime.now().since(before)
     assert asleep.ran_s < 0.1
+    # on a loaded machine the kernel's waiting time may run behind for a moment: one of three tries must fit
+    assert any(busy_thread_adds_up() for _ in range(3)), "a thread that is busy runs or waits"
+
+
+def busy_thread_adds_up() -> bool:
     outside = time.perf_counter()
     before, began = ProcessorTime.now(), time.perf_counter()
     while time.perf_counter() < began + 0.2:
@@ -57,7 +62,7 @@ def test_the_kernel_tells_a_busy_thread_from_one_that_sleeps() -> None:
     outside = time.perf_counter() - outside
     if busy.waited_s is None:
         pytest.skip("this kernel keeps no schedstat")
-    assert 0.9 * inside <= busy.ran_s + busy.waited_s <= 1.1 * outside, "a thread that is busy runs or waits"
+    return 0.9 * inside <= busy.ran_s + busy.waited_s <= 1.1 * outside
 
 
 def test_on_cuda_a_step_is_what_its_own_stream_did_between_the_marks() -> None:

@@ -17,8 +17,9 @@ from transformers import GitConfig, GitForCausalLM
 from grass import find_layers
 
 SAID = (
-    r"more than one stack could be the decoder \(git\.image_encoder\.vision_model\.encoder\.layers .*, "
-    r"git\.encoder\.layer .*\): studies and forecasts take models whose text goes through one stack of layers; Grass "
+    # a message for the user loses its middle where it is long
+    r"more than one stack could be the decoder \(git\.image_encoder\.vision_model\.encoder\.layers .*"
+    r"\): studies and forecasts take models whose text goes through one stack of layers; Grass "
     r"and Audit take layers= in a script of your own$"
 )
 
