@@ -49,14 +49,3 @@ def test_a_list_that_was_removed_fails_no_job(work: Path, capsys: pytest.Capture
     work.unlink()
     progress.announce("train it: ok")
     assert capsys.readouterr().err == "train it: ok\n"
-
-
-def test_the_list_is_written_where_it_differs(tmp_path: Path, work: Path) -> None:
-    resolved, paths = resolve_study(load(tmp_path)), Paths(tmp_path / "results")
-    before = work.stat().st_ino
-    progress.write_work(resolved, paths, work)
-    assert work.stat().st_ino == before
-    more = resolve_study(load(tmp_path, ("seeds: [0, 1]\n", "seeds: [0, 1, 2]\n")))
-    progress.write_work(more, paths, work)
-    assert work.stat().st_ino != before
-    assert len(work.read_text(encoding="utf-8").splitlines()) == len(outputs(more, paths))
