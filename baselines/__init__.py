@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from baselines.method import Method
 
 
+@cache
 def find_method(module_name: str) -> type[Method]:
-    """The one `Method` subclass defined in `baselines.<module_name>`.
+    """The one `Method` subclass defined in `baselines.<module_name>`; asked some times for every run of a plan.
 
     Raises:
         LookupError: no such module (the message lists those with a method), or not exactly one method in it.
