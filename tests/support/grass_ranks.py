@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from grass_tiny import batch, llama, weights
+from rank_scripts import exit_code
 from torch import Tensor, nn
 
 from grass import Grass
@@ -440,11 +441,7 @@ def main(folder: Path) -> int:
         for ranks in SCENARIOS
         for rank in range(ranks)
     ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return max(abs(process.exitcode or 0) for process in processes)
+    return exit_code(processes)
 
 
 if __name__ == "__main__":

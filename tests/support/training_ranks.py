@@ -29,6 +29,7 @@ from harness.study.spec import Observation
 from harness.training import loop
 from harness.training.batches import Batches
 from harness.training.loading import Inputs
+from rank_scripts import exit_code
 
 from baselines.method import Method
 from grass import distributed
@@ -153,11 +154,7 @@ def main(folder: Path) -> int:
     for number, groups in enumerate(SESSIONS):
         ranks = [(rank, count, number, folder) for count in groups for rank in range(count)]
         processes = [context.Process(target=be_rank, args=one, daemon=True) for one in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        failed = max([failed, *(abs(process.exitcode or 0) for process in processes)])
+        failed = max(failed, exit_code(processes))
         if number == 0 and not failed:
             for count in (1, 4):  # what two processes have left
                 shutil.copytree(folder / "2" / "state", folder / str(count) / "state")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +23,7 @@ from grass_ranks import (
     run_case,
 )
 from grass_tiny import llama, same, weights
-from house import ROOT
+from rank_scripts import run_script
 from torch import Tensor, nn
 
 import grass
@@ -42,20 +38,8 @@ Seen = Callable[[str], list[Any]]
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(grass.__file__).parents[1])}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, str(ROOT / "tests" / "support" / "grass_ranks.py"), str(folder)]
-    with (folder / "log").open("wb") as log:
-        # a session of its own, so that no rank outlives a run that is given up
-        script = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            failed = script.wait(timeout=DEADLINE_S)
-        except BaseException:
-            os.killpg(script.pid, signal.SIGKILL)
-            script.wait()
-            raise
-    assert not failed, (folder / "log").read_text()[-8000:]
+    python_path = str(Path(grass.__file__).parents[1])
+    run_script("grass_ranks.py", folder, python_path=python_path, deadline_s=DEADLINE_S)
 
     @functools.cache
     def load(scenario: str) -> list[Any]:

@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +18,7 @@ from harness.records.reading import read_jsonl
 from harness.training import ranks
 from harness.training.batches import Batches
 from harness.training.launching import launch
-from house import ROOT
+from rank_scripts import run_script
 from training_ranks import COUNTS, METHODS, RESUMED, STEPS, STOPPED_AFTER
 
 from baselines import find_method, method_names
@@ -36,20 +35,8 @@ Found = Callable[[str, int], list[Any]]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    if sys.platform == "linux":
-        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, str(ROOT / "tests" / "support" / "training_ranks.py"), str(made)]
-    with (made / "log").open("wb") as log:
-        # a session of its own, so that no rank outlives a run that is given up
-        script = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            failed = script.wait(timeout=DEADLINE_S)
-        except BaseException:
-            os.killpg(script.pid, signal.SIGKILL)
-            script.wait()
-            raise
-    assert not failed, (made / "log").read_text()[-8000:]
+    python_path = os.pathsep.join(filter(None, sys.path))
+    run_script("training_ranks.py", made, python_path=python_path, deadline_s=DEADLINE_S)
     return made
 
 
