@@ -45,6 +45,11 @@ class Pipeline(Protocol):
 Who = Literal["job", "snakemake", "all"]
 
 
+def _heeds_ctrl_c() -> None:
+    """As in a terminal: what a shell starts in the background ignores SIGINT, and so does all that is started below."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass(frozen=True)
 class Kill:
     """One signal, sent some time after a file has come."""
@@ -66,7 +71,7 @@ class Kill:
         started = time.time()
         process = subprocess.Popen(
             study.command, cwd=study.folder, stdout=(study.folder / SAID).open("w"), stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=_heeds_ctrl_c,
         )  # fmt: skip
         deadline = time.monotonic() + DEADLINE_S
         while not self._has_come(study.folder, started):
