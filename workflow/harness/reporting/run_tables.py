@@ -259,7 +259,8 @@ def run_table(frames: Frames, study: Study) -> Table:
     columns = [
         "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "notes", "lr", "lr_searched",
         "recipe_changes", "steps", "train_loss", "validation_loss", "train_rows", "truncated_rows", "dropped_rows",
-        "empty_rows", "overlapping_rows", "prepare_s", "train_s", "stale", "git_commit", "git_dirty", "platform", "device",
+        "empty_rows", "overlapping_rows", "prepare_s", "train_s", "stale", "git_commit", "git_dirty", "platform",
+        "device",
     ]  # fmt: skip
     order = {name: i for names in (study.models, study.tasks, study.methods) for i, name in enumerate(names)}
     runs = frames.runs.sort_values(
