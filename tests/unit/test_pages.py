@@ -50,6 +50,18 @@ def test_every_footgun_has_a_check_and_a_source() -> None:
         assert entry.count("\n- *Check:*") == entry.count("\n- *Source:*") == 1, entry
 
 
+def test_what_the_page_of_faults_quotes_is_in_the_code() -> None:
+    files = [path for folder in ("workflow/harness", "baselines", "grass") for path in (ROOT / folder).rglob("*.py")]
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    rows = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8").splitlines()[6:]
+    assert len(rows) > 30
+    for row in rows:
+        _, _, met, test, _ = row.split("|")
+        assert "::test_" in test, row
+        missing = [quoted for quoted in re.findall(r"`([^`]+)`", met) if quoted not in code]
+        assert not missing, row
+
+
 def test_our_own_limits_are_said() -> None:
     assert FOOTGUNS.partition("## Our own limits")[2].count("\n- ") >= 5
 

@@ -92,6 +92,7 @@ RUNS: dict[str, Column] = {
     "notes": Column("string", "notes", "; ".join),
     "stale": Column("boolean", "", _is_stale),
     "git_commit": Column("string", "provenance.git_commit"),
+    "git_dirty": Column("boolean", "provenance.git_dirty"),
     "platform": Column("string", "provenance.platform"),
     "device": Column("string", "provenance.device"),
 }
@@ -200,7 +201,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "runs": (
         "timed_steps", "throughput_total_tokens_per_s", "host_pss_bytes", "method_pinned_peak_bytes",
         "device_reserved_peak_bytes", "alloc_retries", "nvml_device_delta_peak_bytes", "nvml_delta_why", "nvml_source",
-        "foreign_why", "processes", *LEFT_OUT,
+        "foreign_why", "git_dirty", "processes", *LEFT_OUT,
     ),
     "scores": ("accuracy_normalised",),
     "documents": ("correct_normalised",),

@@ -51,11 +51,13 @@ def collect(plan: Plan, paths: Paths, *, failed: Mapping[str, str] | None = None
         UserError: a record is missing, damaged, or does not agree with what was run.
     """
     found = _Found()
-    models = OneModelEach(plan, paths)
+    models, versions = OneModelEach(plan, paths), OneVersionEach()
     for name, job in plan.runs.items():
         why = None if failed is None else failed.get(name)
         try:
-            found.add(_of_run(plan, paths, name, models, unscored=failed is not None) if why is None else None)
+            found.add(
+                _of_run(plan, paths, name, models, versions, unscored=failed is not None) if why is None else None
+            )
         except UserError as error:
             if failed is None:
                 raise
@@ -137,7 +139,9 @@ class _Found:
         )
 
 
-def _of_run(plan: Plan, paths: Paths, name: str, models: OneModelEach, *, unscored: bool) -> _Found:
+def _of_run(
+    plan: Plan, paths: Paths, name: str, models: OneModelEach, versions: OneVersionEach, *, unscored: bool
+) -> _Found:
     """All rows of one run.
 
     Args:
@@ -145,6 +149,7 @@ def _of_run(plan: Plan, paths: Paths, name: str, models: OneModelEach, *, unscor
         paths: of its results.
         name: of the run.
         models: what runs were made from so far.
+        versions: of the tasks of lm-eval that runs were scored on so far.
         unscored: whether a run without scores is taken, with a note.
 
     Raises:
@@ -183,6 +188,7 @@ def _of_run(plan: Plan, paths: Paths, name: str, models: OneModelEach, *, unscor
             found.read[kind].append(table)
     documents = found.read["documents"][0] if found.read["documents"] else None
     check_scores(score, name, plan.evals[evaluation], documents, score_file)
+    versions.check(score, score_file)
     found.rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
     found.rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
     return found
@@ -233,6 +239,23 @@ class OneModelEach:
                 f"{path}: made from another model than {source} ({differs} differs), and one table must not mix two; "
                 f"remove {path} and run again"
             )
+
+
+class OneVersionEach:
+    """The version of each task of lm-eval that a study's runs were scored on: two versions are two tests."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[Path, str]] = {}
+
+    def check(self, record: EvalRecord, path: Path) -> None:
+        """Refuse the scores at `path` if a task had another version in earlier ones."""
+        for score in record.lm_eval:
+            source, known = self._known.setdefault(score.task, (path, score.version))
+            if score.version != known:
+                raise UserError(
+                    f"{path}: lm-eval task {score.task} in version {score.version}, but {known} in {source}, and one "
+                    "table must not mix two; remove the older one and run again"
+                )
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -259,12 +259,14 @@ def run_table(frames: Frames, study: Study) -> Table:
     columns = [
         "run", "model", "task", "method", "seed", "status", "status_why", "failed_checks", "notes", "lr", "lr_searched",
         "recipe_changes", "steps", "train_loss", "validation_loss", "train_rows", "truncated_rows", "dropped_rows",
-        "empty_rows", "overlapping_rows", "prepare_s", "train_s", "stale", "git_commit", "platform", "device",
+        "empty_rows", "overlapping_rows", "prepare_s", "train_s", "stale", "git_commit", "git_dirty", "platform",
+        "device",
     ]  # fmt: skip
     order = {name: i for names in (study.models, study.tasks, study.methods) for i, name in enumerate(names)}
     runs = frames.runs.sort_values(
         ["model", "task", "method", "seed"], key=lambda s: s if s.name == "seed" else s.map(order)
     )
+    elsewhere = _elsewhere(runs)
     display = [
         {
             "model": str(row["model"]), "task": str(row["task"]),
@@ -277,7 +279,7 @@ def run_table(frames: Frames, study: Study) -> Table:
             "rows trained on": _count(row["train_rows"]), "of these cut": _count(row["truncated_rows"]),
             "rows dropped": _count(row["dropped_rows"]),
             "stale": UNKNOWN if pd.isna(row["stale"]) else "yes" if row["stale"] else "no",
-            "id": str(row["run"]).rsplit("--", 1)[-1],
+            "id": str(row["run"]).rsplit("--", 1)[-1] + _origin_marks(row, elsewhere, notes),
         }
         for row in runs.to_dict("records")
     ]  # fmt: skip
@@ -301,6 +303,24 @@ def run_table(frames: Frames, study: Study) -> Table:
         display=DataFrame(display),
         footnotes=notes.lines(),
     )
+
+
+def _elsewhere(runs: DataFrame) -> dict[str, str]:
+    """The machine of each run that was not made where most were, by run."""
+    known = runs.dropna(subset=["platform", "device"])
+    machines = dict(zip(known["run"], known["platform"] + ", " + known["device"], strict=True))
+    most = max(sorted(set(machines.values())), key=list(machines.values()).count, default="")
+    return {run: machine for run, machine in machines.items() if machine != most}
+
+
+def _origin_marks(row: dict[Any, Any], elsewhere: dict[str, str], notes: Footnotes) -> str:
+    """Marks of a run that counts like any other, and whose origin a reader has to know."""
+    marks = ""
+    if not pd.isna(row["git_dirty"]) and row["git_dirty"]:
+        marks += notes.mark("made by code with changes that were not committed.")
+    if row["run"] in elsewhere:
+        marks += notes.mark(f"made on another machine than most runs here: {elsewhere[row['run']]}.")
+    return marks
 
 
 def _count(value: Any) -> str:

@@ -15,7 +15,7 @@ from harness.records.reading import read
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
 from harness.reporting import collecting
 from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames
-from harness.reporting.run_tables import efficiency_table
+from harness.reporting.run_tables import efficiency_table, run_table
 from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, score_table
 from harness.reporting.table import Table
 from house import ROOT
@@ -97,6 +97,24 @@ def test_a_speed_beside_an_emptied_cache_is_marked(frames: Frames) -> None:
         runs["alloc_retries"] = pd.array([retries] * len(runs), dtype="Int64")
         table = efficiency_table(replace(frames, runs=runs), study)
         assert any(mark in note for note in table.footnotes) == marked
+
+
+def test_a_run_of_a_dirty_tree_or_of_another_machine_is_marked(frames: Frames) -> None:
+    dirty, other = "made by code with changes that were not committed.", "Linux aarch64, Other CPU, cpu"
+    usual = " ".join(run_table(frames, data.study()).footnotes)
+    assert dirty not in usual
+    assert "another machine" not in usual
+    runs = frames.runs.copy()
+    changed, moved = runs.index[of_grass(frames)][:2]
+    runs.loc[runs.index != changed, "git_dirty"] = False
+    runs.loc[changed, "git_dirty"] = True
+    runs.loc[moved, "platform"] = "Linux aarch64, Other CPU"
+    table = run_table(replace(frames, runs=runs), data.study())
+    said = " ".join(table.footnotes)
+    assert dirty in said
+    assert f"made on another machine than most runs here: {other}." in said
+    marked = table.raw["run"][["^" in shown for shown in table.display["id"]]]
+    assert set(marked) == {runs.loc[changed, "run"], runs.loc[moved, "run"]}
 
 
 def test_evaluation_is_no_part_of_a_runs_peak() -> None:

@@ -16,7 +16,7 @@ from harness.records import atomic
 from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import EvalRecord, RowsRecord, SearchRecord, SuiteScore, TrainRecord, Trial
+from harness.records.run import EvalRecord, LmEvalScore, RowsRecord, SearchRecord, SuiteScore, TrainRecord, Trial
 from harness.reporting.collecting import collect
 from harness.study.jobs import ROWS, SEARCH, TRAIN
 from harness.study.paths import Paths
@@ -186,3 +186,23 @@ def test_a_record_with_nan_is_refused(results: Results) -> None:
     path.write_text(text[: text.rindex(",\n")].replace(value, '"train_loss": NaN') + "\n}\n", encoding="utf-8")
     with pytest.raises(UserError, match=f"^{path}: train_loss: "):
         collect(results.plan, results.paths)
+
+
+def test_two_versions_of_a_task_of_lm_eval_are_never_in_one_table(results: Results) -> None:
+    stock = LmEvalScore(
+        suite="stock", task="arc_easy", metric="acc", filter="none", value=0.5, stderr=0.1, higher_is_better=True,
+        version="1.0", num_fewshot=0, chat_template=False, items=8, limited=False,
+    )  # fmt: skip
+    paths = [results.paths.score(run, evaluation) for run, evaluation in results.plan.evaluation_of.items()]
+    for path in paths:
+        results.change(path, EvalRecord, lm_eval=[stock])
+    assert set(collect(results.plan, results.paths).lm_eval["version"]) == {"1.0"}
+    results.change(paths[-1], EvalRecord, lm_eval=[stock.model_copy(update={"version": "2.0"})])
+    said = f"{paths[-1]}: lm-eval task arc_easy in version 2.0, but 1.0 in {paths[0]}, and one table must not mix two"
+    with pytest.raises(UserError) as told:
+        collect(results.plan, results.paths)
+    assert str(told.value).startswith(said)
+    runs = collect(results.plan, results.paths, failed={}).runs.set_index("run")
+    failed = runs[runs["status"] == "failed"]
+    assert failed.index.tolist() == [paths[-1].parent.parent.name]
+    assert said in failed["status_why"].iloc[0]
