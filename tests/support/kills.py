@@ -30,6 +30,8 @@ OF_THE_WAY = {
     "step_s",
     "processor_s",
     "waited_s",
+    "seal",
+    "files_sha256",  # of logs with times; the files are compared themselves
 }
 
 
