@@ -23,6 +23,8 @@ OF_THE_WAY = {
     "load_s",
     "timing",
     "memory",
+    "rank_host_peak_bytes",
+    "rank_device_allocated_peak_bytes",
     "gpu",
     "gpu_why",
     "notes",
