@@ -1,6 +1,6 @@
 """Kills studies at random moments, again and again, and compares what they end in with a study that was left alone.
 
-    python -m tests.soak --kills 200 --folder /tmp/soak
+    python -m tests.soak --kills 200 --folder <folder>
 
 Every kill is followed by the README's command and nothing else. A signal (KILL, TERM, INT) goes to one job, to
 Snakemake alone, or to every process, at a moment that the seed draws: while the study is planned, fetched, pretrained,
