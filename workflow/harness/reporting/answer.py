@@ -209,8 +209,7 @@ def _named(found: Sequence[_Finding]) -> str:
 def _reasons(frames: Frames, asked: Question, model: str, task: str) -> list[str]:
     """What the adaptive method believed and drew, beside what the observer probe saw."""
     runs = list(map(str, of_method(frames.ok_runs(), model, task, asked.method)["run"]))
-    facts = [_facts(frames.believed[frames.believed["run"] == run], frames.observed[frames.observed["run"] == run])
-             for run in runs]  # fmt: skip
+    facts = [_facts(frames.believed_by(run), frames.observed_by(run)) for run in runs]
     where = f"{task} ({model}), {asked.method}, mean over {len(runs)} seed{'s' * (len(runs) != 1)}"
     sentences = []
     for key, text in _SENTENCES.items():

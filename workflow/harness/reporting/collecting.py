@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 
 from harness.errors import UserError
 from harness.progress import say
@@ -101,7 +102,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.tables: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
-        self.read: dict[str, list[pd.DataFrame]] = {name: [] for name in FRAMES}
+        self.read: dict[str, list[pa.Table]] = {name: [] for name in FRAMES}
         """Tables as they lie beside the records, to be cast many at a time."""
         self.read_rows = dict.fromkeys(FRAMES, 0)
         self.rows: dict[str, list[dict[str, Any]]] = {name: [] for name in FRAMES}
@@ -122,8 +123,9 @@ class _Found:
 
     def _cast(self, name: str) -> None:
         if self.read[name]:
-            # older tables lack the newest columns; samples have more than are reported
-            self.tables[name].append(table_to_frame(name, pd.concat(self.read[name], ignore_index=True)))
+            # older tables lack the newest columns, or have another type where a column was all null
+            joined = pa.concat_tables(self.read[name], promote_options="permissive")
+            self.tables[name].append(table_to_frame(name, joined.to_pandas()))
             self.read[name].clear()
             self.read_rows[name] = 0
 
@@ -185,7 +187,8 @@ def _of_run(
             kinds["lm_eval_documents"] = LM_EVAL_SAMPLES
         for kind, suffix in kinds.items():
             table = read_table(score_file.with_suffix(suffix), mend=f"delete {score_file} and run again")
-            found.read[kind].append(table)
+            # samples have more columns than are reported
+            found.read[kind].append(table.select([c for c in FRAMES[kind] if c in table.column_names]))
     documents = found.read["documents"][0] if found.read["documents"] else None
     check_scores(score, name, plan.evals[evaluation], documents, score_file)
     versions.check(score, score_file)

@@ -75,8 +75,7 @@ def _drifts(frames: Frames, study: Study) -> Iterator[Drift]:
         for method in trained(study):
             curves, moved = [], []
             for run in of_method(frames.ok_runs(), model, task, method)["run"]:
-                observed = frames.observed[frames.observed["run"] == run]
-                matrix = layer_matrix(observed, "gradient_rms").dropna()
+                matrix = layer_matrix(frames.observed_by(run), "gradient_rms").dropna()
                 if len(matrix) > 1 and matrix.index[0] == 0:
                     values = matrix.to_numpy(dtype=np.float64)
                     rho = rank_correlations(values, values[:1])

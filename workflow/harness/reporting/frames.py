@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 from pandas import DataFrame
+from pyarrow.parquet import ParquetFile
 
 from harness.errors import UserError, first_line
 from harness.records.atomic import whole_file
@@ -40,6 +43,23 @@ class Frames:
     def ok_runs(self) -> DataFrame:
         """Runs that count in averages: all but those that were disengaged, diverged, skipped or out of memory."""
         return self.runs[self.runs["status"] == "ok"]
+
+    def believed_by(self, run: str) -> DataFrame:
+        """A run's rows of `believed`; none if it has none."""
+        return self._believed_by_run.get(run, self.believed.iloc[:0])
+
+    def observed_by(self, run: str) -> DataFrame:
+        """A run's rows of `observed`; none if it has none."""
+        return self._observed_by_run.get(run, self.observed.iloc[:0])
+
+    # grouped once: a filter a run takes a time that grows as the square of the runs
+    @cached_property
+    def _believed_by_run(self) -> dict[Any, DataFrame]:
+        return dict(iter(self.believed.groupby("run")))
+
+    @cached_property
+    def _observed_by_run(self) -> dict[Any, DataFrame]:
+        return dict(iter(self.observed.groupby("run")))
 
     def ok_scores(self) -> DataFrame:
         """Scores of the runs that count, with the run's model, task, method and seed beside them."""
@@ -117,7 +137,7 @@ def _read_named(folder: Path, name: str) -> DataFrame:
     return _read(path, FRAMES[name], ADDED.get(name, ()))
 
 
-def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
+def read_table(path: Path, *, mend: str | None = None) -> pa.Table:
     """A parquet file, unchanged.
 
     Args:
@@ -128,7 +148,9 @@ def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
         UserError: it does not exist, or cannot be read.
     """
     try:
-        return pd.read_parquet(path, engine="pyarrow")
+        # threads cost more than they save where files are small and many
+        with ParquetFile(path) as file:
+            return file.read(use_threads=False)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {mend or 'run the collect stage first'}") from None
     except (OSError, ValueError) as error:
@@ -136,7 +158,7 @@ def read_table(path: Path, *, mend: str | None = None) -> DataFrame:
 
 
 def _read(path: Path, columns: dict[str, str], added: Sequence[str]) -> DataFrame:
-    table = read_table(path)
+    table: DataFrame = read_table(path).to_pandas()
     for column, dtype in columns.items():
         if column not in table and column in added:
             table[column] = pd.array([None] * len(table), dtype=dtype)  # type: ignore[call-overload]

@@ -17,7 +17,7 @@ from pandas import DataFrame
 from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, of_method
 from harness.reporting.stats import agreement, effective_layers, layer_matrix
-from harness.reporting.style import Drawing, empty, grid, legend_below, looks
+from harness.reporting.style import SEEDS_DRAWN, Drawing, a_line_a_seed, empty, grid, legend_below, looks
 from harness.study.spec import Study
 
 LIMIT = 4.0
@@ -49,7 +49,7 @@ def importance_map(frames: Frames, study: Study, model: str, method: str) -> Dra
         run, seed, last = _lowest_seed(frames, model, task, method)
         seeds.append(f"{task}: seed {seed}" if run else f"{task}: no ok run")
         base, _, base_last = _lowest_seed(frames, model, task, references[0]) if references else (None, None, 0)
-        believed = frames.believed[frames.believed["run"] == run] if run else frames.believed.iloc[:0]
+        believed = frames.believed_by(run) if run else frames.believed.iloc[:0]
         _believed_panel(row[0], believed, last, maps)
         _observed_panel(row[1], frames, run, last, maps)
         _observed_panel(row[2], frames, base, base_last, maps)
@@ -133,7 +133,7 @@ def active_spans(believed: DataFrame, last: int) -> list[tuple[int, int, int]]:
 
 
 def _observed_panel(panel: Any, frames: Frames, run: str | None, last: int, maps: list[Map]) -> None:
-    observed = frames.observed[frames.observed["run"] == run] if run else frames.observed.iloc[:0]
+    observed = frames.observed_by(run) if run else frames.observed.iloc[:0]
     if observed.empty:
         empty(panel, "no ok run" if run is None else "not observed")
         return
@@ -190,12 +190,13 @@ def agreement_curves(frames: Frames, study: Study, model: str) -> Drawing:
         total = 0
         for method in layerwise_methods(frames, study, model):
             look = style[method]
-            for run, last in of_method(frames.ok_runs(), model, task, method)[["run", "steps"]].itertuples(index=False):
-                believed = frames.believed[frames.believed["run"] == run]
+            runs = of_method(frames.ok_runs(), model, task, method)[["run", "steps"]]
+            for run, last in runs[:SEEDS_DRAWN].itertuples(index=False):
+                believed = frames.believed_by(run)
                 if believed.empty:
                     continue
                 total = max(total, int(believed["layer"].max()) + 1)
-                rho = agreement(believed, frames.observed[frames.observed["run"] == run]).dropna()
+                rho = agreement(believed, frames.observed_by(run)).dropna()
                 spread = effective_over_time(believed, int(last))
                 options = {"color": look.colour, "linestyle": look.line, "linewidth": 1.1}
                 if len(spread):
@@ -225,7 +226,7 @@ def agreement_curves(frames: Frames, study: Study, model: str) -> Drawing:
     legend_below(figure, [drawn[name] for name in order], order)
     return Drawing(
         name=f"agreement--{model}",
-        caption=f"Is the belief true, and how choosy is it? Model {model}, one line a seed. Above: Spearman's "
+        caption=f"Is the belief true, and how choosy is it? Model {model}, {a_line_a_seed(study)}. Above: Spearman's "
         "rank correlation over the layers between believed importance and the observed gradient's root mean square "
         "(1: same order, 0: unrelated). Below: exp of the entropy of the sampling probabilities; the dashed line is "
         "uniform sampling. GRASS with `temperature: auto` keeps that number level, by its choice of temperature. "

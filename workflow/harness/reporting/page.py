@@ -120,7 +120,7 @@ def flagged_runs(frames: Frames) -> list[str]:
 
 def _collapse(frames: Frames, run: str) -> list[str]:
     """Notes on a sampler that nearly always draws the same layers during training; the probe alone does not show it."""
-    believed = frames.believed[frames.believed["run"] == run]
+    believed = frames.believed_by(run)
     probability = layer_matrix(believed, "probability").dropna() if len(believed) else believed
     if probability.empty:
         return []

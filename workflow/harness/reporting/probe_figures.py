@@ -15,7 +15,17 @@ from harness.reporting.drift import Drift, drifts
 from harness.reporting.frames import Frames
 from harness.reporting.probed import OfTask, compared, probed_norms, probed_tasks
 from harness.reporting.stats import Array
-from harness.reporting.style import Drawing, Look, empty, grid, legend_below, looks, looks_of
+from harness.reporting.style import (
+    SEEDS_DRAWN,
+    Drawing,
+    Look,
+    a_line_a_seed,
+    empty,
+    grid,
+    legend_below,
+    looks,
+    looks_of,
+)
 from harness.reporting.table import percent
 from harness.study.spec import Study
 
@@ -207,7 +217,7 @@ def drift_curves(frames: Frames, study: Study, model: str) -> Drawing | None:
         _noise(panel, of_task[0], handles)
         for drift in of_task:
             look = style[drift.method]
-            for curve in drift.curves:
+            for curve in drift.curves[:SEEDS_DRAWN]:
                 (line,) = panel.plot(
                     curve["step"], curve["rho"], color=look.colour, linestyle=look.line, marker=look.marker,
                     markersize=2.5, linewidth=1.1,
@@ -220,9 +230,9 @@ def drift_curves(frames: Frames, study: Study, model: str) -> Drawing | None:
     legend_below(figure, [handles[name] for name in order], order)
     return Drawing(
         name=f"drift--{model}",
-        caption=f"Does the order of the layers change over training? Model {model}, one line a seed: rank correlation "
-        "over layers of the observer's norms at a step with those at step 0, on the same rows. Grey: the correlation "
-        "between two choices of as many rows before training, 5 % to 95 % of choices and their mean (dashed); a line "
+        caption=f"Does the order of the layers change over training? Model {model}, {a_line_a_seed(study)}: rank "
+        "correlation over layers of the observer's norms at a step with those at step 0, on the same rows. Grey: the "
+        "correlation between two choices of as many rows before training, 5 % to 95 % of choices and their mean (dashed); a line "
         "below it has changed by more than another choice of rows would. No grey: the study has no probe.",
         alt=f"Line charts of rank correlation with step 0 over training for every method, model {model}.",
         figure=figure,

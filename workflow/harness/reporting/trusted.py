@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pandas import DataFrame
+from pyarrow import Table
 
 from harness.errors import UserError
 from harness.records.run import EvalRecord, SearchRecord, TrainRecord
@@ -60,7 +60,7 @@ def check_search(record: SearchRecord, name: str, job: SearchJob, path: Path) ->
         raise _untrusted(path, f"chose the rate {record.lr:g}, which no ok trial has")
 
 
-def check_scores(record: EvalRecord, run: str, job: EvalJob, documents: DataFrame | None, path: Path) -> None:
+def check_scores(record: EvalRecord, run: str, job: EvalJob, documents: Table | None, path: Path) -> None:
     """Hold a run's scores to their job, and each count to the documents that it counts.
 
     Args:
@@ -131,12 +131,12 @@ class _Counts:
         return self.nats / self.tokens if self.tokens else None
 
 
-def _counts(documents: DataFrame, run: str) -> dict[str, _Counts]:
+def _counts(documents: Table, run: str) -> dict[str, _Counts]:
     """By suite; documents of another run are under an empty name. Without pandas: most tables are short, and many."""
     found: dict[str, _Counts] = {}
     columns = ("run", "suite", "correct", "correct_normalised", "parsed", "loss", "tokens")
     for of_run, suite, correct, normalised, parsed, loss, tokens in zip(
-        *(documents[column].tolist() for column in columns), strict=True
+        *(documents.column(column).to_pylist() for column in columns), strict=True
     ):
         counts = found.setdefault(suite if of_run == run else "", _Counts())
         counts.rows += 1

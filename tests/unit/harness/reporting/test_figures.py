@@ -16,7 +16,7 @@ import reporting_data as data
 from harness.errors import UserError
 from harness.reporting.figures import write_figures
 from harness.reporting.frames import Frames, write_frames
-from harness.reporting.importance_figures import active_spans, importance_map
+from harness.reporting.importance_figures import active_spans, agreement_curves, importance_map
 from harness.reporting.page import flagged_runs, write_page
 from harness.reporting.style import looks, styled
 from harness.reporting.tables import write_tables
@@ -95,6 +95,20 @@ def test_smoothing_is_a_trailing_mean(frames: Frames) -> None:
     assert window == 10
     assert smoothed(steps, window)[run].loc[50] == pytest.approx(statistics.fmean(losses[41:51]))
     assert np.isnan(smoothed(steps, window)[run].loc[8])
+
+
+def test_a_figure_with_a_line_a_seed_draws_no_more_than_it_can_show(
+    frames: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = agreement_curves(frames, STUDY, "tiny")
+    monkeypatch.setattr("harness.reporting.style.SEEDS_DRAWN", 1)
+    monkeypatch.setattr("harness.reporting.importance_figures.SEEDS_DRAWN", 1)
+    thinned = agreement_curves(frames, STUDY, "tiny")
+    lines = [sum(len(axes.lines) for axes in drawing.figure.axes) for drawing in (whole, thinned)]
+    plt.close("all")
+    assert lines[1] < lines[0]
+    assert "one line a seed. Above" in whole.caption
+    assert "one line a seed, the first 1 of each method" in thinned.caption
 
 
 def test_every_method_looks_different() -> None:
