@@ -194,6 +194,15 @@ def test_rows_with_a_token_outside_the_embedding_are_refused_with_both_numbers(t
         check_ids([[1], [5, len(tokenizer) - 1]], tokenizer=tokenizer, embedding=embedding)
 
 
+@pytest.mark.parametrize("kind", ["nonsuch", "vit"], ids=["unknown", "no language model"])
+def test_an_unknown_architecture_is_refused(tmp_path: Path, kind: str) -> None:
+    model = tiny_inputs(tmp_path).model
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": kind}), encoding="utf-8")
+    with pytest.raises(UserError, match=r"transformers makes no causal language model of it \(.*; give the folder of"):
+        prefetched(model, tmp_path / "m")
+
+
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     """config.json of a GPT-2, weights of a Llama: nothing meets."""
     model = tiny_inputs(tmp_path).model

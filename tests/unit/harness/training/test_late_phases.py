@@ -16,6 +16,7 @@ from harness.training.loading import Inputs
 from safetensors.torch import load_file
 
 from baselines.full import Full
+from baselines.grass import GrassMethod
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +184,36 @@ def test_compute_dtype_that_the_weights_have_already_needs_no_autocast() -> None
         for compute in ("fp32", "bf16", None)
     }
     assert [pair for pair, autocast in recipes.items() if autocast] == [("fp32", "bf16")]
+
+
+@pytest.mark.parametrize(
+    ("place", "phase"),
+    [
+        ("attach", "load"), ("prepare", "prepare"), ("backward", "first_step"), ("end_step", "first_step"),
+        ("begin_step", "steady"),
+    ],
+)  # fmt: skip
+def test_memory_that_runs_out_is_a_row_that_names_its_phase(
+    place: str, phase: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Probing is a part of `prepare`; a step is forward, backward and update."""
+    usual = getattr(GrassMethod, place)
+
+    def fails(method: Any, *given: Any, **named: Any) -> Any:
+        return usual(method, *given, **named) if phase == "steady" and given[0] < 4 else full()
+
+    monkeypatch.setattr(GrassMethod, place, fails)
+    record = train(inputs, tmp_path, "grass", {"active_layers": 2, "sample_every": 3, "probe_steps": 2})
+    assert record.status == "oom"
+    assert record.status_why == f"in phase {phase}: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert record.checkpoint is None
+
+
+def test_a_method_that_trains_nothing_is_disengaged(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its losses are those of a model that stays as it was."""
+    monkeypatch.setattr(Full, "set_lr_factor", lambda method, factor: method.optimizer.param_groups.clear())
+    record = train(inputs, tmp_path)
+    assert record.status == "disengaged"
+    assert "promised 4 in every period, saw [0]" in str(record.status_why)
