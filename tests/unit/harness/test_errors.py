@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 from harness import __main__ as door
 from harness.errors import LONGEST, UserError, first_line, letters, without_secrets
+from harness.records.atomic import write_record
+from harness.records.code import EVALUATION
+from harness.records.provenance import provenance
+from harness.records.reading import read
+from harness.records.run import RowsRecord
 from harness.stderr import copied_stderr
 from harness.step.outcomes import CannotRunError, DivergedError, out_of_memory_why, outcome_of
 
@@ -67,6 +72,16 @@ def test_no_reason_in_a_record_echoes_a_token(error: Exception) -> None:
 
     assert clean(str(outcome_of(work, lambda: "load")[1]))
     assert clean(out_of_memory_why(MemoryError(ECHO), "load"))
+
+
+def test_no_record_holds_a_token_wherever_it_came_from(tmp_path: Path) -> None:
+    record = RowsRecord(
+        name="rows", files_sha256={}, rows={"train": 1}, provenance=provenance(roots=EVALUATION, inputs={})
+    )
+    said = record.model_copy(update={"name": ECHO})
+    write_record(tmp_path / "manifest.json", said)
+    assert clean((tmp_path / "manifest.json").read_text(encoding="utf-8"))
+    assert read(tmp_path / "manifest.json", RowsRecord).name == without_secrets(ECHO)
 
 
 def test_no_log_and_no_traceback_echoes_a_token(

@@ -22,7 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from harness.errors import UserError
+from harness.errors import UserError, without_secrets
 from harness.records.units import MIB
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -171,8 +171,12 @@ def _indented(value: Any) -> str:
 
 
 def write_record(path: Path, record: BaseModel) -> None:
-    """Write a record as `write_json` does, with a seal: `harness.records.reading.read` refuses one that was changed."""
-    write_text(path, sealed(json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)))
+    """Write a record as `write_json` does, with a seal: `harness.records.reading.read` refuses one that was changed.
+
+    Access tokens, which a library's words can quote, are masked.
+    """
+    text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, sealed(without_secrets(text)))
 
 
 def sealed(text: str) -> str:
