@@ -233,7 +233,8 @@ def drift_curves(frames: Frames, study: Study, model: str) -> Drawing | None:
         caption=f"Does the order of the layers change over training? Model {model}, {a_line_a_seed(study)}: rank "
         "correlation over layers of the observer's norms at a step with those at step 0, on the same rows. Grey: the "
         "correlation between two choices of as many rows before training, 5 % to 95 % of choices and their mean "
-        "(dashed); a line below it has changed by more than another choice of rows would. No grey: the study has no probe.",
+        "(dashed); a line below it has changed by more than another choice of rows would. No grey: the study has no "
+        "probe.",
         alt=f"Line charts of rank correlation with step 0 over training for every method, model {model}.",
         figure=figure,
     )
