@@ -95,8 +95,10 @@ def answer_table(frames: Frames, study: Study, asked: Question) -> Table:
         shown = [signed(_scaled(value, found), found.scale.digits) for value in (result.mean, *ends)]
         display.append(
             keys
-            | {"difference": f"{shown[0]} {found.scale.unit}", "95 % interval": f"{shown[1]} to {shown[2]}"}
-            | {"seeds × items": f"{result.seeds} × {result.documents}", "verdict": result.verdict}
+            | {"difference": shown[0] if result.mean is None else f"{shown[0]} {found.scale.unit}"}
+            | {"95 % interval": shown[1] if low_high is None else f"{shown[1]} to {shown[2]}"}
+            | {"seeds × items": f"{result.seeds} × {result.documents}" if result.seeds else "none"}
+            | {"verdict": result.verdict}
         )
     notes = Footnotes()
     for control, isolates in asked.controls.items():
@@ -181,13 +183,25 @@ def _interval(result: Difference) -> tuple[float, float] | None:
 
 
 def _short(asked: Question, found: Sequence[_Finding]) -> str:
-    """Judged by the first control alone: it is the one that isolates what is asked."""
-    control = next(iter(asked.controls))
-    mine = [finding for finding in found if finding.control == control]
+    """Judged by the first control, which isolates what is asked; without its runs the next one is told."""
+    known = {finding.control for finding in found if finding.result.mean is not None}
+    first = next(iter(asked.controls))
+    instead = next((control for control in asked.controls if control in known), first)
+    said = (
+        "" if instead == first else f"Cannot tell: no finished runs to compare {_against(asked, first)}. Without it: "
+    )
+    return said + _judged(asked, [finding for finding in found if finding.control == instead], instead)
+
+
+def _against(asked: Question, control: str) -> str:
+    return f"against {control} ({asked.controls[control]})"
+
+
+def _judged(asked: Question, mine: Sequence[_Finding], control: str) -> str:
     claimed = [finding for finding in mine if finding.result.verdict in {"higher", "lower"}]
     good = [f for f in claimed if (f.result.verdict == "higher") == f.higher_is_better]
     bad = [f for f in claimed if (f.result.verdict == "higher") != f.higher_is_better]
-    against = f"against {control} ({asked.controls[control]})"
+    against = _against(asked, control)
     if good and bad:
         return f"Both: {against}, better in {_named(good)}; worse in {_named(bad)}."
     if good:

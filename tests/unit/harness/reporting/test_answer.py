@@ -70,6 +70,18 @@ def test_without_runs_it_says_so() -> None:
     assert "no finished runs" in found(replace(frames, runs=frames.runs.iloc[:0])).short
 
 
+def test_without_the_first_control_the_next_one_is_told() -> None:
+    frames = shifted(points=0.5, nats=-0.2)
+    asked = Question(ask="Does it help?", method="grass", controls={"absent": "isolates", **ASKED.controls})
+    made = answer(frames, study(asked))
+    assert made is not None
+    assert made.short.startswith(
+        "Cannot tell: no finished runs to compare against absent (isolates). Without it: Yes, against grass-static"
+    )
+    first = answer_table(frames, study(asked), asked).display.iloc[0]
+    assert (first["difference"], first["95 % interval"], first["seeds × items"]) == ("—", "—", "none")
+
+
 def test_the_table_recomputes_from_the_rows() -> None:
     frames = shifted(points=0.5, nats=-0.2)
     table = answer_table(frames, study(), ASKED)
