@@ -92,13 +92,10 @@ class Kill:
         return time.monotonic() - sent
 
     def _has_come(self, folder: Path, started: float) -> bool:
-        for path in folder.glob(self.when):
-            try:
-                if path.stat().st_mtime >= started:
-                    return True
-            except FileNotFoundError:  # a temporary one
-                continue
-        return False
+        try:
+            return any(path.stat().st_mtime >= started for path in folder.glob(self.when))
+        except FileNotFoundError:  # a temporary one went while the folder was read: look again
+            return False
 
     def _send(self, process: subprocess.Popen[bytes]) -> bool:
         """Whether there was somebody to send it to."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -263,9 +265,11 @@ def model_of(plan: Plan, output: Output) -> str | None:
 
 
 def folder_bytes(paths: Iterable[Path]) -> int:
-    """Size on disk of files and folders."""
+    """Size on disk of files and folders; what a running job removes meanwhile is not counted."""
     total = 0
     for path in paths:
-        files = path.rglob("*") if path.is_dir() else [path]
-        total += sum(file.stat().st_size for file in files if file.is_file())
+        files = (Path(at, name) for at, _, names in os.walk(path) for name in names) if path.is_dir() else [path]
+        for file in files:
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size
     return total

@@ -14,7 +14,7 @@ from harness.study.disk import jobs_at_once, to_come, too_little
 from harness.study.hours import START_S, hours_to_come
 from harness.study.jobs import EVALUATE, SEARCH, TRAIN
 from harness.study.paths import Paths
-from harness.study.plan import Plan, outputs, resolve_study
+from harness.study.plan import Plan, folder_bytes, outputs, resolve_study
 from house import ROOT
 from study_files import load, written
 
@@ -115,6 +115,13 @@ def test_a_study_that_cannot_fit_is_one_line_with_both_numbers_and_the_mend(
 
 def test_free_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
     assert disk.free_bytes(tmp_path / "not" / "yet") == pytest.approx(disk.free_bytes(tmp_path), rel=0.1)
+
+
+def test_what_a_running_job_removes_meanwhile_is_not_counted(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "kept").write_bytes(b"1234")
+    (tmp_path / "a" / "gone").symlink_to(tmp_path / "nowhere")
+    assert folder_bytes([tmp_path / "a", tmp_path / "a" / "kept", tmp_path / "gone"]) == 8
 
 
 def test_the_size_in_a_name_is_an_upper_bound() -> None:
