@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -98,19 +99,21 @@ class Kill:
             return False
 
     def _send(self, process: subprocess.Popen[bytes]) -> bool:
-        """Whether there was somebody to send it to."""
-        if process.poll() is not None:
-            return False
-        if self.who == "all":
-            os.killpg(process.pid, self.number)
-        elif self.who == "snakemake":
-            os.kill(process.pid, self.number)
-        else:
-            jobs = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]
-            if not jobs:
-                return False
-            jobs[0].send_signal(self.number)
-        return True
+        """Whether there was somebody to send it to; the next job is waited for."""
+        while process.poll() is None:
+            if self.who == "all":
+                os.killpg(process.pid, self.number)
+                return True
+            if self.who == "snakemake":
+                os.kill(process.pid, self.number)
+                return True
+            with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
+                jobs = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]
+                if jobs:
+                    jobs[0].send_signal(self.number)
+                    return True
+            time.sleep(0.005)
+        return False
 
 
 KILLS = (

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from baselines.method import Strict
-from harness.study.spec import Label
+from harness.study.labels import Label
 
 Level = Literal["parity", "good", "best"]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from baselines.method import Strict
-from harness.study.spec import Label
+from harness.study.labels import Label
 
 Options = Annotated[
     dict[str, Any], Field(min_length=1, description="that differ from the method's entry: words and numbers")

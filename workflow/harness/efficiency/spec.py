@@ -21,7 +21,7 @@ from harness.efficiency.order import AtCorners, Corner, Lengths, Line, Variants
 from harness.errors import UserError
 from harness.records.device import DeviceKind
 from harness.step.spec import Cell, Geometry, Numerics, Settings, Shape
-from harness.study.spec import Label
+from harness.study.labels import Label
 from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
 
 # ---------------------------------------------------------------- cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -13,9 +14,10 @@ from baselines.method import Strict
 from harness.records.units import GIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import of_method
+from harness.reporting.quantities import values
 from harness.reporting.stats import summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
-from harness.study.spec import Label
+from harness.study.labels import Label
 from harness.study.strict_yaml import read_yaml, validate
 
 Metric = Literal[
@@ -63,6 +65,16 @@ class Published(Strict):
             if (n.against is not None) != (n.metric in {"accuracy_difference", "throughput_ratio"}):
                 raise ValueError(f"numbers.{i}: `against` belongs to accuracy_difference and throughput_ratio alone")
         return self
+
+    def beside(
+        self, *, table: str, metric: Metric, model: str | None, task: str | None, method: str, suites: Collection[str]
+    ) -> Number | None:
+        """The number of one table for one of our cells; a property that its source does not state fits any of ours."""
+        for n in self.numbers:
+            same = n.table == table and n.metric == metric and n.method == method and n.against is None
+            if same and n.model == model and n.task in (None, task) and set(n.suites) in (set(), set(suites)):
+                return n
+        return None
 
 
 def load_published(path: Path) -> Published:
@@ -145,7 +157,7 @@ def measured(n: Number, frames: Frames) -> tuple[float | None, int, str]:
 
 
 def _accuracy(n: Number, frames: Frames, runs: DataFrame, other: DataFrame) -> tuple[float | None, int, str]:
-    summaries = [summarise(_accuracies(frames, rows, n.suites)) for rows in (runs, other)]
+    summaries = [summarise(values(frames, rows, "accuracy", n.suites)) for rows in (runs, other)]
     if not all(s.n for s in summaries):
         return None, 0, "not every suite of this number was scored in this study."
     mean, sd = summaries[0].mean, summaries[0].sd
@@ -155,16 +167,3 @@ def _accuracy(n: Number, frames: Frames, runs: DataFrame, other: DataFrame) -> t
     if value is None:
         return None, 0, "one run has no standard deviation."
     return 100 * value, summaries[0].n, ""
-
-
-def _accuracies(frames: Frames, runs: DataFrame, suites: tuple[str, ...]) -> list[float]:
-    """Per run the mean over the suites; a run that lacks one of them does not count."""
-    values = []
-    for run in runs["run"]:
-        # a number that was published for written answers has no likelihood beside it
-        written = frames.scores[frames.scores["scoring"] != "likelihood"]
-        mine = written[(written["run"] == run) & written["suite"].isin(list(suites))]
-        known = [float(v) for v in mine["accuracy"].dropna()]
-        if known and len(known) == len(suites):
-            values.append(sum(known) / len(known))
-    return values

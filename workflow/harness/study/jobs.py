@@ -16,8 +16,8 @@ from harness.errors import UserError
 from harness.records import code
 from harness.records.code import Roots
 from harness.records.reading import read
+from harness.study.labels import Label
 from harness.study.spec import (
-    Label,
     LmEvalSuite,
     ModelSource,
     Observation,

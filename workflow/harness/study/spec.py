@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, model_validator
 
 from baselines.method import Recipe, Strict, later
+from harness.study.labels import Label
+from harness.study.views import View
 
-LONGEST_LABEL = 40
-"""Letters: several labels make up the name of a file, which may have 255."""
 MOST_RUNS = 10_000
 LARGEST_SEED = 2**32 - 1
 """Of numpy's generators."""
-Label = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=LONGEST_LABEL)]
 Scoring = Literal["number", "letter", "true_false", "solution", "answer", "ending", "option"]
 FileScoring = Literal[Scoring, "likelihood"]
 Choices = Literal["labels", "texts"]
@@ -351,6 +350,7 @@ class Study(Strict):
         default_factory=dict, description="groups of methods with tables and figures of their own"
     )
     question: Question | None = None
+    views: dict[Label, View] = Field(default_factory=dict, description="tables by their names, such as a paper's")
     recipe: Recipe
     search: Search | None = None
     observation: Observation
@@ -392,6 +392,10 @@ class Study(Strict):
                     raise ValueError(f"question: the study has no method {label}")
             if self.question.method in self.question.controls:
                 raise ValueError(f"question.controls: {self.question.method} cannot be compared with itself")
+        suites = {task: entry.suites.keys() for task, entry in self.tasks.items()}
+        for label, view in self.views.items():
+            if why := view.complaint(models=self.models, tasks=suites, methods=self.methods):
+                raise ValueError(f"views.{label}.{why}")
         if self.search and (len(set(self.search.grid)) != len(self.search.grid) or min(self.search.grid) <= 0):
             raise ValueError("search.grid: must be distinct rates above 0")
         return self
