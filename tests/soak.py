@@ -93,8 +93,10 @@ def drawn(number: int, seed: int) -> list[tuple[str, Kill]]:
     """The kills of one study, in the order of their phases."""
     rng = random.Random(f"{seed} {number}")
     phases = sorted(rng.choices(list(MOMENTS), k=KILLS_A_STUDY), key=list(MOMENTS).index)
+    # while it is planned there is no job
+    whom = {phase: WHO[1:] if phase == "plan" else WHO for phase in phases}
     return [
-        (phase, Kill(MOMENTS[phase], rng.choice(SIGNALS), rng.choice(WHO), rng.random() * LONGEST_S))
+        (phase, Kill(MOMENTS[phase], rng.choice(SIGNALS), rng.choice(whom[phase]), rng.random() * LONGEST_S))
         for phase in phases
     ]
 

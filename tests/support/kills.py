@@ -108,7 +108,9 @@ class Kill:
                 os.kill(process.pid, self.number)
                 return True
             with suppress(psutil.NoSuchProcess):  # it ended while it was looked at
-                jobs = [one for one in psutil.Process(process.pid).children(recursive=True) if not one.children()]
+                started = psutil.Process(process.pid).children(recursive=True)
+                # the process of a job itself: not its shell, and nothing that it started
+                jobs = [one for one in started if "harness" in one.cmdline()]
                 if jobs:
                     jobs[0].send_signal(self.number)
                     return True

@@ -266,7 +266,7 @@ def run_table(frames: Frames, study: Study) -> Table:
     runs = frames.runs.sort_values(
         ["model", "task", "method", "seed"], key=lambda s: s if s.name == "seed" else s.map(order)
     )
-    elsewhere = _elsewhere(runs)
+    machines = elsewhere(runs)
     display = [
         {
             "model": str(row["model"]), "task": str(row["task"]),
@@ -279,7 +279,7 @@ def run_table(frames: Frames, study: Study) -> Table:
             "rows trained on": _count(row["train_rows"]), "of these cut": _count(row["truncated_rows"]),
             "rows dropped": _count(row["dropped_rows"]),
             "stale": UNKNOWN if pd.isna(row["stale"]) else "yes" if row["stale"] else "no",
-            "id": str(row["run"]).rsplit("--", 1)[-1] + _origin_marks(row, elsewhere, notes),
+            "id": str(row["run"]).rsplit("--", 1)[-1] + _origin_marks(row, machines, notes),
         }
         for row in runs.to_dict("records")
     ]  # fmt: skip
@@ -305,7 +305,7 @@ def run_table(frames: Frames, study: Study) -> Table:
     )
 
 
-def _elsewhere(runs: DataFrame) -> dict[str, str]:
+def elsewhere(runs: DataFrame) -> dict[str, str]:
     """The machine of each run that was not made where most were, by run."""
     known = runs.dropna(subset=["platform", "device"])
     machines = dict(zip(known["run"], known["platform"] + ", " + known["device"], strict=True))
@@ -313,13 +313,13 @@ def _elsewhere(runs: DataFrame) -> dict[str, str]:
     return {run: machine for run, machine in machines.items() if machine != most}
 
 
-def _origin_marks(row: dict[Any, Any], elsewhere: dict[str, str], notes: Footnotes) -> str:
+def _origin_marks(row: dict[Any, Any], machines: dict[str, str], notes: Footnotes) -> str:
     """Marks of a run that counts like any other, and whose origin a reader has to know."""
     marks = ""
     if not pd.isna(row["git_dirty"]) and row["git_dirty"]:
         marks += notes.mark("made by code with changes that were not committed.")
-    if row["run"] in elsewhere:
-        marks += notes.mark(f"made on another machine than most runs here: {elsewhere[row['run']]}.")
+    if row["run"] in machines:
+        marks += notes.mark(f"made on another machine than most runs here: {machines[row['run']]}.")
     return marks
 
 

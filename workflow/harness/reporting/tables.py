@@ -16,14 +16,17 @@ from harness.reporting.published import load_published, published_table
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
 from harness.reporting.score_tables import MEASURES, difference_table, score_table
 from harness.reporting.table import Table
+from harness.reporting.view_tables import view_table
 from harness.study.spec import Study
 
 
 def make_tables(frames: Frames, study: Study) -> list[Table]:
     """Every table, in the order of the page."""
+    published = None if study.published is None else load_published(Path(study.published))
     scored = [measure for measure in MEASURES if measure.cells(study)]
     made = [
         *([answer_table(frames, study, study.question)] if study.question is not None else []),
+        *(view_table(frames, study, label, published) for label in study.views),
         *(score_table(frames, study, measure) for measure in scored),
         *([lm_eval_table(frames, study)] if cells(study, "lm-eval") else []),
         *([forgetting_table(frames, study)] if study.forgetting else []),
@@ -34,8 +37,8 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
         *importance_tables(frames, study),
         *(comparison_table(frames, study, label) for label in study.comparisons),
     ]
-    if study.published is not None:
-        made.append(published_table(frames, load_published(Path(study.published))))
+    if published is not None:
+        made.append(published_table(frames, published))
     return made
 
 
