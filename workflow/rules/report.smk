@@ -38,7 +38,7 @@ rule collect:
 rule tables:
     input:
         [STUDY / f"{name}.parquet" for name in FRAMES],
-        *filter(None, [PLAN.study.published]),
+        *filter(None, [PLAN.study.published, PLAN.study.claims]),
     output:
         report(directory(STUDY / "tables"), patterns=["{name}.md"], caption="../report/tables.rst", category="Tables"),
     log:

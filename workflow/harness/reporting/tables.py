@@ -13,9 +13,11 @@ from harness.reporting.importance_tables import importance_tables
 from harness.reporting.layout import cells
 from harness.reporting.lm_eval_table import lm_eval_table
 from harness.reporting.published import load_published, published_table
+from harness.reporting.published_claims import load_claims
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
 from harness.reporting.score_tables import MEASURES, difference_table, score_table
 from harness.reporting.table import Table
+from harness.reporting.verdict_table import verdict_table
 from harness.reporting.view_tables import view_table
 from harness.study.spec import Study
 
@@ -37,6 +39,8 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
         *importance_tables(frames, study),
         *(comparison_table(frames, study, label) for label in study.comparisons),
     ]
+    if study.claims is not None:
+        made.append(verdict_table(frames, load_claims(Path(study.claims)), published))
     if published is not None:
         made.append(published_table(frames, published))
     return made

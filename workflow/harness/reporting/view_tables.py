@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.layout import method_name, of_method, other_outcomes
+from harness.reporting.paired import paired_on
 from harness.reporting.published import Metric, Number, Published
 from harness.reporting.quantities import QUANTITIES, values
 from harness.reporting.run_tables import elsewhere
-from harness.reporting.stats import Difference, Pairs, detectable, pair_documents, paired_difference
+from harness.reporting.stats import Difference, detectable
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 from harness.study.spec import Study
 from harness.study.views import View, ViewColumn
@@ -45,6 +45,7 @@ class _Cell:
 def view_table(frames: Frames, study: Study, label: str, published: Published | None) -> Table:
     """One view of a study: csv with a row a cell, else a row a method."""
     view, notes = study.views[label], Footnotes()
+    strange = {} if published is None else published.stand_ins(frames)
     raw: list[dict[str, Any]] = []
     display: list[dict[str, str]] = []
     for model in _blocks(view, study):
@@ -58,6 +59,10 @@ def view_table(frames: Frames, study: Study, label: str, published: Published | 
                 raw.append({"table": label} | _numbers(cell))
                 shown[cell.title] = _text(cell, notes)
             shown["evidence"] = UNKNOWN if known is None else _evidence(frames, cells, above, notes)
+            if known is not None and (sizes := strange.get(known.model)):
+                shown["evidence"] += "; stand-in" + notes.mark(
+                    f"not the paper's model: {sizes}; this contradicts nothing."
+                )
             display.append(shown)
             above = cells if known is not None else above
     units = dict.fromkeys(QUANTITIES[column.metric or view.metric].unit for column in view.columns.values())
@@ -162,30 +167,10 @@ def _evidence(frames: Frames, cells: list[_Cell], above: list[_Cell] | None, not
         items = frames.scores[frames.scores["run"].isin(list(cell.runs["run"])) & frames.scores["suite"].isin(suites)]
         parts = [f"{seeds} × {int(items.groupby('suite')['rows'].max().sum()):,} items"]
         if rival is not None and rival.ours:
-            parts.append(_against(_difference(frames, cell, rival), rival.method, notes))
+            pair, at = (cell.method, rival.method), (cell.model, cell.task)
+            parts.append(_against(paired_on(frames, at, pair, suites), rival.method, notes))
         parts += _broken_by_scores(items, notes)
     return "; ".join([*parts, *_broken_by_runs(frames, cell.runs, notes)])
-
-
-def _difference(frames: Frames, cell: _Cell, rival: _Cell) -> Difference:
-    """Paired by seed and item; every suite weighs the same, as in the mean that the column shows."""
-    by_seed = [
-        dict(zip(map(int, ok["seed"]), map(str, ok["run"]), strict=True))
-        for ok in (one.runs[one.runs["status"] == "ok"] for one in (cell, rival))
-    ]
-    parts = [
-        pair_documents(frames.documents, first=by_seed[0], second=by_seed[1], suite=suite, value="correct")
-        for suite in cell.column.suites
-    ]
-    if not all(part.first.size for part in parts):
-        return Difference(mean=None, seeds=0, documents=0)
-    return paired_difference(
-        Pairs(
-            first=np.concatenate([part.first for part in parts], axis=1),
-            second=np.concatenate([part.second for part in parts], axis=1),
-            weights=np.concatenate([part.weights / part.weights.sum() for part in parts]),
-        )
-    )
 
 
 def _against(found: Difference, rival: str, notes: Footnotes) -> str:

@@ -43,8 +43,9 @@ def load_study(path: Path, *, inputs_needed: bool = True) -> spec.Study:
             if rows is not None and entry.shots > rows:
                 text = f"{entry.shots} worked examples are more than the {rows} training rows of task {task}"
                 raise source.error(("methods", label, "shots"), text)
-    if study.published is not None and not Path(study.published).is_file():
-        raise source.error(("published",), f"there is no file {study.published}; {_FROM}")
+    for key, file in (("published", study.published), ("claims", study.claims)):
+        if file is not None and not Path(file).is_file():
+            raise source.error((key,), f"there is no file {file}; {_FROM}")
     if inputs_needed:
         _check_paths(study, source)
         _check_lm_eval(study, source)

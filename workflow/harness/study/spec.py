@@ -339,6 +339,7 @@ class Study(Strict):
         default_factory=dict, description="environment variable that holds a path: what should be there"
     )
     published: str | None = Field(default=None, description="file of published numbers shown beside measured ones")
+    claims: str | None = Field(default=None, description="file of a paper's claims, judged by what was measured")
     seeds: tuple[int, ...] = Field(min_length=1)
     models: dict[Label, ModelSource] = Field(min_length=1)
     tasks: dict[Label, Task] = Field(min_length=1)
