@@ -42,6 +42,11 @@ class Comparison(_Claim):
     expects: Literal["above", "below", "at least"]
     margin: float = Field(ge=0, description="points; stated before anything was measured")
 
+    @property
+    def bar(self) -> float:
+        """Points that the difference has to lie above, or below."""
+        return self.margin if self.expects == "above" else -self.margin
+
 
 class Order(_Claim):
     """Methods in ascending order of peak memory."""

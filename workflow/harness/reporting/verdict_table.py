@@ -80,7 +80,8 @@ def _judged(label: str, claim: Claim, frames: Frames, claims: Claims) -> Iterato
 
 def _difference(label: str, claim: Comparison, frames: Frames, claims: Claims, model: str, points: float) -> Verdict:
     found = paired_on(frames, (model, claim.task), (claim.method, claim.against), claim.suites)
-    seeds, items = seeds_needed(points, claims.seed_sd), items_needed(points, claims.disagreement)
+    away = points - claim.bar
+    seeds, items = seeds_needed(away, claims.seed_sd), items_needed(away, claims.disagreement)
     ends = [100 * end for interval in (found.bootstrap, found.seed_t) if interval is not None for end in interval]
     shown = UNKNOWN
     if found.mean is None:
@@ -103,9 +104,8 @@ def _difference(label: str, claim: Comparison, frames: Frames, claims: Claims, m
 
 def _by_interval(claim: Comparison, low: float, high: float) -> str:
     if claim.expects == "below":
-        low, high = -high, -low
-    bar = -claim.margin if claim.expects == "at least" else claim.margin
-    return HOLDS if low > bar else FAILS if high < bar else OPEN
+        return HOLDS if high < claim.bar else FAILS if low > claim.bar else OPEN
+    return HOLDS if low > claim.bar else FAILS if high < claim.bar else OPEN
 
 
 def _order(label: str, claim: Order, frames: Frames) -> Verdict:
