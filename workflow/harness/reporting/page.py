@@ -22,6 +22,7 @@ from harness.records.reading import read
 from harness.reporting.answer import answer
 from harness.reporting.failures import FAILED, NOT_RUN
 from harness.reporting.frames import Frames
+from harness.reporting.in_short import in_short
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.page_parts import Figures, PageTables
 from harness.reporting.score_tables import MEASURES
@@ -60,9 +61,12 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         loader=PackageLoader("harness.reporting", "."), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
+    answered = answer(frames, study)
+    compared = {measure: folder / "tables" / f"difference_{measure.name}.csv" for measure in verdicts}
     text = environment.get_template("page.html.j2").render(
         study=study,
-        answer=answer(frames, study),
+        answer=answered,
+        short=in_short(frames, compared, answered=None if answered is None else answered.short),
         status=status_summary(frames),
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),
