@@ -34,7 +34,7 @@ MOMENTS = {
     "prefetch": "results/logs/prefetch_*/*.log",
     "pretrain": "results/state/mini--*/step*.json",
     "search": "results/state/*/lr*/step*.json",
-    "save a state": "results/state/**/.step*.part",
+    "save a state": "results/state/**/step*.pt",
     "train": "results/state/mini--arithmetic--*/step*.json",
     "export": "results/runs/*/.model.*.part",
     "evaluate": "results/logs/evaluate/*.log",
@@ -49,6 +49,8 @@ WHO: tuple[Who, ...] = ("job", "snakemake", "all")
 KILLS_A_STUDY = 8
 LONGEST_S = 1.0
 """Between the moment and the signal."""
+IN_SAVING_S = 0.02
+"""The same while a state is saved: its file is there, its manifest and the removal of the older one are to come."""
 STARTS = 4
 """Of the command after the last kill, at most. One is enough; how many there were is counted."""
 EQUAL_TABLES = ("accuracy", "heldout_loss", "learning_rates", "difference_accuracy", "importance_claims")
@@ -95,8 +97,9 @@ def drawn(number: int, seed: int) -> list[tuple[str, Kill]]:
     phases = sorted(rng.choices(list(MOMENTS), k=KILLS_A_STUDY), key=list(MOMENTS).index)
     # while it is planned there is no job
     whom = {phase: WHO[1:] if phase == "plan" else WHO for phase in phases}
+    longest = {phase: IN_SAVING_S if phase == "save a state" else LONGEST_S for phase in phases}
     return [
-        (phase, Kill(MOMENTS[phase], rng.choice(SIGNALS), rng.choice(whom[phase]), rng.random() * LONGEST_S))
+        (phase, Kill(MOMENTS[phase], rng.choice(SIGNALS), rng.choice(whom[phase]), rng.random() * longest[phase]))
         for phase in phases
     ]
 
