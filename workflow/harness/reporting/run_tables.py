@@ -11,7 +11,7 @@ from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, groups, method_name, of_method, other_outcomes, trained, why
 from harness.reporting.stats import median_or_none, summarise
-from harness.reporting.table import UNKNOWN, Footnotes, Table, number, rate
+from harness.reporting.table import UNKNOWN, Footnotes, Table, number, percent, rate
 from harness.study.spec import Study
 
 
@@ -48,6 +48,7 @@ def search_rule(study: Study) -> str:
     return (
         f"lowest mean validation loss over the search seeds {', '.join(map(str, search.seeds))}, which are none of "
         f"the study's; up to {search.max_extensions} points are added beyond an edge of the grid"
+        + ("" if search.share == 1 else f"; a trial takes {percent(search.share, 0)} of a run's steps")
     )
 
 

@@ -109,7 +109,7 @@ def _arithmetic(plan: Plan, output: Output, paths: Paths) -> float | None:
     if output.kind is PROBE:
         return needs.of_probe(job, paths).seconds
     if output.kind is SEARCH:
-        return needs.of_training(job.training, paths, runs=len(job.search.grid) * len(job.search.seeds)).seconds
+        return needs.of_training(job.trial, paths, runs=len(job.search.grid) * len(job.search.seeds)).seconds
     if output.kind is TRAIN:
         return needs.of_training(job.training, paths).seconds
     if output.kind is EVALUATE:

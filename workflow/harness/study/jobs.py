@@ -103,6 +103,14 @@ class SearchJob(Job):
     search: Search
 
     @property
+    def trial(self) -> Training:
+        """What a trial trains: as a run, over `search.share` of its steps and warm-up steps."""
+        recipe, share = self.training.recipe, self.search.share
+        steps = max(1, round(share * recipe.steps))
+        shorter = {"steps": steps, "warmup_steps": min(round(share * recipe.warmup_steps), steps - 1)}
+        return self.training.model_copy(update={"recipe": recipe.model_copy(update=shorter)})
+
+    @property
     def name(self) -> str:
         """`<model>--<task>--<method>--<hash of the spec>`."""
         t = self.training
@@ -239,7 +247,7 @@ def _model_roots(job: ModelJob) -> Roots:
 
 
 def _search_weight(job: SearchJob) -> float:
-    return START_WEIGHT + len(job.search.grid) * len(job.search.seeds) * job.training.recipe.steps
+    return START_WEIGHT + len(job.search.grid) * len(job.search.seeds) * job.trial.recipe.steps
 
 
 MODEL = Kind(

@@ -122,7 +122,7 @@ def of_probe(job: ProbeJob, paths: Paths) -> Needs:
 def of_search(search: SearchJob, paths: Paths) -> Needs:
     """Every trial of a search, with all extensions of its grid."""
     trials = (len(search.search.grid) + search.search.max_extensions) * len(search.search.seeds)
-    return of_training(search.training, paths, runs=trials)
+    return of_training(search.trial, paths, runs=trials)
 
 
 def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size: int) -> Needs:

@@ -274,6 +274,12 @@ class Search(Strict):
     grid: tuple[float, ...] = Field(min_length=3)
     seeds: tuple[int, ...] = Field(min_length=1, description="disjoint from the study's seeds")
     max_extensions: int = Field(ge=0, description="points added, one by one, while the best lies at an edge")
+    share: float = later(
+        1.0,
+        gt=0,
+        le=1,
+        description="of a run's steps and warm-up steps that a trial takes, with the whole schedule in it",
+    )
 
 
 class Observation(Strict):

@@ -50,7 +50,7 @@ def search(
     if dropped := claim(trials_folder, with_code(inputs.made_from, roots_of(job.training.module))):
         say(f"{job.name}: {dropped}")
     attempt = partial(
-        train, job.training, lr_searched=False, inputs=inputs, folder=None, refusal=refusal,
+        train, job.trial, lr_searched=False, inputs=inputs, folder=None, refusal=refusal,
         checkpoint_every=checkpoint_every,
     )  # fmt: skip
     given = sorted(job.search.grid)
