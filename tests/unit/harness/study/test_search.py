@@ -21,7 +21,7 @@ def test_a_trial_takes_a_share_of_the_steps_and_the_name_says_so(tmp_path: Path)
     assert (shorter.steps, shorter.warmup_steps) == (round(recipe.steps / 4), round(recipe.warmup_steps / 4))
     assert other.trial.recipe.model_copy(update={"steps": recipe.steps, "warmup_steps": recipe.warmup_steps}) == recipe
     assert one.name != other.name
-    assert "share" not in one.model_dump_json()
+    assert "share" not in one.search.model_dump()
 
 
 @pytest.mark.parametrize("share", ["0.0", "1.5"])
