@@ -37,9 +37,11 @@ from harness.records.run import (
     EvalRecord,
     Memory,
     ModelRecord,
+    OverlapRecord,
     Provenance,
     RowsRecord,
     SearchRecord,
+    SuiteOverlap,
     SuiteScore,
     Timing,
     TrainRecord,
@@ -47,7 +49,7 @@ from harness.records.run import (
 )
 from harness.study import progress
 from harness.study.config import load_study
-from harness.study.jobs import EVALUATE, MODEL, ROWS, SEARCH, SUITE, TRAIN, Job, Kind, RunJob, SearchJob
+from harness.study.jobs import EVALUATE, MODEL, OVERLAP, ROWS, SEARCH, SUITE, TRAIN, Job, Kind, RunJob, SearchJob
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
 
@@ -103,6 +105,14 @@ def finish(plan: Plan, paths: Paths) -> None:
             else:
                 made = RowsRecord(name=name, files_sha256={}, rows={"train": 4000}, provenance=made_by(kind, job))
             put(paths.output(kind, name), made)
+    for name, overlap in plan.overlaps.items():
+        nothing = [
+            SuiteOverlap(suite=suite.label, items=DOCUMENTS, exact=[], masked=[], ngram=[]) for suite in overlap.suites
+        ]
+        counted = OverlapRecord(
+            name=name, task=overlap.rows.label, train_rows=4000, suites=nothing, provenance=made_by(OVERLAP, overlap)
+        )
+        put(paths.output(OVERLAP, name), counted)
     for name, search in plan.searches.items():
         put(paths.output(SEARCH, name), _search(name, search))
     for name, job in plan.runs.items():

@@ -1,9 +1,9 @@
 """What intervals and verdicts do on made-up studies whose truth is known: `python -m tests.simulated_truth`.
 
 A study is one method and several rivals, each run with a few seeds on the same test items. An item is right with a
-chance that depends on the item, on the run (the noise between seeds) and on the method. The truth is the difference over all
-seeds and items that could have been drawn. Counted over many studies: how often each interval covers the truth, how
-often a study of equal methods claims any difference, and how often a true difference is claimed.
+chance that depends on the item, on the run (the noise between seeds) and on the method. The truth is the difference
+over all seeds and items that could have been drawn. Counted over many studies: how often each interval covers the
+truth, how often a study of equal methods claims any difference, and how often a true difference is claimed.
 """
 
 from __future__ import annotations

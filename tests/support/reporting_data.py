@@ -96,6 +96,15 @@ def frames(seed: int = 0) -> Frames:
                     _scores(rng, rows, run, task, method, disengaged=bad is not None)
                     if method != "base":
                         _course(rng, rows, run, method, m)
+    for task, suites in SUITES.items():
+        for suite in suites:
+            shared = [0, 1, 2, 3] if suite == "two-step" else []
+            counted = {"exact": len(shared), "masked": len(shared), "ngram": 0}
+            rows["overlaps"].append({"task": task, "suite": suite, "items": DOCUMENTS, "train_rows": 1000} | counted)
+            rows["overlapping"] += [
+                {"task": task, "suite": suite, "document": n, "exact": True, "masked": True, "ngram": False}
+                for n in shared
+            ]
     return Frames(**{name: rows_to_frame(name, rows[name]) for name in FRAMES})
 
 

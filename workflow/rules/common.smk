@@ -12,6 +12,11 @@ def inputs_of(job):
     ]
 
 
+def overlap_inputs(overlap):
+    job = PLAN.overlaps[overlap]
+    return [PATHS.output(ROWS, job.rows.name), *(PATHS.output(SUITE, suite.name) for suite in job.suites)]
+
+
 def search_of(run):
     search = PLAN.runs[run].search_job()
     return [] if search is None else [PATHS.output(SEARCH, search.name)]

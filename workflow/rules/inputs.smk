@@ -66,3 +66,20 @@ rule prefetch_suite:
         content=lambda wildcards: contents.of_suite(PLAN.suites[wildcards.suite].source),
     shell:
         "{PYTHON:q} -m harness prefetch suite --spec {params.spec} --log {log}"
+
+
+rule overlap:
+    input:
+        lambda wildcards: overlap_inputs(wildcards.overlap),
+    output:
+        PATHS.output(OVERLAP, "{overlap}"),
+    log:
+        "results/logs/overlap/{overlap}.log",
+    priority: 20
+    resources:
+        mem_mb=needs.SMALL.mem_mb,
+        runtime=needs.SMALL.minutes,
+    params:
+        spec=str(PATHS.spec(OVERLAP, "{overlap}")),
+    shell:
+        "{PYTHON:q} -m harness prefetch overlap --spec {params.spec} --log {log}"

@@ -13,6 +13,8 @@ FRAMES = [
     "observed",
     "probes",
     "probed",
+    "overlaps",
+    "overlapping",
 ]
 
 
@@ -22,6 +24,7 @@ rule collect:
         [PATHS.score(run, evaluation) for run, evaluation in PLAN.evaluation_of.items()],
         [PATHS.output(SEARCH, search) for search in PLAN.searches],
         [PATHS.output(PROBE, probe) for probe in PLAN.probes],
+        [PATHS.output(OVERLAP, overlap) for overlap in PLAN.overlaps],
     output:
         [STUDY / f"{name}.parquet" for name in FRAMES],
     log:

@@ -26,6 +26,7 @@ PRETRAINED_MODEL: Roots = ("harness.inputs.pretrain",)
 STOCK_SUITE: Roots = ("harness.evaluating.stock_data",)
 EVALUATION: Roots = ("harness.evaluating.score",)
 PROBE: Roots = ("harness.training.probe",)
+OVERLAP: Roots = ("harness.inputs.make_overlap",)
 
 
 def training(module: str) -> Roots:

@@ -182,6 +182,18 @@ PROBED_COLUMNS: dict[str, str] = {
 """What a probe measured: one row a batch, layer and kind of block (`ALL`: the whole layer); loss and tokens are the
 batch's."""
 
+OVERLAP_COLUMNS: dict[str, str] = {
+    "task": "string", "suite": "string", "items": "Int64", "train_rows": "Int64", "exact": "Int64", "masked": "Int64",
+    "ngram": "Int64",
+}  # fmt: skip
+"""One row a task and suite: how many of its items occur in the task's training rows, by what counts as the same."""
+
+OVERLAPPING_COLUMNS: dict[str, str] = {
+    "task": "string", "suite": "string", "document": "Int64", "exact": "boolean", "masked": "boolean",
+    "ngram": "boolean",
+}  # fmt: skip
+"""One row an item that does, by any of these; `document` as in `documents`."""
+
 FRAMES: dict[str, dict[str, str]] = {
     "runs": {name: column.dtype for name, column in RUNS.items()} | LEFT_OUT,
     "scores": SCORE_COLUMNS,
@@ -194,6 +206,8 @@ FRAMES: dict[str, dict[str, str]] = {
     "observed": OBSERVED_COLUMNS,
     "probes": PROBE_COLUMNS,
     "probed": PROBED_COLUMNS,
+    "overlaps": OVERLAP_COLUMNS,
+    "overlapping": OVERLAPPING_COLUMNS,
 }
 """The tables that `collect` writes as results/<study>/<name>.parquet; reports are made from these alone."""
 
@@ -210,5 +224,5 @@ ADDED: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Columns that the tables under results/published/ lack, by table; they are read as null."""
 
-ADDED_TABLES = ("lm_eval", "lm_eval_documents", "probes", "probed")
+ADDED_TABLES = ("lm_eval", "lm_eval_documents", "probes", "probed", "overlaps", "overlapping")
 """Tables that studies under results/published/ lack; they are read as empty."""

@@ -348,6 +348,26 @@ class ProbeRecord(Record):
     provenance: Provenance
 
 
+class SuiteOverlap(Record):
+    """Test items of one suite that occur in the training rows: their numbers in the suite, from 0."""
+
+    suite: str
+    items: int
+    exact: list[int] = Field(description="the same question, up to case and punctuation")
+    masked: list[int] = Field(description="the same with every number left out")
+    ngram: list[int] = Field(description="13 words in a row of the question stand in a training row")
+
+
+class OverlapRecord(Record):
+    """What a task's suites share with its training rows (overlap.json)."""
+
+    name: str
+    task: str
+    train_rows: int
+    suites: list[SuiteOverlap]
+    provenance: Provenance
+
+
 class SuiteScore(Record):
     """One suite of one run."""
 

@@ -12,15 +12,14 @@ import pyarrow as pa
 
 from harness.errors import UserError
 from harness.progress import say
-from harness.records.code import PROBE, code_of
-from harness.records.columns import ALL, FRAMES, LEFT_OUT, NOT_SCORED, RUNS, STEP_COLUMNS
+from harness.records.columns import FRAMES, LEFT_OUT, NOT_SCORED, RUNS
 from harness.records.held import check_files
 from harness.records.reading import read, read_jsonl
 from harness.records.run import (
     LM_EVAL_SAMPLES,
     EvalRecord,
-    LmEvalScore,
     ModelRecord,
+    OverlapRecord,
     ProbeRecord,
     Provenance,
     RowsRecord,
@@ -29,6 +28,18 @@ from harness.records.run import (
 )
 from harness.reporting.failures import reason, status_of
 from harness.reporting.frames import Frames, read_table, rows_to_frame, table_to_frame
+from harness.reporting.record_rows import (
+    believed_rows,
+    lm_eval_row,
+    observed_rows,
+    overlap_rows,
+    overlapping_rows,
+    probe_row,
+    probed_rows,
+    score_row,
+    step_row,
+    trial_rows,
+)
 from harness.reporting.trusted import check_run, check_scores, check_search
 from harness.study.jobs import MODEL, ROWS, RunJob
 from harness.study.paths import Paths
@@ -73,7 +84,7 @@ def collect(plan: Plan, paths: Paths, *, failed: Mapping[str, str] | None = None
             search = read(path, SearchRecord)
             check_search(search, name, searched, path)
             models.check(searched.training.model.name, search.provenance, path)
-            found.rows["trials"] += _trial_rows(search)
+            found.rows["trials"] += trial_rows(search)
     for name, probing in plan.probes.items():
         path = paths.probe(name) / "probe.json"
         if failed is not None and not path.is_file():
@@ -81,8 +92,16 @@ def collect(plan: Plan, paths: Paths, *, failed: Mapping[str, str] | None = None
         with _left_out(failed is not None):
             probe = read(path, ProbeRecord)
             models.check(probing.model.name, probe.provenance, path)
-            found.rows["probes"].append(_probe_row(probe))
-            found.rows["probed"] += _probed_rows(probe)
+            found.rows["probes"].append(probe_row(probe))
+            found.rows["probed"] += probed_rows(probe)
+    for name in plan.overlaps:
+        path = paths.overlap(name)
+        if failed is not None and not path.is_file():
+            continue
+        with _left_out(failed is not None):
+            shared = read(path, OverlapRecord)
+            found.rows["overlaps"] += overlap_rows(shared)
+            found.rows["overlapping"] += overlapping_rows(shared)
     return found.frames()
 
 
@@ -167,9 +186,9 @@ def _of_run(
     found.rows["runs"].append(run)
     steps = _lines(path.parent / "steps.jsonl")
     check_run(record, name, job, path, logged_steps=len(steps))
-    found.rows["steps"] += [_step_row(name, row) for row in steps]
-    found.rows["believed"] += [r for row in _lines(path.parent / "believed.jsonl") for r in _believed_rows(name, row)]
-    found.rows["observed"] += [r for row in _lines(path.parent / "observed.jsonl") for r in _observed_rows(name, row)]
+    found.rows["steps"] += [step_row(name, row) for row in steps]
+    found.rows["believed"] += [r for row in _lines(path.parent / "believed.jsonl") for r in believed_rows(name, row)]
+    found.rows["observed"] += [r for row in _lines(path.parent / "observed.jsonl") for r in observed_rows(name, row)]
     if name not in plan.evaluation_of:
         return found
     evaluation = plan.evaluation_of[name]
@@ -192,8 +211,8 @@ def _of_run(
     documents = found.read["documents"][0] if found.read["documents"] else None
     check_scores(score, name, plan.evals[evaluation], documents, score_file)
     versions.check(score, score_file)
-    found.rows["scores"] += [_score_row(name, suite.model_dump()) for suite in score.scores]
-    found.rows["lm_eval"] += [_lm_eval_row(name, metric) for metric in score.lm_eval]
+    found.rows["scores"] += [score_row(name, suite.model_dump()) for suite in score.scores]
+    found.rows["lm_eval"] += [lm_eval_row(name, metric) for metric in score.lm_eval]
     return found
 
 
@@ -263,111 +282,3 @@ class OneVersionEach:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     return read_jsonl(path) if path.exists() else []
-
-
-def _step_row(run: str, row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the steps table; runs made before padding was counted have no total."""
-    made = {"run": run, "total_tokens": None, **row}
-    return {column: made[column] for column in STEP_COLUMNS}
-
-
-def _score_row(run: str, score: dict[str, Any]) -> dict[str, Any]:
-    rows = score["rows"]
-    return {
-        "run": run,
-        **{key: score[key] for key in ("suite", "scoring", "protocol", "rows", "limited", "correct", "chance")},
-        "accuracy": score["correct"] / rows if rows else None,
-        "accuracy_normalised": None if score["correct_normalised"] is None else score["correct_normalised"] / rows,
-        "unparsed_share": score["unparsed"] / rows if rows else None,
-        **{key: score[key] for key in ("heldout_loss", "heldout_tokens", "truncated_rows", "leaked_rows")},
-    }
-
-
-def _lm_eval_row(run: str, score: LmEvalScore) -> dict[str, Any]:
-    known = score.model_dump(exclude={"task", "value_why", "stderr_why"})
-    return {"run": run, "lm_task": score.task, **known}
-
-
-def _believed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-    layers = next((len(row[key]) for key in ("importance", "probability", "age_steps") if row[key] is not None), None)
-    if layers is None:
-        # a method without beliefs about layers: only its draws are known
-        unknown = dict.fromkeys(("importance", "probability", "age_steps", "temperature"))
-        known = {"run": run, "step": row["step"], "active": True}
-        return [{**known, "layer": layer, **unknown} for layer in row["active"]]
-    return [
-        {
-            "run": run,
-            "step": row["step"],
-            "layer": layer,
-            "active": layer in row["active"],
-            "importance": row["importance"] and row["importance"][layer],
-            "probability": row["probability"] and row["probability"][layer],
-            "age_steps": row["age_steps"] and row["age_steps"][layer],
-            "temperature": row.get("temperature"),  # runs made before it was logged have none
-        }
-        for layer in range(layers)
-    ]
-
-
-def _observed_rows(run: str, row: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        {
-            "run": run,
-            "step": row["step"],
-            "layer": layer,
-            "gradient_rms": value,
-            "validation_loss": row["validation_loss"],
-        }
-        for layer, value in enumerate(row["gradient_rms"])
-    ]
-
-
-def _probe_row(probe: ProbeRecord) -> dict[str, Any]:
-    data = probe.data
-    return {
-        "probe": probe.name,
-        **{key: getattr(probe, key) for key in ("model", "task", "status", "status_why", "prompt", "max_length")},
-        "batches": len(probe.batches),
-        "batch_rows": probe.probes["rows"],
-        "seed": probe.probes["seed"],
-        "weight_dtype": probe.weight_dtype,
-        **{key: data and getattr(data, key) for key in ("train_rows", "truncated_rows", "dropped_rows")},
-        "wall_s": probe.wall_s,
-        "stale": probe.provenance.source_sha256 != code_of(PROBE).sha256,
-    }
-
-
-def _probed_rows(probe: ProbeRecord) -> list[dict[str, Any]]:
-    if probe.layer_parameters is None or probe.parameters_by_kind is None:
-        return []
-    sizes = {ALL: probe.layer_parameters, **probe.parameters_by_kind}
-    keys = {"probe": probe.name, "model": probe.model, "task": probe.task}
-    return [
-        keys
-        | {"batch": number, "layer": layer, "kind": kind, "parameters": sizes[kind][layer], "gradient_rms": value}
-        | {"loss": batch.loss, "tokens": batch.tokens, "label_tokens": batch.label_tokens}
-        for number, batch in enumerate(probe.batches)
-        for kind, values in {ALL: batch.gradient_rms, **batch.gradient_rms_by_kind}.items()
-        for layer, value in enumerate(values)
-        if sizes[kind][layer]
-    ]
-
-
-def _trial_rows(search: SearchRecord) -> list[dict[str, Any]]:
-    return [
-        {
-            "search": search.name,
-            "model": search.model,
-            "task": search.task,
-            "method": search.method,
-            "lr": trial.lr,
-            "seed": trial.seed,
-            "status": trial.status,
-            "validation_loss": trial.validation_loss,
-            "extension": trial.extension,
-            "selected": trial.lr == search.lr,
-            "at_edge": search.at_edge,
-        }
-        for trial in search.trials
-    ]

@@ -39,6 +39,8 @@ class Frames:
     observed: DataFrame
     probes: DataFrame
     probed: DataFrame
+    overlaps: DataFrame
+    overlapping: DataFrame
 
     def ok_runs(self) -> DataFrame:
         """Runs that count in averages: all but those that were disengaged, diverged, skipped or out of memory."""

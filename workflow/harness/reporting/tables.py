@@ -12,6 +12,7 @@ from harness.reporting.frames import Frames, refuse_link
 from harness.reporting.importance_tables import importance_tables
 from harness.reporting.layout import cells
 from harness.reporting.lm_eval_table import lm_eval_table
+from harness.reporting.overlap_tables import overlap_tables
 from harness.reporting.published import load_published, published_table
 from harness.reporting.published_claims import load_claims
 from harness.reporting.run_tables import efficiency_table, learning_rate_table, run_table
@@ -33,6 +34,7 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
         *([lm_eval_table(frames, study)] if cells(study, "lm-eval") else []),
         *([forgetting_table(frames, study)] if study.forgetting else []),
         *(difference_table(frames, study, measure) for measure in scored),
+        *overlap_tables(frames, study),
         efficiency_table(frames, study),
         learning_rate_table(frames, study),
         run_table(frames, study),

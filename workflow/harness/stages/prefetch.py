@@ -1,4 +1,4 @@
-"""`python -m harness prefetch`: make rows, a suite or a model ready, from its resolved spec."""
+"""`python -m harness prefetch`: make rows, a suite or a model ready, or count what suites share with training rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
-    parser.add_argument("kind", choices=("model", "rows", "suite"))
+    parser.add_argument("kind", choices=("model", "rows", "suite", "overlap"))
     parser.add_argument("--spec", type=Path, required=True, help="spec.json; results go beside it")
 
 
 def output(args: argparse.Namespace) -> Path:
     """What the job writes."""
     spec: Path = args.spec
-    return spec.parent / "manifest.json"
+    return spec.parent / ("overlap.json" if args.kind == "overlap" else "manifest.json")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write manifest.json, and what it names, beside the spec."""
-    from harness.study.jobs import ModelJob, RowsJob, SuiteJob, read_job
+    """Write manifest.json, and what it names, or overlap.json beside the spec."""
+    from harness.study.jobs import ModelJob, OverlapJob, RowsJob, SuiteJob, read_job
 
     folder: Path = args.spec.parent
     if args.kind == "rows":
@@ -41,6 +41,11 @@ def run(args: argparse.Namespace) -> int:
             from harness.tasks.protocol import check_row
 
             make_suite(suite, folder, check=partial(check_row, suite.source))
+    elif args.kind == "overlap":
+        from harness.inputs.make_overlap import make_overlap
+        from harness.study.paths import Paths
+
+        make_overlap(read_job(args.spec, OverlapJob, folder.name), Paths(folder.parents[2]), output(args))
     else:
         from harness.inputs.make_models import make_model
 

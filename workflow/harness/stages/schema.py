@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "efficiency-study": EfficiencyStudy,
         "run-spec": jobs.RunJob,
         "train-record": record.TrainRecord,
+        "overlap-record": record.OverlapRecord,
         "probe-record": record.ProbeRecord,
         "eval-record": record.EvalRecord,
         "search-record": record.SearchRecord,

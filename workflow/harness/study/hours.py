@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from harness.records.reading import read
 from harness.study import needs
-from harness.study.jobs import EVALUATE, MODEL, PROBE, SEARCH, TRAIN
+from harness.study.jobs import EVALUATE, MODEL, OVERLAP, PROBE, SEARCH, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Output, Plan, outputs
 
@@ -91,7 +91,7 @@ def _keys(plan: Plan, output: Output) -> Iterator[Key]:
     """What a job has in common with others, the closest kinship first. A search trains as runs do."""
     job: Any = plan.runs[output.name] if output.kind is EVALUATE else output.job
     kind = TRAIN.name if output.kind is SEARCH else output.kind.name
-    if output.kind is MODEL:
+    if output.kind in (MODEL, OVERLAP):
         return
     training = getattr(job, "training", job)
     model, task, method = training.model.name, training.rows.label, getattr(training, "label", "")

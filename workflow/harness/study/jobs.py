@@ -175,6 +175,18 @@ class ProbeJob(Job):
         return self.compute_dtype == "bf16" and self.weight_dtype == "fp32"
 
 
+class OverlapJob(Job):
+    """What a task's suites share with its training rows; suites of lm-eval keep their own rows and are not compared."""
+
+    rows: RowsJob
+    suites: tuple[SuiteJob, ...]
+
+    @property
+    def name(self) -> str:
+        """`<task>--<hash of the spec>`."""
+        return f"{self.rows.label}--{digest(self.body())}"
+
+
 class EvalJob(Job):
     """How a trained model is scored: every suite of its task, and those of `forgetting`, in one process."""
 
@@ -277,6 +289,15 @@ SUITE = Kind(
     weight=lambda job: _ROWS_WEIGHT,
     roots=lambda job: code.STOCK_SUITE if isinstance(job.source, LmEvalSuite) else code.ROWS,
 )
+OVERLAP = Kind(
+    name="overlap",
+    spec=OverlapJob,
+    plural="overlaps",
+    spec_file="inputs/overlaps/{name}/spec.json",
+    output="inputs/overlaps/{name}/overlap.json",
+    weight=lambda job: _ROWS_WEIGHT,
+    roots=lambda job: code.OVERLAP,
+)
 PROBE = Kind(
     name="probe",
     spec=ProbeJob,
@@ -324,5 +345,5 @@ EVALUATE = Kind(
 )
 """The one kind whose spec is shared: several runs are scored by one spec, and each run has its own scores."""
 
-KINDS: tuple[Kind[Any], ...] = (MODEL, ROWS, SUITE, PROBE, FORECAST, SEARCH, TRAIN, EVALUATE)
+KINDS: tuple[Kind[Any], ...] = (MODEL, ROWS, SUITE, OVERLAP, PROBE, FORECAST, SEARCH, TRAIN, EVALUATE)
 """All kinds, each after the kinds that it depends on."""

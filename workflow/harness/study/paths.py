@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from harness.study.jobs import EVALUATE, FORECAST, KINDS, MODEL, PROBE, ROWS, SEARCH, SUITE, TRAIN, Kind
+from harness.study.jobs import EVALUATE, FORECAST, KINDS, MODEL, OVERLAP, PROBE, ROWS, SEARCH, SUITE, TRAIN, Kind
 
 RESERVED = (*dict.fromkeys(kind.root_folder for kind in KINDS), "state", "logs", "published", "advice")
 """Names under results/ that no study may take."""
@@ -47,6 +47,10 @@ class Paths:
     def suite(self, name: str) -> Path:
         """Folder of test rows."""
         return self.output(SUITE, name).parent
+
+    def overlap(self, name: str) -> Path:
+        """What a task's suites share with its training rows."""
+        return self.output(OVERLAP, name)
 
     def probe(self, name: str) -> Path:
         """Folder of a probe of an untrained model."""

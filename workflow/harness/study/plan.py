@@ -24,6 +24,7 @@ from harness.study.jobs import (
     Job,
     Kind,
     ModelJob,
+    OverlapJob,
     ProbeJob,
     RowsJob,
     RunJob,
@@ -32,7 +33,7 @@ from harness.study.jobs import (
     Training,
 )
 from harness.study.paths import Paths, mirrored, missing_in_mirror, resolve
-from harness.study.spec import UNTRAINED, HubModel, PretrainedHere, Probes, Study, SuiteSource
+from harness.study.spec import UNTRAINED, HubModel, LmEvalSuite, PretrainedHere, Probes, Study, SuiteSource
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Plan:
     models: dict[str, ModelJob]
     rows: dict[str, RowsJob]
     suites: dict[str, SuiteJob]
+    overlaps: dict[str, OverlapJob]
+    """One a task with suites whose rows are known."""
     probes: dict[str, ProbeJob]
     """None if the study asks for no probes."""
     searches: dict[str, SearchJob]
@@ -99,13 +102,23 @@ def _check_mirror(plan: Plan, paths: Paths, *, config: Path) -> None:
 
 def resolve_study(study: Study) -> Plan:
     """The grid models x tasks x methods x seeds, and the jobs that those runs depend on."""
-    plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {}, {})
+    plan = Plan(study, {}, {}, {}, {}, {}, {}, {}, {}, {}, {})
     for model_label, source in study.models.items():
         model = ModelJob(label=model_label, source=source)
         plan.models[model.name] = model
         for task_label, task in study.tasks.items():
             rows = RowsJob(label=task_label, source=task.train)
             plan.rows[rows.name] = rows
+            compared = _suite_jobs(
+                {
+                    label: suite
+                    for label, suite in {**task.suites, **study.forgetting}.items()
+                    if not isinstance(suite, LmEvalSuite)
+                }
+            )
+            if compared:
+                overlap = OverlapJob(rows=rows, suites=compared)
+                plan.overlaps[overlap.name] = overlap
             if study.probes is not None:
                 probe = probe_job(study, model, rows, study.probes)
                 plan.probes[probe.name] = probe
@@ -136,7 +149,6 @@ def _add_runs(plan: Plan, study: Study, model: ModelJob, rows: RowsJob, label: s
     evaluation = _evaluation(study, training)
     if evaluation is not None:
         plan.suites.update({suite.name: suite for suite in evaluation.all_suites})
-        plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
         run = RunJob(
             training=training,
