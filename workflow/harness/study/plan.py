@@ -149,6 +149,7 @@ def _add_runs(plan: Plan, study: Study, model: ModelJob, rows: RowsJob, label: s
     evaluation = _evaluation(study, training)
     if evaluation is not None:
         plan.suites.update({suite.name: suite for suite in evaluation.all_suites})
+        plan.evals[evaluation.name] = evaluation
     for seed in entry.seeds or study.seeds:
         run = RunJob(
             training=training,

@@ -13,7 +13,7 @@ from harness.errors import UserError
 from harness.records.columns import ADDED, FRAMES
 from harness.records.reading import read
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
-from harness.reporting import collecting
+from harness.reporting import record_rows
 from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.run_tables import efficiency_table, run_table
 from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, score_table
@@ -150,7 +150,7 @@ def test_a_column_that_older_tables_lack_is_null_and_any_other_still_missed(fram
 
 def test_steps_written_before_padding_was_counted_become_rows() -> None:
     old = {"step": 0, "loss": 1.0, "lr_factor": 1.0, "grad_norm": None, "clipped": None, "tokens": 9, "step_s": 0.1}
-    rows = [collecting._step_row("run", row) for row in (old, {**old, "total_tokens": 12})]
+    rows = [record_rows.step_row("run", row) for row in (old, {**old, "total_tokens": 12})]
     totals = rows_to_frame("steps", rows)["total_tokens"]
     assert totals.isna().tolist() == [True, False]
     assert totals.tolist()[1] == 12

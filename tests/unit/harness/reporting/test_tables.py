@@ -24,7 +24,7 @@ from house import ROOT
 
 NAMES = (
     "accuracy", "heldout_loss", "difference_accuracy", "difference_heldout_loss", "efficiency", "learning_rates",
-    "runs", "importance_claims", "importance_drift", "published",
+    "contamination", "clean_accuracy", "runs", "importance_claims", "importance_drift", "published",
 )  # fmt: skip
 
 

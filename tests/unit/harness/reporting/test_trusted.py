@@ -16,7 +16,16 @@ from harness.records import atomic
 from harness.records.held import hashes
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import EvalRecord, LmEvalScore, RowsRecord, SearchRecord, SuiteScore, TrainRecord, Trial
+from harness.records.run import (
+    EvalRecord,
+    LmEvalScore,
+    OverlapRecord,
+    RowsRecord,
+    SearchRecord,
+    SuiteScore,
+    TrainRecord,
+    Trial,
+)
 from harness.reporting.collecting import collect
 from harness.study.jobs import ROWS, SEARCH, TRAIN
 from harness.study.paths import Paths
@@ -71,6 +80,9 @@ def results(tmp_path: Path, trained: tuple[TrainRecord, str]) -> Results:
         ]
         found = SearchRecord(name=name, lr=1e-3, at_edge=False, trials=trials, wall_s=1.0, provenance=NONE, **labels)
         atomic.write_record(paths.output(SEARCH, name), found)
+    for name in plan.overlaps:
+        nothing = OverlapRecord(name=name, task="sums", train_rows=9, suites=[], provenance=NONE)
+        atomic.write_record(paths.overlap(name), nothing)
     for name in plan.runs:
         write_run(plan, paths, name, *trained)
     return Results(plan, paths)

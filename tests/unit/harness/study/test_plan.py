@@ -41,7 +41,7 @@ def plan_of(folder: Path, *edits: tuple[str, str]) -> Plan:
 
 
 def every_name(plan: Plan) -> set[str]:
-    jobs = (plan.models, plan.rows, plan.suites, plan.searches, plan.runs, plan.evals)
+    jobs = (plan.models, plan.rows, plan.suites, plan.overlaps, plan.searches, plan.runs, plan.evals)
     return {name for kind in jobs for name in kind}
 
 
