@@ -88,7 +88,7 @@ def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
     if not output.parent.is_dir():
         yield True
         return
-    path, started = output.with_name(f".{output.name}.lock"), time.monotonic()
+    path, started = _beside(output), time.monotonic()
     told = False
     try:
         descriptor = try_lock(path)
@@ -109,6 +109,24 @@ def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def remove_left(output: Path) -> None:
+    """Remove the lock file of a job that was killed between its output and its end: nobody would do that job again."""
+    path = _beside(output)
+    if not (path.exists() and output.exists()):
+        return
+    try:
+        descriptor = try_lock(path)
+    except NoLocksError:
+        return
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _beside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
 
 
 def _is_still(path: Path, descriptor: int) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 from baselines import find_method
 from harness.errors import UserError
 from harness.records import atomic
+from harness.records.locks import remove_left
 from harness.study.config import changed_recipe_keys, load_study, method_of, recipe_of, task_recipe
 from harness.study.identity import replaced_models
 from harness.study.jobs import (
@@ -68,7 +69,7 @@ class Plan:
 
 
 def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
-    """Load a study, resolve it, and write the specs that are not there yet.
+    """Load a study, resolve it, write the specs that are not there yet, and remove locks that killed jobs left.
 
     A dry run writes nothing and does not need the input files: a study can be inspected before its data is fetched.
 
@@ -83,6 +84,8 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
     if not dry_run:
         _check_mirror(plan, paths, config=path)
         write_specs(plan, paths)
+        for output in outputs(plan, paths):
+            remove_left(output.path)
     return plan
 
 

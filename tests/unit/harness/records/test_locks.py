@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from harness.records.atomic import write_text
-from harness.records.locks import NoLocksError, holder, one_at_a_time, try_lock
+from harness.records.locks import NoLocksError, holder, one_at_a_time, remove_left, try_lock
 from harness.study.supervision import take_folder
 
 HOLD = """
@@ -67,6 +67,22 @@ def test_what_a_killed_process_held_is_free_at_once(tmp_path: Path, capsys: pyte
     with one_at_a_time(output) as to_do:
         assert to_do
     assert capsys.readouterr().err == ""
+
+
+def test_the_file_of_a_job_that_was_killed_behind_its_output_goes(tmp_path: Path) -> None:
+    """Where the output is not there the job is done again, and takes the file; where somebody holds it, it stays."""
+    done, undone, held = (tmp_path / name for name in ("done.json", "undone.json", "held.json"))
+    locks = {output: output.with_name(f".{output.name}.lock") for output in (done, undone, held)}
+    for output, lock in locks.items():
+        lock.write_text("{}", encoding="utf-8")
+        if output is not undone:
+            output.write_text("{}", encoding="utf-8")
+    descriptor = try_lock(locks[held])
+    assert descriptor is not None
+    for output in locks:
+        remove_left(output)
+    os.close(descriptor)
+    assert [output for output, lock in locks.items() if lock.exists()] == [undone, held]
 
 
 def test_an_output_that_was_there_before_is_made_again(tmp_path: Path) -> None:
