@@ -210,7 +210,8 @@ def _judged(asked: Question, mine: Sequence[_Finding], control: str) -> str:
         return f"No, {against}: worse in {_named(bad)}; no claim in the other {len(mine) - len(bad)} comparisons."
     if not any(finding.result.mean is not None for finding in mine):
         return f"Cannot tell: there are no finished runs to compare {against}."
-    return f"Cannot tell: {against}, none of {len(mine)} comparisons shows a difference that this study can claim."
+    known = sum(finding.result.mean is not None for finding in mine)
+    return f"Cannot tell: {against}, none of {known} comparisons shows a difference that this study can claim."
 
 
 def _named(found: Sequence[_Finding]) -> str:

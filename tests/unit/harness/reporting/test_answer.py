@@ -76,7 +76,7 @@ def test_without_the_first_control_the_next_one_is_told() -> None:
     made = answer(frames, study(asked))
     assert made is not None
     assert made.short.startswith(
-        "Cannot tell: no finished runs to compare against absent (isolates). Without it: Yes, against grass-static"
+        "Cannot tell: no finished runs to compare against absent (isolates). Yes, against grass-static"
     )
     first = answer_table(frames, study(asked), asked).display.iloc[0]
     assert (first["difference"], first["95 % interval"], first["seeds × items"]) == ("—", "—", "none")
