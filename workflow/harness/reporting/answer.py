@@ -187,10 +187,11 @@ def _short(asked: Question, found: Sequence[_Finding]) -> str:
     known = {finding.control for finding in found if finding.result.mean is not None}
     first = next(iter(asked.controls))
     instead = next((control for control in asked.controls if control in known), first)
-    said = (
-        "" if instead == first else f"Cannot tell: no finished runs to compare {_against(asked, first)}. Without it: "
-    )
-    return said + _judged(asked, [finding for finding in found if finding.control == instead], instead)
+    judged = _judged(asked, [finding for finding in found if finding.control == instead], instead)
+    if instead == first:
+        return judged
+    judged = judged.removeprefix("Cannot tell: ")
+    return f"Cannot tell: no finished runs to compare {_against(asked, first)}. {judged[0].upper()}{judged[1:]}"
 
 
 def _against(asked: Question, control: str) -> str:
