@@ -88,6 +88,7 @@ localrules:
     prefetch_model,
     prefetch_rows,
     prefetch_suite,
+    overlap,
     collect,
     tables,
     figures,

@@ -142,8 +142,8 @@ def test_every_job_left_a_log_and_its_line_was_seen_as_well(study: Study) -> Non
     logs = study.folder / "results" / "logs"
     said = {path.parent.name: path.read_text(encoding="utf-8") for path in logs.rglob("*.log")}
     assert said.keys() == {
-        "pretrain", "prefetch_rows", "prefetch_suite", "probe", "search", "train", "evaluate", "collect", "tables",
-        "figures", "page",
+        "pretrain", "prefetch_rows", "prefetch_suite", "overlap", "probe", "search", "train", "evaluate", "collect",
+        "tables", "figures", "page",
     }  # fmt: skip
     for rule in ("pretrain", "search", "train", "evaluate"):
         (line,) = (line for line in said[rule].splitlines() if f"{rule} mini" in line)

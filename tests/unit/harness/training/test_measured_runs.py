@@ -17,7 +17,7 @@ from harness.records import columns
 from harness.records.columns import FRAMES
 from harness.records.reading import read_jsonl
 from harness.records.run import TrainRecord
-from harness.reporting import collecting
+from harness.reporting import record_rows
 from harness.reporting.frames import rows_to_frame
 from harness.training import loop
 from harness.training.loading import Inputs
@@ -172,7 +172,7 @@ def test_other_work_on_the_processors_voids_speed_alone(
     assert beside.memory is not None
     assert beside.memory.host_peak_bytes["steady"] is not None
     assert (beside.status, beside.validation_loss) == ("ok", alone.validation_loss)
-    rows = [collecting._step_row("run", row) for row in read_jsonl(tmp_path / "beside" / "steps.jsonl")]
+    rows = [record_rows.step_row("run", row) for row in read_jsonl(tmp_path / "beside" / "steps.jsonl")]
     assert rows_to_frame("steps", rows)["step_s"].isna().all()
 
 
