@@ -26,7 +26,6 @@ from harness.reporting.in_short import in_short
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.page_parts import Figures, PageTables
 from harness.reporting.score_tables import MEASURES
-from harness.reporting.stats import effective_layers, layer_matrix
 from harness.reporting.table import signed
 from harness.study.spec import Study
 
@@ -112,27 +111,32 @@ def outcome_reasons(frames: Frames) -> list[str]:
 def flagged_runs(frames: Frames) -> list[str]:
     """What the harness noted about runs that count; seeds that share a note share a line."""
     seeds: dict[tuple[str, str], list[str]] = {}
+    collapsed = _collapsed(frames)
     for row in frames.ok_runs().sort_values(["method", "model", "task", "seed"]).to_dict("records"):
         where = f"{row['method']} on {row['model']}, {row['task']}"
         notes = [row["notes"]] if isinstance(row["notes"], str) and row["notes"] else []
-        for note in [*notes, *_collapse(frames, str(row["run"]))]:
+        for note in filter(None, [*notes, collapsed.get(str(row["run"]))]):
             seeds.setdefault((where, note), []).append(str(row["seed"]))
     return [
         f"{where}, seed{'s' * (len(which) > 1)} {', '.join(which)}: {note}" for (where, note), which in seeds.items()
     ]
 
 
-def _collapse(frames: Frames, run: str) -> list[str]:
-    """Notes on a sampler that nearly always draws the same layers during training; the probe alone does not show it."""
-    believed = frames.believed_by(run)
-    probability = layer_matrix(believed, "probability").dropna() if len(believed) else believed
-    if probability.empty:
-        return []
-    active = int(believed.groupby("step")["active"].sum().max())
-    fewest = min(effective_layers(list(values)) for values in probability.to_numpy(dtype=np.float64))
-    if active < probability.shape[1] and fewest < active + 1:
-        return [f"the sampler collapsed: under {active + 1} effective layers at some refresh, {active} active"]
-    return []
+def _collapsed(frames: Frames) -> dict[str, str]:
+    """A note, by run, on a sampler that nearly always draws the same layers; the probe alone does not show it."""
+    known = frames.believed.dropna(subset=["probability"])
+    at = [known["run"], known["step"]]
+    p = known["probability"].astype("float64")
+    share = p / p.groupby(at).transform("sum")
+    entropy = (-share * np.log(share.where(share > 0, 1.0))).groupby(at).sum()
+    by_step = pd.DataFrame({"effective": np.exp(entropy), "layers": p.groupby(at).size()})
+    by_step["active"] = known["active"].astype("int64").groupby(at).sum()
+    by_run = by_step.groupby(level="run").agg({"effective": "min", "layers": "max", "active": "max"})
+    few = by_run[(by_run["active"] < by_run["layers"]) & (by_run["effective"] < by_run["active"] + 1)]
+    return {
+        str(run): f"the sampler collapsed: under {active + 1} effective layers at some refresh, {active} active"
+        for run, active in few["active"].items()
+    }
 
 
 def verdict_sentences(csv: Path) -> list[str]:
