@@ -41,12 +41,14 @@ try:
     CARDS = cards()
     if IN_JOB:
         PLAN = reopen_study(CONFIG)
+        AS_BEGUN = CONFIG
         # a shell in between would end at a SIGTERM, and the cluster would then kill what has yet to save
         shell.prefix("exec ")
     else:
         PLAN = open_study(CONFIG, PATHS, dry_run=DRY_RUN)
         COPY = copy_of(CONFIG, Path(".snakemake").absolute())
-        # what jobs are given: an edited config does not change a study under way
+        # what jobs and the report are given: an edited config does not change a study under way
+        AS_BEGUN = Path(os.path.relpath(COPY.path))
         workflow.config_settings.config_args = [
             f"{name}={value}" for name, value in {**given, "STUDY": COPY.path}.items()
         ]

@@ -77,7 +77,7 @@ def test_a_study_on_the_stand_in_ends_as_one_on_this_machine(tmp_path: Path) -> 
     wait(process, lambda: any(job.facts["state"] == "RUNNING" for job in jobs(queue)))
     cluster.config.write_text("not a study\n", encoding="utf-8")
     results = cluster.folder / "results"
-    wait(process, lambda: any(results.glob("state/mini--arithmetic--full--*/state.pt")))
+    wait(process, lambda: any(results.glob("state/mini--arithmetic--full--*/step*.json")))
     preempted = job_of(queue, "rule_train_wildcards_mini--arithmetic--full")
     preempted.end(preempted=True)
     wait(process, lambda: any(results.glob("runs/*--full--*/train.json")))
