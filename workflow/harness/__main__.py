@@ -20,6 +20,7 @@ from harness.stderr import copied_stderr
 
 STAGES = {
     "plan": "list a study's runs, their state and their disk",
+    "rehearse": "make a study small, on random models of its architectures, to see it through before it is run",
     "prefetch": "make rows, suites and fetched models ready",
     "pretrain": "pretrain a study's own small model",
     "probe": "measure the importance of an untrained model's layers",

@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from httpx import ConnectError, HTTPError, TimeoutException
-from huggingface_hub import HfApi, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -97,29 +96,41 @@ def find_configuration(repo: str) -> Path:
     Raises:
         UserError: as `find_model`, or the repository has no such file.
     """
-    source = HubModel(kind="hub", repo=repo, revision="main")
-    text = mirrored(repo)
+    return _small_files(HubModel(kind="hub", repo=repo, revision="main"), (_CONFIG,))
+
+
+def find_without_weights(source: HubModel) -> Path:
+    """A folder with a model's configuration and tokenizer; where it comes from and errors are as in `find_configuration`."""
+    return _small_files(source, _TEXTS)
+
+
+def _small_files(source: HubModel, patterns: Sequence[str]) -> Path:
+    text, name = mirrored(source.repo), f"{source.repo} at {source.revision}"
     if text is not None:
         folder = _in_mirror(source, text).folder
         if not (folder / _CONFIG).is_file():
             raise UserError(f"{folder}: no {_CONFIG} in it; fetch the model into the mirror again")
         return folder
+    fetch = partial(snapshot_download, source.repo, revision=source.revision, allow_patterns=list(patterns))
     try:
         # asked first, since a download tries a hub that is out of reach for half a minute
-        HfApi().model_info(repo, revision=source.revision)
-        return Path(hf_hub_download(repo, _CONFIG, revision=source.revision)).parent
+        HfApi().model_info(source.repo, revision=source.revision)
+        folder = Path(fetch())
     except (ConnectError, TimeoutException, OfflineModeIsEnabled) as error:
         try:
-            return Path(hf_hub_download(repo, _CONFIG, local_files_only=True)).parent
+            folder = Path(fetch(local_files_only=True))
         except LocalEntryNotFoundError:
+            folder = Path()
+        if not (folder / _CONFIG).is_file():
             raise UserError(
-                f"{repo}: the hub cannot be reached ({first_line(error)}), nor is its {_CONFIG} in the hub client's "
-                f"cache; set {MIRROR}=<folder with {repo}/ in it>, or give the model's folder"
+                f"{source.repo}: the hub cannot be reached ({first_line(error)}), nor is its {_CONFIG} in the hub "
+                f"client's cache; set {MIRROR}=<folder with {source.repo}/ in it>, or give the model's folder"
             ) from error
-    except EntryNotFoundError as error:
-        raise UserError(f"{repo}: no {_CONFIG} in it; name a repository of a transformers model") from error
     except (HTTPError, OSError, HFValidationError) as error:
         raise UserError(_why(error, source)) from error
+    if not (folder / _CONFIG).is_file():
+        raise UserError(f"{name}: no {_CONFIG} in it; name a repository of a transformers model")
+    return folder
 
 
 def _listed(source: HubModel) -> tuple[str, list[RepoFile]]:
