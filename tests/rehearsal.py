@@ -4,8 +4,8 @@
 
 `--mirror` holds two real models as `../shared/reference/real-models.md` makes them: their tokenizers stand in for those
 of Llama and Gemma. The configurations are the published ones (their sizes stand in config/efficiency.yaml). The data are
-the real files, as far as `../shared/data` has them; of the two training sets, which it does not have, the parts it has
-are joined. `python -m harness rehearse` makes the study small, and Snakemake runs it.
+the real files, as far as `../shared/data` has them; the two training sets are joined from the parts that it has.
+`python -m harness rehearse` makes the study small, and Snakemake runs it.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ def main() -> int:
     if not folder.exists():
         write_mirror(given.mirror, folder / "published")
         write_data(folder / "data")
+        (folder / "config").symlink_to(ROOT / "config")  # a study's paths count from the folder one starts in
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'workflow'}:{ROOT}",
         "MIRROR": str(folder / "published"),

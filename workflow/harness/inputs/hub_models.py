@@ -100,7 +100,7 @@ def find_configuration(repo: str) -> Path:
 
 
 def find_without_weights(source: HubModel) -> Path:
-    """A folder with a model's configuration and tokenizer; where it comes from and errors are as in `find_configuration`."""
+    """A folder with a model's configuration and tokenizer; from where, and what is raised: as `find_configuration`."""
     return _small_files(source, _TEXTS)
 
 
