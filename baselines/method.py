@@ -62,6 +62,7 @@ class Recipe(Strict):
     )
     state_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of the optimizer's moments")
     activation_checkpointing: bool = False
+    chunked_loss: bool = later(False, description="the head is applied to some tokens at a time: logits take no memory")
     device: Literal["cpu", "cuda"] = "cpu"
 
     @property

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,10 +27,9 @@ from harness.tasks.protocol import extract, kept_text
 
 TASKS = Path(__file__).parents[1] / "tasks"
 
-PROTOCOL = "llm-adapters (greedy)"
 DEVIATIONS = (
-    "greedy decoding; published: beam search with 4 beams",
-    "batches, left-padded, with attention mask; published: one row at a time and no mask",
+    "greedy decoding, where a suite does not ask for beams; published: beam search with 4 beams",
+    "batches, left-padded (greedy decoding alone), with attention mask; published: one row at a time and no mask",
     "end of text is the tokenizer's end token, as in training; published: whatever the checkpoint names",
     "special tokens skipped in the decoded text of all suites; published: kept in arithmetic",
     "evaluation mode, adapters merged; published: adapter dropout seems active while scoring",
@@ -89,22 +89,23 @@ def wrap(model: Any, tokenizer: Any, *, batch_size: int) -> Any:
     return lm
 
 
-def protocol(asking: Asking, *, choices: Choices | None = None) -> str:
+def protocol(asking: Asking, *, choices: Choices | None = None, beams: int = 1) -> str:
     """The name that scores stand under; numbers of different protocols are not comparable.
 
     Args:
         asking: prompt and worked examples.
         choices: of a suite scored by likelihood.
+        beams: of a suite whose answers are written.
     """
     if choices == "texts":
         return "likelihood of the options' texts, asked as stock lm-eval does"
-    prompt = asking.prompt.name
+    prompt, decoded = asking.prompt.name, "greedy" if beams == 1 else f"{beams} beams"
     shots = f", {len(asking.examples)}-shot" if asking.examples else ""
     if choices == "labels":
         return f"likelihood of the labels (prompt {prompt}{shots})"
     if prompt == "llm-adapters":
-        return f"{PROTOCOL[:-1]}{shots})"
-    return f"answers written to prompt {prompt}, read as in llm-adapters (greedy{shots})"
+        return f"llm-adapters ({decoded}{shots})"
+    return f"answers written to prompt {prompt}, read as in llm-adapters ({decoded}{shots})"
 
 
 def decoding(lm: Any, asking: Asking) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def decoding(lm: Any, asking: Asking) -> dict[str, Any]:
 
 
 def score_suite(
-    lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, max_new_tokens: int, asking: Asking
+    lm: Any, *, file: Path, rows: Sequence[Row], scoring: Scoring, max_new_tokens: int, asking: Asking, beams: int = 1
 ) -> SuiteOutcome:
     """Let lm-eval answer and score every row of a test file.
 
@@ -141,6 +142,7 @@ def score_suite(
         scoring: picks the task file `llm_adapters_<scoring>`.
         max_new_tokens: limit of every continuation.
         asking: the prompt, and worked examples before it.
+        beams: 1 decodes greedily; with more, rows are answered one by one.
 
     Raises:
         UserError: `max_new_tokens` leaves no room for a prompt, or lm-eval scored other rows than `rows`.
@@ -152,15 +154,18 @@ def score_suite(
         )
     prompts = [asking.tokens(row) for row in rows]
     _announce(lm, asking, rows, prompts)
-    generation = {"max_gen_toks": max_new_tokens, "until": asking.stops}
-    samples = _evaluated(
-        lm,
-        f"llm_adapters_{scoring}",
-        file,
-        rows,
-        {"doc_to_text": lambda row: asking.text(row)},
-        generation_kwargs=generation,
-    )
+    generation: dict[str, Any] = {"max_gen_toks": max_new_tokens, "until": asking.stops}
+    if beams > 1:
+        generation["num_beams"] = beams
+    with _one_by_one(lm) if beams > 1 else nullcontext():
+        samples = _evaluated(
+            lm,
+            f"llm_adapters_{scoring}",
+            file,
+            rows,
+            {"doc_to_text": lambda row: asking.text(row)},
+            generation_kwargs=generation,
+        )
     return SuiteOutcome(
         outcomes=tuple(
             Outcome(correct=sample["acc"] == 1.0, prediction=extract(scoring, kept_text(sample["filtered_resps"][0])))
@@ -168,6 +173,16 @@ def score_suite(
         ),
         truncated_rows=sum(len(prompt) > room for prompt in prompts),
     )
+
+
+@contextmanager
+def _one_by_one(lm: Any) -> Iterator[None]:
+    """Answer one row at a time inside the block."""
+    usual, lm.batch_size_per_gpu = lm.batch_size_per_gpu, 1
+    try:
+        yield
+    finally:
+        lm.batch_size_per_gpu = usual
 
 
 def likelihood_suite(lm: Any, *, file: Path, rows: Sequence[Row], choices: Choices, asking: Asking) -> SuiteOutcome:

@@ -19,7 +19,15 @@ from harness.evaluating.asking import Asking
 from harness.evaluating.heldout import heldout_loss
 from harness.evaluating.lm import decoding, likelihood_suite, protocol, score_suite, wrap
 from harness.evaluating.stock import score_stock
-from harness.evaluating.suite_score import checked_rows, choices_of, document_rows, key_of, settings_of, suite_score
+from harness.evaluating.suite_score import (
+    beams_of,
+    checked_rows,
+    choices_of,
+    document_rows,
+    key_of,
+    settings_of,
+    suite_score,
+)
 from harness.inputs.prompts import Prompt, Row
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import check_ids
@@ -225,7 +233,7 @@ class _Scorer:
             assert source.max_new_tokens is not None
             answered = score_suite(
                 self.lm, file=file, rows=rows, scoring=source.scoring, max_new_tokens=source.max_new_tokens,
-                asking=asking,
+                beams=beams_of(suite), asking=asking,
             )  # fmt: skip
         loss = None
         if choices != "texts":  # asked otherwise than in training, so no answer was trained
@@ -235,7 +243,8 @@ class _Scorer:
             )  # fmt: skip
         settings = settings_of(suite, rows, asking, loss, self.job.max_length)
         self.settings["suites"][suite.label] = settings | {"batch_size": self.lm.batch_size}
-        self.scores.append(suite_score(suite, rows, answered, loss, self.trained, protocol(asking, choices=choices)))
+        name = protocol(asking, choices=choices, beams=beams_of(suite))
+        self.scores.append(suite_score(suite, rows, answered, loss, self.trained, name))
         self.documents += document_rows(self.run, suite.label, rows, answered, loss)
 
     def _score_lm_eval(self, suite: SuiteJob, folder: Path) -> None:

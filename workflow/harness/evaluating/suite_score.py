@@ -50,7 +50,7 @@ def settings_of(
     if asked is not None:
         found["first_answers"] = list(asked.answers)
     else:
-        found["max_new_tokens"] = source.max_new_tokens
+        found["max_new_tokens"], found["num_beams"] = source.max_new_tokens, beams_of(suite)
     if loss is not None:
         found["heldout_max_tokens"] = max_length
         found["heldout_rows"] = sum(document.tokens > 0 for document in loss.documents)
@@ -61,6 +61,11 @@ def settings_of(
 def choices_of(suite: SuiteJob) -> Choices | None:
     """What the allowed answers are, of a suite scored by likelihood."""
     return suite.source.choices if isinstance(suite.source, ReadSuite) else None
+
+
+def beams_of(suite: SuiteJob) -> int:
+    """Beams of the search for what the model writes."""
+    return suite.source.beams if isinstance(suite.source, ReadSuite) else 1
 
 
 def key_of(row: Row) -> str:

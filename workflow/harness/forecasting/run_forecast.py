@@ -49,7 +49,7 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
         model=model,
         module=training.module,
         options=training.options,
-        settings=Settings(activation_checkpointing=recipe.activation_checkpointing, chunked_loss=False),
+        settings=Settings(activation_checkpointing=recipe.activation_checkpointing, chunked_loss=recipe.chunked_loss),
         shape=Shape(batch=recipe.micro_batch_size, length=max(2, longest)),
         numerics=Numerics(
             weight_dtype=recipe.weight_dtype, state_dtype=recipe.state_dtype, max_grad_norm=recipe.max_grad_norm

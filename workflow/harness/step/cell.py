@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from harness.step.architecture import asked_attention, check_length
 from harness.step.attach import attach, new_method, refusals
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
 from harness.step.facts import unreached_as_buffers
-from harness.step.loss import chunked_token_loss, logits_are_plain, token_loss
+from harness.step.loss import chunked_token_loss, logits_are_plain, loss_of, token_loss
 from harness.step.model_classes import AutoConfig, AutoModelForCausalLM
 from harness.step.observer import Observer
 from harness.step.run import Batch, Part, StepContext, run_step
@@ -78,7 +77,7 @@ class RandomBatches:
 
     def __init__(self, shape: Shape, *, vocabulary: int, chunked: bool, autocast: bool, device: str, seed: int) -> None:
         self._shape, self._vocabulary, self._device, self._seed = shape, vocabulary, device, seed
-        self._loss = partial(chunked_token_loss if chunked else token_loss, autocast=autocast)
+        self._loss = loss_of(chunked=chunked, autocast=autocast)
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Batch `number`, the same one at every call."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,11 +48,29 @@ def chunked_token_loss(model: nn.Module, batch: Mapping[str, Tensor], *, autocas
     return chunked_cross_entropy(hidden.flatten(0, 1), weight, _targets(batch), bias)
 
 
+def loss_of(*, chunked: bool, autocast: bool) -> Callable[[nn.Module, Mapping[str, Tensor]], Tensor]:
+    """The loss that a recipe asks for, as a function of model and batch."""
+    return partial(chunked_token_loss if chunked else token_loss, autocast=autocast)
+
+
+def check_chunked(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Try on two tokens of `batch` whether the loss can be computed in chunks; leaves the random state as it was.
+
+    Raises:
+        ValueError: as `chunked_token_loss`.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            _before_head(model.eval(), {key: value[:1, :2] for key, value in batch.items()}, autocast=False)
+    finally:
+        model.train(training)
+
+
 def logits_are_plain(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
     """Whether `chunked_token_loss` and `row_losses` in chunks can be used: tried on two tokens of `batch`."""
     try:
-        with torch.no_grad():
-            _before_head(model, {key: value[:1, :2] for key, value in batch.items()}, autocast=False)
+        check_chunked(model, batch)
     except ValueError:
         return False
     return True

@@ -195,6 +195,9 @@ class ReadSuite(Strict):
         description="a rule that reads the answer from what the model writes; or the likeliest of the allowed answers"
     )
     max_new_tokens: int | None = later(None, gt=0, description="of what the model writes; not with likelihood")
+    beams: int = later(
+        1, gt=0, le=64, description="of beam search, row by row as the published scripts; 1 decodes greedily in batches"
+    )
     choices: Choices | None = later(None, description="with likelihood: what the allowed answers are")
 
     @model_validator(mode="after")
@@ -204,6 +207,8 @@ class ReadSuite(Strict):
             raise ValueError(f"choices: scoring likelihood needs it: {' or '.join(get_args(Choices))}")
         if likelihood and self.max_new_tokens is not None:
             raise ValueError("max_new_tokens: nothing is written under scoring likelihood: remove this key")
+        if likelihood and self.beams > 1:
+            raise ValueError("beams: nothing is written under scoring likelihood: remove this key")
         if not likelihood and self.choices is not None:
             raise ValueError(f"choices: belongs to scoring likelihood; scoring {self.scoring} reads what is written")
         if not likelihood and self.max_new_tokens is None:

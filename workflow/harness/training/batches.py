@@ -10,7 +10,7 @@ from torch import Tensor
 
 from grass.loss import NO_TARGET
 from harness.inputs.tokens import Encoded, collate
-from harness.step.loss import label_tokens, token_loss
+from harness.step.loss import label_tokens, loss_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -115,10 +115,11 @@ class CalibrationBatches:
     Args:
         batches: of the run.
         autocast: as in training (`Recipe.autocast`).
+        chunked: as in training (`Recipe.chunked_loss`).
     """
 
-    def __init__(self, batches: Batches, *, autocast: bool = False) -> None:
-        self._batches, self._autocast = batches, autocast
+    def __init__(self, batches: Batches, *, autocast: bool = False, chunked: bool = False) -> None:
+        self._batches, self._loss = batches, loss_of(chunked=chunked, autocast=autocast)
 
     def batches(self, count: int) -> Iterator[Mapping[str, Tensor]]:
         """The first `count` calibration batches, or this process's share of them."""
@@ -126,7 +127,7 @@ class CalibrationBatches:
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Mean loss per label token."""
-        return token_loss(model, batch, autocast=self._autocast) / label_tokens(batch)
+        return self._loss(model, batch) / label_tokens(batch)
 
 
 def fixed_batches(rows: Sequence[Encoded], *, size: int, pad_id: int, device: str) -> list[dict[str, Tensor]]:

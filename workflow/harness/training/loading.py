@@ -19,8 +19,9 @@ from harness.records.held import check_files
 from harness.records.reading import read
 from harness.records.run import DataUse, RowsRecord
 from harness.step.architecture import Attention, attention_of, check_length
-from harness.step.attach import Attached, attach, new_method
+from harness.step.attach import Attached, attach, new_method, refusals
 from harness.step.facts import layers_of
+from harness.step.loss import check_chunked
 from harness.step.observer import Observer
 from harness.study.identity import files_of, known_model
 from harness.study.jobs import MODEL, ROWS, ProbeJob, Training
@@ -87,8 +88,8 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     """Load model and rows, attach the method.
 
     Raises:
-        CannotRunError: a package is missing, the method refuses, the layers are not found, or the model has too few
-            positions; the message is the reason.
+        CannotRunError: a package is missing, the method refuses, the layers are not found, the model has too few
+            positions, or its loss cannot be computed in chunks; the message is the reason.
         UserError: the model's folder is at fault: see `load_model`, `load_tokenizer`, `check_ids` and `check_savable`.
     """
     recipe = training.recipe
@@ -119,6 +120,9 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     watch = Watch(model, layers)
     attached = attach(method, model)
     watch.attached(attached.module)
+    if recipe.chunked_loss:
+        with refusals():
+            check_chunked(attached.module, batches.calibration_batch(0))
     return Loaded(
         **vars(attached),
         own_parameters=own,

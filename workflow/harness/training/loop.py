@@ -184,7 +184,9 @@ class _Run:
             started = time.perf_counter()
             run = load(self.training, lr=lr, seed=seed, inputs=self.inputs, observation=self.observation)
             self.loaded, self.load_s = run, time.perf_counter() - started
-        run.method.calibration = CalibrationBatches(run.batches, autocast=self.recipe.autocast)
+        run.method.calibration = CalibrationBatches(
+            run.batches, autocast=self.recipe.autocast, chunked=self.recipe.chunked_loss
+        )
         first_step = self._resume(run, state_folder, lr=lr, seed=seed)
         if first_step == 0:
             self._prepare(run)

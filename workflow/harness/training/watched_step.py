@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grass.distributed import ranks
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import Meters
-from harness.step.loss import token_loss
+from harness.step.loss import loss_of
 from harness.step.run import Batch, Part, StepContext
 from harness.training.loading import Loaded
 from harness.training.logs import Log
@@ -65,7 +65,9 @@ class WatchedStep(StepContext):
         Gradients are averaged over processes: so that the average is the gradient of the mean over all label tokens, it
         is their number in the whole step that each process divides by.
         """
-        return token_loss(module, batch, autocast=self._run.method.recipe.autocast) / (self._targets / ranks())
+        recipe = self._run.method.recipe
+        of_batch = loss_of(chunked=recipe.chunked_loss, autocast=recipe.autocast)
+        return of_batch(module, batch) / (self._targets / ranks())
 
     def after_backward(self, loss: Tensor) -> None:
         """Add up the step's loss."""

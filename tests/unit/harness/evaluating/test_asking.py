@@ -141,6 +141,7 @@ def test_protocols_have_names_of_their_own(tokenizer: Any) -> None:
     asked = [Asking(prompt=Prompt(name, tokenizer), examples=shots)
              for name in ("llm-adapters", "chat") for shots in ([], EXAMPLES)]  # type: ignore[arg-type] # fmt: skip
     names = [protocol(one, choices=choices) for one in asked for choices in (None, "labels")]  # type: ignore[arg-type]
+    names += [protocol(one, beams=4) for one in asked]
     assert len(set(names)) == len(names)
     assert names[0] == "llm-adapters (greedy)"
     assert len({protocol(one, choices="texts") for one in asked}) == 1

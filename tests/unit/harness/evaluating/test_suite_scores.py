@@ -14,6 +14,7 @@ from harness.inputs.generated import suite_rows
 from harness.inputs.prompts import Prompt, Row, evaluation_prompt
 from harness.inputs.tokenizer import build_tokenizer
 from harness.inputs.tokens import encode
+from harness.tasks.protocol import extract
 from learned_rows import known_rows, learned, small_llama, write_suite
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,6 +50,34 @@ def test_batch_size_changes_no_prediction_and_no_loss(checkpoint: Path, rows: li
     for other in losses[1:]:
         assert [d.tokens for d in other.documents] == [d.tokens for d in losses[0].documents]
         assert [d.loss for d in other.documents] == pytest.approx([d.loss for d in losses[0].documents], abs=1e-5)
+
+
+def test_beams_are_searched_row_by_row_as_transformers_does(
+    checkpoint: Path, rows: list[Row], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded(checkpoint)
+    some = rows[:5]
+    own = []
+    for row in some:
+        prompt = torch.tensor([ASKING.tokens(row)])
+        ids = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), num_beams=4, do_sample=False, max_new_tokens=8,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        own.append(extract("answer", tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)))
+    lm, seen = wrap(model, tokenizer, batch_size=64), []
+    usual = model.generate
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        seen.append((len(kwargs["input_ids"]), kwargs["num_beams"]))
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    file = write_suite(tmp_path, some) / "test.json"
+    found = score_suite(lm, file=file, rows=some, scoring="answer", max_new_tokens=8, asking=ASKING, beams=4)
+    assert [outcome.prediction for outcome in found.outcomes] == own
+    assert seen == [(1, 4)] * 5
+    assert lm.batch_size == 64
 
 
 def test_heldout_loss_is_the_models_own_on_the_training_template(checkpoint: Path) -> None:

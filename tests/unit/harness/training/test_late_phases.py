@@ -177,6 +177,25 @@ def test_training_and_probe_compute_in_bf16_and_what_is_only_looked_at_in_fp32(
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("module", "options"), [("full", {}), ("grass", {"active_layers": 2, "sample_every": 4})])
+def test_a_loss_in_chunks_is_the_same_up_to_rounding_and_never_has_all_logits(
+    module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = train(inputs, tmp_path / "plain", module, options)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the head was applied to every token at once")
+
+    monkeypatch.setattr("harness.step.loss.token_loss", never)
+    record = train(inputs, tmp_path / "chunks", module, options, chunked_loss=True)
+    assert (record.status, plain.status) == ("ok", "ok")
+    assert record.recipe["chunked_loss"] is True
+    assert "chunked_loss" not in plain.recipe
+    losses = [[row["loss"] for row in read_jsonl(tmp_path / n / "steps.jsonl")] for n in ("plain", "chunks")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert record.validation_loss == pytest.approx(plain.validation_loss, rel=1e-3)
+
+
 def test_compute_dtype_that_the_weights_have_already_needs_no_autocast() -> None:
     recipes = {
         (weights, compute): tiny_training("full", {}, weight_dtype=weights, compute_dtype=compute).recipe.autocast

@@ -131,3 +131,22 @@ def test_adapters_on_tied_ends_are_refused(target: str, tmp_path: Path) -> None:
     record = trained(inputs, tmp_path, "lora", {"rank": 4, "alpha": 8, "targets": ("q_proj", target)})
     assert record.status == "skipped"
     assert "head is tied to its embedding" in str(record.status_why)
+
+
+def capped() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(vocab_size=len(build_tokenizer()), head_dim=8, **SHAPE))
+
+
+def test_a_loss_in_chunks_of_capped_logits_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    inputs = inputs_with(capped, tmp_path)
+    training = tiny_training("full", {}, chunked_loss=True)
+    job = SearchJob(training=training, search=Search(grid=(1e-3, 1e-2, 1e-1), seeds=(1,), max_extensions=0))
+    found = search(job, inputs=inputs, trials_folder=tmp_path / "trials")
+    (said,) = {(trial.status, trial.status_why) for trial in found.trials}
+    assert said[0] == "skipped"
+    assert "changes its logits after the head" in str(said[1])
+    forecast = forecast_run(training, name="x", model=inputs.model, rows=inputs.rows)
+    assert forecast.peak_bytes is None
+    assert "changes its logits after the head" in str(forecast.peak_why)
