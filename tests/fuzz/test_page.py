@@ -22,7 +22,7 @@ HOSTILE = '[<script>alert(1)</script>" onload="x\' ]]> --> </td></table> a|b\nc\
 HARMLESS = "x" * len(HOSTILE)
 TEXTS = {
     "runs": ("status_why", "failed_checks", "notes", "git_commit", "platform", "device", "device_why", "nvml_why",
-             "throughput_why"),
+             "throughput_why", "energy_why"),
     "documents": ("prediction", "gold"),
     "scores": ("protocol",),
 }  # fmt: skip

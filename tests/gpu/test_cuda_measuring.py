@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from harness.checking.contract import Case
 from harness.checking.tiny import tiny_inputs
 from harness.measuring.clock import StepClock
 from harness.measuring.device import AllocatorMeter, PhasePeaks
+from harness.measuring.meters import Meters
 from harness.measuring.rates import transfer_rates
 
 from baselines import find_method
@@ -126,6 +128,37 @@ def test_the_clock_of_a_step_is_the_devices_own_and_leaves_pauses_out() -> None:
     with clock.paused():
         work(200)
     assert clock.stop() < 5 * short
+
+
+def test_the_card_counts_more_joules_when_it_works() -> None:
+    meters = Meters("cuda")
+    matrix = torch.randn(8192, 8192, device="cuda")
+
+    def spent(seconds: float, *, busy: bool) -> float:
+        torch.cuda.synchronize()
+        meters.start_energy()
+        started = time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            if busy:
+                torch.mm(matrix, matrix)
+                torch.cuda.synchronize()
+            else:
+                time.sleep(0.01)
+        found = meters.stop_energy()
+        if found.j is None:
+            pytest.skip(f"this card gives no energy: {found.why}")
+        return found.j
+
+    try:
+        assert spent(1.0, busy=True) > 0
+        idle, busy = spent(3.0, busy=False), spent(3.0, busy=True)
+        card, _ = meters.card_now()
+    finally:
+        meters.close()
+    assert 0 < idle < busy
+    # joules: no card takes more than its limit, up to a tenth for what the counter lags and the power overshoots
+    if card is not None and card.power_limit_w is not None:
+        assert busy <= 1.1 * 3.0 * card.power_limit_w
 
 
 def test_copies_have_a_rate_each_way() -> None:

@@ -34,6 +34,8 @@ class FakeNvml(ModuleType):
         cards: (uuid, name, UUIDs of its MIG parts or None where it is not in MIG mode).
     """
 
+    NVML_GPU_VIRTUALIZATION_MODE_NONE, NVML_GPU_VIRTUALIZATION_MODE_PASSTHROUGH = 0, 1
+    NVML_GPU_VIRTUALIZATION_MODE_VGPU, NVML_GPU_VIRTUALIZATION_MODE_HOST_VGPU = 2, 3
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     NVMLError_NoPermission = NVMLError_NoPermission
     NVMLError_NotFound = NVMLError_NotFound
@@ -51,6 +53,10 @@ class FakeNvml(ModuleType):
         self.asked: list[Any] = []
         self.closed_cards: set[int] = set()
         self.throttling = [0]
+        self.energy: dict[str, Iterator[int | Exception]] = {}
+        """Readings of the energy counter in millijoules, by card; a card that is not named has none."""
+        self.virtualization: int | None = None
+        """None: not supported, as on most machines."""
         if reports_reserved_separately:
             self.nvmlMemory_v2 = 2
 
@@ -118,6 +124,19 @@ class FakeNvml(ModuleType):
 
     def nvmlDeviceGetClockInfo(self, board: str, kind: int) -> int:  # noqa: N802
         return {self.NVML_CLOCK_SM: 1980, self.NVML_CLOCK_MEM: 2619}[kind]
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, board: str) -> int:  # noqa: N802
+        if board not in self.energy:
+            raise NVMLError("Not Supported")
+        reading = next(self.energy[board])
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+    def nvmlDeviceGetVirtualizationMode(self, board: str) -> int:  # noqa: N802
+        if self.virtualization is None:
+            raise NVMLError("Not Supported")
+        return self.virtualization
 
     def nvmlDeviceGetTemperature(self, board: str, sensor: int) -> int:  # noqa: N802
         return 41

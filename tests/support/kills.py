@@ -33,6 +33,7 @@ OF_THE_WAY = {
     "step_s",
     "processor_s",
     "waited_s",
+    "energy_j",
     "seal",
     "files_sha256",  # of logs with times; the files are compared themselves
 }

@@ -99,6 +99,17 @@ class TimingBlock(StrictRecord):
     probe_batches: int
     probe_s: float | None
     probe_s_why: str | None = None
+    probe_energy_j: float | None = Field(
+        default=None, description="of `probe_s`, by the driver's counter; null in records older than this"
+    )
+    probe_energy_why: str | None = None
+    window_energy_j: float | None = Field(
+        default=None, description="of the timed steps, by the driver's counter of the whole card, idle power included"
+    )
+    energy_j_per_1000_tokens: float | None = Field(
+        default=None, description="of the timed steps as they were, with a draw every `period_steps`"
+    )
+    energy_why: str | None = Field(default=None, description="why an energy of the timed steps is null")
     card_after: GpuState | None
     card_after_why: str | None = None
     started_utc: str

@@ -18,10 +18,12 @@ from harness.efficiency.record import TimingBlock
 from harness.efficiency.uniform_draws import uniform_policy
 from harness.efficiency.utilisation import utilisation
 from harness.measuring.clock import StepClock
+from harness.measuring.energy import Joules
 from harness.measuring.meters import Meters
 from harness.step.cell import CellRun, Phase
 from harness.step.draws import Policy
 
+NO_PROBE = "the method measures nothing before its first step"
 DEFAULT_PERIOD = 50
 """Steps between two draws for methods whose config entry does not set them."""
 
@@ -45,10 +47,12 @@ def time_steps(
     run = steps.run
     take(run)
     meters.synchronise()
+    meters.start_energy()
     before_probe = time.perf_counter()
     run.prepare()
     meters.synchronise()
     probe_s, probe_batches = time.perf_counter() - before_probe, int(_own_option(job, "probe_steps") or 0)
+    probe_energy = meters.stop_energy().over(probe_s) if probe_batches else Joules(None, NO_PROBE)
 
     layers = list(find_layers(run.model).layers)
     reached = steps.cover(layers)
@@ -58,9 +62,11 @@ def time_steps(
     remembered = 0 if history is None else len(history)
     clock = StepClock(job.device)
     meters.synchronise()
+    meters.start_energy()
     clock.start()
     draws = [steps.period(clock) for _ in range(steps.draws)]
     step_s = tuple(clock.laps())
+    energy = meters.stop_energy().over(sum(step_s))
     card, card_why = meters.card_now()
     own_period = int(_own_option(job, "sample_every") or DEFAULT_PERIOD) if steps.drawn else None
     tokens = job.cell.shape.batch * job.cell.shape.length
@@ -85,7 +91,12 @@ def time_steps(
         **_copies(history, remembered),
         probe_batches=probe_batches,
         probe_s=probe_s if probe_batches else None,
-        probe_s_why=None if probe_batches else "the method measures nothing before its first step",
+        probe_s_why=None if probe_batches else NO_PROBE,
+        probe_energy_j=probe_energy.j,
+        probe_energy_why=probe_energy.why,
+        window_energy_j=energy.j,
+        energy_j_per_1000_tokens=None if energy.j is None else 1000 * energy.j / (tokens * len(step_s)),
+        energy_why=energy.why,
         card_after=card,
         card_after_why=card_why,
         started_utc=at,

@@ -23,7 +23,7 @@ THROTTLE_REASONS = {
 class Card:
     """The GPU, or the MIG part of one, that torch sees first: the first entry of CUDA_VISIBLE_DEVICES.
 
-    Clocks, power and link are those of the whole board; memory and processes are those of the MIG part.
+    Clocks, power, energy and link are those of the whole board; memory and processes are those of the MIG part.
 
     Args:
         nvml: `pynvml`, or a stand-in for it.
@@ -46,11 +46,23 @@ class Card:
         )
         self.mig_part_unknown = not self.mig and in_mig_mode(nvml, self._handle)
         """In MIG mode, but no part was named: CUDA takes the first one, and this class cannot tell which that is."""
+        self.part_why = self._part_why()
+        """Why figures of the whole board say nothing of this process; None where it has all of the board."""
         self.reports_reserved_separately = self._has_second_version()
         """Whether the driver reports used memory apart from the memory it reserves for itself."""
         self._throttling: int | None = None
         self._throttling_why: str | None = None
         self._before = self.state()
+
+    def _part_why(self) -> str | None:
+        if self.mig or self.mig_part_unknown:
+            return "the GPU is partitioned (MIG), and its energy counter is of the whole card"
+        try:
+            mode = self._nvml.nvmlDeviceGetVirtualizationMode(self._board)
+        except Exception:  # noqa: BLE001  not supported where nothing is virtual, an attribute missing in old packages
+            return None
+        whole = (self._nvml.NVML_GPU_VIRTUALIZATION_MODE_NONE, self._nvml.NVML_GPU_VIRTUALIZATION_MODE_PASSTHROUGH)
+        return None if mode in whole else "the GPU is partitioned (vGPU), and its energy counter is of the whole card"
 
     def _has_second_version(self) -> bool:
         try:
@@ -64,6 +76,14 @@ class Card:
         if self.reports_reserved_separately:
             return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle, version=self._nvml.nvmlMemory_v2).used)
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+
+    def energy_mj(self) -> int:
+        """Millijoules that the board has used since its driver was loaded, idle power included.
+
+        Raises:
+            Exception: NVML's; boards older than Volta have no such counter.
+        """
+        return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._board))
 
     def processes(self) -> list[Any]:
         """Compute processes on the device, each with `pid` and `usedGpuMemory` (bytes or None)."""

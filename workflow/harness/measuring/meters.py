@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from harness.measuring.device import ON_THE_CPU, AllocatorMeter, PhasePeaks, allocator_settings
+from harness.measuring.energy import Joules
 from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
@@ -37,6 +38,7 @@ class Meters:
         self.device = device
         self._nvml = NvmlMeter(device, nvml)
         self._nvml.counting = False
+        self._energy = self._nvml.energy_meter()
         self._host, self._allocator = HostMeter(), AllocatorMeter(device, cuda)
         self._left_behind_limit = sys.maxsize
         self._forget_peaks()
@@ -124,6 +126,24 @@ class Meters:
     def foreign_why(self) -> str | None:
         """Which other process was seen on the GPU, in words; None if there was none."""
         return self._nvml.foreign_why
+
+    # ------------------------------------------------------------ energy
+
+    def start_energy(self) -> None:
+        """Begin a span of energy; the device has done what came before."""
+        self._energy.start()
+
+    def stop_energy(self) -> Joules:
+        """End it; the device has done what belongs to it. Unknown where it is void, and where there is no counter."""
+        found, void = self._energy.stop(), self.energy_void_why
+        return found if void is None else Joules(None, void)
+
+    @property
+    def energy_void_why(self) -> str | None:
+        """Why no energy so far is known to be this process's: a neighbour, or nobody who looks for one; else None."""
+        if self.foreign_why is not None:
+            return f"void: {self.foreign_why}"
+        return self._nvml.why
 
     # ------------------------------------------------------------ the device
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from harness.measuring.card import Card, cuda_is_initialised
 from harness.measuring.device import ON_THE_CPU
+from harness.measuring.energy import EnergyMeter
 from harness.records.run import GpuRecord
 from harness.records.units import GIB
 
@@ -75,6 +76,10 @@ class NvmlMeter:
             return
         self._thread = threading.Thread(target=self._poll, daemon=True)
         self._thread.start()
+
+    def energy_meter(self) -> EnergyMeter:
+        """A meter of the card's energy; without a card, it knows why."""
+        return EnergyMeter(self._card, self.why)
 
     def _look_before(self) -> None:
         assert self._card is not None

@@ -74,6 +74,9 @@ RUNS: dict[str, Column] = {
     "throughput_tokens_per_s": Column("Float64", "timing.throughput_tokens_per_s"),
     "throughput_total_tokens_per_s": Column("Float64", "timing.throughput_total_tokens_per_s"),
     "throughput_why": Column("string", "timing.throughput_why"),
+    "train_energy_j": Column("Float64", "timing.train_energy_j"),
+    "energy_j_per_1000_tokens": Column("Float64", "timing.energy_j_per_1000_tokens"),
+    "energy_why": Column("string", "timing.energy_why"),
     "host_peak_bytes": Column("Int64", "memory.host_peak_bytes", _peak),
     "host_pss_bytes": Column("Int64", "memory.host_pss_bytes", _peak),
     "method_pinned_peak_bytes": Column("Int64", "memory.method_pinned_peak_bytes"),
@@ -215,7 +218,7 @@ ADDED: dict[str, tuple[str, ...]] = {
     "runs": (
         "timed_steps", "throughput_total_tokens_per_s", "host_pss_bytes", "method_pinned_peak_bytes",
         "device_reserved_peak_bytes", "alloc_retries", "nvml_device_delta_peak_bytes", "nvml_delta_why", "nvml_source",
-        "foreign_why", "git_dirty", "processes", *LEFT_OUT,
+        "foreign_why", "git_dirty", "processes", "train_energy_j", "energy_j_per_1000_tokens", "energy_why", *LEFT_OUT,
     ),
     "scores": ("accuracy_normalised",),
     "documents": ("correct_normalised",),

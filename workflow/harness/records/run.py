@@ -187,6 +187,19 @@ class Timing(Record):
     throughput_why: str | None = Field(default=None, description="also why any other time here is null")
     clock: Literal["perf_counter", "cuda events"] | None = None
     device_synchronised: bool
+    prepare_energy_j: float | None = Field(
+        default=None,
+        description="of `prepare_s`; as every energy here by the driver's counter of whole cards, idle power included, "
+        "the cards of all processes together; null in records older than this",
+    )
+    prepare_energy_why: str | None = None
+    train_energy_j: float | None = Field(
+        default=None, description="sum of the steps, with the harness's looks at the weights within them"
+    )
+    energy_j_per_1000_tokens: float | None = Field(
+        default=None, description="of the timed steps: joules per 1,000 of the tokens that throughput counts"
+    )
+    energy_why: str | None = Field(default=None, description="why an energy of the steps is null")
 
 
 class GpuState(Record):

@@ -6,6 +6,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from harness.measuring.energy import COUNTS
 from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import VALIDATION, loss_cells, method_name, of_method, part, protocol
@@ -45,6 +46,10 @@ def comparison_table(frames: Frames, study: Study, label: str) -> Table:
                 raw.append(keys | numbers)
                 shown = keys | {"method": method_name(study, frames, method, notes)}
                 display.append(shown | _text(mine, runs, numbers, judged.get(method), notes, suite))
+    if any(row["energy_median_j_per_1000_tokens"] is not None for row in raw):
+        for shown, row in zip(display, raw, strict=True):
+            shown["J/1,000 tokens"] = number(row["energy_median_j_per_1000_tokens"], 2)
+        notes.add(COUNTS)
     alike = [key for key in ("model", "task", "suite") if len({row[key] for row in display}) == 1]
     where = ", ".join(f"{key} {display[0][key]}" for key in alike)
     notes.add(f"Difference: held-out loss minus that of {first}, paired by seed and document. {VERDICT_RULE}")
@@ -76,6 +81,7 @@ def _numbers(scores: DataFrame, runs: DataFrame, result: Difference | None) -> d
         "trainable_share": trained / float(total.max()) if trained is not None and len(total) else None,
         "state_peak_bytes": cost["state_peak_bytes"],
         "throughput_median_tokens_per_s": cost["throughput_median_tokens_per_s"],
+        "energy_median_j_per_1000_tokens": cost["energy_median_j_per_1000_tokens"],
         "lr": rates[0] if len(rates) == 1 else None,
     }
 

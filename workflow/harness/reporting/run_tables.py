@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from pandas import DataFrame
 
+from harness.measuring.energy import COUNTS, OLDER
 from harness.records.units import MIB
 from harness.reporting.frames import Frames
 from harness.reporting.layout import REFERENCE, groups, method_name, of_method, other_outcomes, trained, why
@@ -132,6 +133,7 @@ def efficiency_table(frames: Frames, study: Study) -> Table:
         "ok runs (each run's own figure is in runs.parquet). The ratio is to full fine-tuning of the same model and "
         "task in this study, and is left out where the two ran on different machines."
     )
+    notes.add(f"{COUNTS} Per 1,000 of the tokens that throughput counts, median over the ok runs.")
     notes.add(
         "Optimizer state: largest sum of live tensors at step ends that belong neither to the model nor to the "
         "harness, moments that sleep in host memory included. Memory is the largest of the ok runs."
@@ -182,6 +184,7 @@ def efficiency_numbers(runs: DataFrame, reference: DataFrame) -> dict[str, Any]:
         "step_p95_s": median_or_none(runs["step_p95_s"].dropna()),
         "throughput_total_median_tokens_per_s": median_or_none(runs["throughput_total_tokens_per_s"].dropna()),
         "throughput_median_tokens_per_s": speed,
+        "energy_median_j_per_1000_tokens": median_or_none(runs["energy_j_per_1000_tokens"].dropna()),
         "throughput_ratio_to_full": speed / base if comparable and speed and base else None,
         "clipped_mean_share": summarise([float(v) for v in runs["clipped_share"].dropna()]).mean,
     }
@@ -216,6 +219,12 @@ def _efficiency_text(
             text += notes.mark("the allocator ran out of memory and emptied its cache: the time is not comparable.")
         return text
 
+    def energy_text() -> str:
+        value = numbers["energy_median_j_per_1000_tokens"]
+        if value is not None or runs.empty:
+            return number(value, 2)
+        return UNKNOWN + notes.mark("; ".join(sorted({why(text, OLDER) for text in runs["energy_why"]})))
+
     outcomes = other_outcomes(everything, notes)
     shared = sorted(set(runs["foreign_why"].dropna()))
     beside = (
@@ -235,6 +244,7 @@ def _efficiency_text(
         "device process (MiB)": mebibytes("nvml_process_peak_bytes", "nvml_why"),
         "tokens/s": speed_text(),
         "ratio to full": ratio_text(),
+        "J/1,000 tokens": energy_text(),
         "clipped steps (%)": dash() if clipped is None else number(100 * clipped, 1),
     }
 

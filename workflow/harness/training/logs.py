@@ -11,6 +11,7 @@ import numpy as np
 
 from baselines.method import LayerTrace, StepFacts
 from grass.importance import effective_layers
+from harness.measuring.energy import Joules, together
 from harness.measuring.processors import ProcessorTime, crowded_why
 from harness.records import atomic
 from harness.records.run import Timing
@@ -32,6 +33,10 @@ class Log:
     observed: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     prepare_s: float = 0.0
+    prepare_energy_j: float | None = None
+    prepare_energy_why: str | None = "the run ended before"
+    energy_why: str | None = None
+    """Why a step has no energy: the first reason."""
     compared: int = 0
     """How often the weights of all processes were compared."""
     apart_at: list[int] = field(default_factory=list)
@@ -47,6 +52,7 @@ class Log:
         tokens: int,
         total_tokens: int,
         seconds: float,
+        energy: Joules,
         processor: ProcessorTime | None = None,
     ) -> None:
         """One optimizer step.
@@ -59,8 +65,10 @@ class Log:
             tokens: without padding, of all processes.
             total_tokens: the same with padding.
             seconds: of the slowest process.
+            energy: of the cards of all processes.
             processor: this process's processor time; None on a GPU.
         """
+        self.energy_why = self.energy_why or energy.why
         self.steps.append(
             {
                 "step": step,
@@ -71,6 +79,7 @@ class Log:
                 "tokens": tokens,
                 "total_tokens": total_tokens,
                 "step_s": seconds,
+                "energy_j": energy.j,
                 "processor_s": None if processor is None else processor.ran_s,
                 "waited_s": None if processor is None else processor.waited_s,
             }
@@ -144,6 +153,26 @@ class Log:
                 row["step_s"] = None
         return why
 
+    def judge_energy(self, void_why: str | None) -> None:
+        """Void all energy if a card was not the run's alone, as `void_why` says. Call it before `write`."""
+        if void_why is not None:
+            self.prepare_energy_j, self.prepare_energy_why = None, void_why
+            self.energy_why = void_why
+            for row in self.steps:
+                row["energy_j"] = None
+
+    def _energy(self, steps: Sequence[dict[str, Any]], *, void_why: str | None) -> Joules:
+        """Of these steps together; unknown, too, where their times are void."""
+        if not steps:
+            return Joules(None, "no step was made")
+        # a run resumed from an old resume state has no energy for its first steps
+        why = self.energy_why or "steps of an older resume state have no energy"
+        known = [Joules(row["energy_j"]) if row.get("energy_j") is not None else Joules(None, why) for row in steps]
+        if void_why is not None:
+            known.append(Joules(None, f"void: {void_why}"))
+        found = together(known)
+        return found if found.j is None else found.over(sum(row["step_s"] for row in steps))
+
     def _crowded_why(self) -> str | None:
         """Which part of their time the steps waited for a processor, if it was too much; None on a GPU."""
         # a run resumed from an old resume state has no processor time for its first steps
@@ -192,6 +221,9 @@ class Log:
                 return None
             return float(sum(s[key] for s in timed) / seconds.sum())
 
+        whole = self._energy(self.steps, void_why=void_why)
+        of_timed = self._energy(timed, void_why=void_why) if timed else Joules(None, why)
+        tokens = sum(s["tokens"] for s in timed)
         return Timing(
             load_s=load_s,
             prepare_s=self.prepare_s if void_why is None else None,
@@ -207,4 +239,9 @@ class Log:
             throughput_why=why,
             clock=clock,
             device_synchronised=clock == "cuda events",
+            prepare_energy_j=self.prepare_energy_j,
+            prepare_energy_why=self.prepare_energy_why,
+            train_energy_j=whole.j,
+            energy_j_per_1000_tokens=None if of_timed.j is None else 1000 * of_timed.j / tokens,
+            energy_why=whole.why or of_timed.why,
         )

@@ -16,6 +16,7 @@ import torch
 
 from grass.distributed import ranks
 from harness.measuring.clock import StepClock
+from harness.measuring.energy import together
 from harness.measuring.meters import Meters
 from harness.progress import Progress, say
 from harness.records.claim import claim, with_code
@@ -99,6 +100,7 @@ def train(
     memory = run.meters.record(state_peak_bytes=max((p.state_bytes for p in run.periods), default=None))
     gpu, gpu_why = run.meters.gpu_record()
     void_why = run.log.judge_times(foreign_why=memory.foreign_why, alloc_retries=memory.alloc_retries)
+    run.log.judge_energy(next(filter(None, [run.meters.energy_void_why, *run.energy_void_whys]), None))
     if folder is not None and rank() == 0:
         run.log.write(folder, run.periods)
     return TrainRecord(
@@ -168,6 +170,8 @@ class _Run:
         self.ending = Ending(in_phase=self._in_phase, release=self.meters.empty_cache)
         self.checks: list[Check] = []
         self.peaks: list[Peaks] = []
+        self.energy_void_whys: list[str | None] = []
+        """Of every process's card, by rank."""
         self.current_phase = "load"
 
     def whole(
@@ -225,6 +229,8 @@ class _Run:
     def _prepare(self, run: Loaded) -> None:
         """Let the method make its measurements, on calibration batches."""
         with self._in_phase("prepare"):
+            self.meters.synchronise()
+            self.meters.start_energy()
             started = time.perf_counter()
             # dropout in the probe must not change the random numbers of training
             with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self._on_gpu else []):
@@ -232,6 +238,8 @@ class _Run:
                 run.method.prepare(run.method.calibration)
             self.meters.synchronise()
             self.log.prepare_s = time.perf_counter() - started
+            energy = together(gathered(self.meters.stop_energy())).over(self.log.prepare_s)
+            self.log.prepare_energy_j, self.log.prepare_energy_why = energy.j, energy.why
         self._observe(run, 0)
 
     # ------------------------------------------------------------ steps
@@ -269,16 +277,23 @@ class _Run:
         self.checks = verdict(run.promise, run.facts, self.periods, bf16_weights=coarse)
         self.checks += agreement(compared=self.log.compared, apart_at=self.log.apart_at)
         self.peaks = [Peaks(*peaks) for peaks in gathered(self.meters.highest())]
+        self.energy_void_whys = gathered(self.meters.energy_void_why)
 
     def _step(self, run: Loaded, step: int, period: int) -> float:
         """Run one timed optimizer step; returns the mean loss per label token."""
         factor = lr_factor(step, self.recipe)
         context = WatchedStep(run, step, period, meters=self.meters, clock=self.clock, log=self.log)
+        self.meters.start_energy()
         self.clock.start()
         facts = run_step(run, step, lr_factor=factor, context=context)
-        seconds, loss = self.clock.stop(), context.mean_loss()
+        seconds, energy, loss = self.clock.stop(), self.meters.stop_energy(), context.mean_loss()
         own = share_of(
-            context.batches, loss=loss, grad_norm=facts.grad_norm, seconds=seconds, rows=run.batches.own_numbers(step)
+            context.batches,
+            loss=loss,
+            grad_norm=facts.grad_norm,
+            seconds=seconds,
+            energy=energy,
+            rows=run.batches.own_numbers(step),
         )
         whole = total(own, step=step, rows=run.batches.rows_of(step))
         if not whole.finite:
@@ -291,6 +306,7 @@ class _Run:
             tokens=whole.tokens,
             total_tokens=whole.total_tokens,
             seconds=whole.seconds,
+            energy=whole.energy,
             processor=self.clock.processor,
         )
         context.release_tensors()

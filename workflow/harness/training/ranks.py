@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grass.distributed import checksum, ranks
+from harness.measuring.energy import Joules, together
 from harness.records.run import Check
 
 T = TypeVar("T")
@@ -68,6 +69,8 @@ class Share:
     total_tokens: int
     """The same with padding."""
     seconds: float
+    energy: Joules
+    """Of its card; of a total, of all cards."""
     rows: Sequence[int]
     """Numbers of the training rows it took."""
 
@@ -78,7 +81,13 @@ class Share:
 
 
 def share_of(
-    batches: Sequence[Mapping[str, Tensor]], *, loss: float, grad_norm: float | None, seconds: float, rows: list[int]
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    loss: float,
+    grad_norm: float | None,
+    seconds: float,
+    energy: Joules,
+    rows: list[int],
 ) -> Share:
     """What this process did of a step, whose micro-batches were `batches`."""
     return Share(
@@ -87,6 +96,7 @@ def share_of(
         tokens=sum(int(batch["attention_mask"].sum()) for batch in batches),
         total_tokens=sum(batch["attention_mask"].numel() for batch in batches),
         seconds=seconds,
+        energy=energy,
         rows=rows,
     )
 
@@ -107,6 +117,7 @@ def total(share: Share, *, step: int, rows: Sequence[int]) -> Share:
         tokens=sum(one.tokens for one in shares),
         total_tokens=sum(one.total_tokens for one in shares),
         seconds=max(one.seconds for one in shares),
+        energy=together([one.energy for one in shares]),
         rows=taken,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from typing import Any
 
 import efficiency_data as data
@@ -12,6 +13,7 @@ from harness.efficiency.measure import CellPhases, execute
 from harness.efficiency.plan import Entry
 from harness.efficiency.timing import watched_reach
 from harness.efficiency.utilisation import utilisation
+from harness.measuring import energy
 from harness.measuring.census import state_bytes
 from harness.measuring.clock import StepClock
 from harness.measuring.meters import LEFTOVER_BYTES, Meters
@@ -49,6 +51,8 @@ def test_a_timing_block_has_whole_periods_and_says_what_it_saw(entries: dict[str
     assert block.offload_mode == "move"
     assert block.probe_batches == 2
     assert (block.mfu_share, block.mfu_why) == (None, "the run was on the CPU")
+    assert block.window_energy_j is block.energy_j_per_1000_tokens is block.probe_energy_j is None
+    assert block.energy_why == block.probe_energy_why == "the run was on the CPU"
 
 
 def test_methods_meet_the_same_draws_whenever_they_draw(entries: dict[str, Entry], meters: Meters) -> None:
@@ -68,6 +72,39 @@ def test_a_method_that_draws_nothing_has_no_period(entries: dict[str, Entry], me
     assert block.tokens_per_s == pytest.approx(block.window_tokens_per_s)
     assert (block.probe_s, block.moved_bytes_per_step) == (None, None)
     assert block.copy_why == "the method keeps no history of copies"
+
+
+@pytest.mark.parametrize("method", ["lora", "grass-decoder"])
+def test_energy_is_of_the_timed_steps_and_of_the_probe(
+    method: str, entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A counter whose readings are the number of steps made so far, and two joules more after the probe."""
+    made = {"probe": 0, "steps": 0}
+    nvml = FakeNvml()
+    nvml.energy = {"GPU-a": (1000 * (made["steps"] + 2 * made["probe"]) for _ in count())}
+    _, meters = fake_gpu(nvml)
+
+    def counted(of: str, call: Any) -> Any:
+        def step(*arguments: Any, **named: Any) -> Any:
+            call(*arguments, **named)
+            made[of] += 1
+
+        return step
+
+    monkeypatch.setattr(CellRun, "prepare", counted("probe", CellRun.prepare))
+    monkeypatch.setattr(CellRun, "step", counted("steps", CellRun.step))
+    short = execute(data.job(entries[method], "timing"), meters).timing
+    monkeypatch.setattr(energy, "SHORTEST_S", 0.0)
+    block = execute(data.job(entries[method], "timing"), meters).timing
+    assert short is not None
+    assert block is not None
+    assert (block.window_energy_j, block.energy_why) == (10.0, None)
+    assert block.energy_j_per_1000_tokens == pytest.approx(1000 * 10.0 / block.tokens)
+    none = (None, "the method measures nothing before its first step")
+    assert (block.probe_energy_j, block.probe_energy_why) == ((2.0, None) if block.probe_batches else none)
+    assert (short.window_energy_j, short.energy_j_per_1000_tokens) == (None, None)
+    assert str(short.energy_why).endswith("s were measured, and the card's energy counter needs 2 s")
+    meters.close()
 
 
 def test_mfu_is_needed_arithmetic_by_what_the_card_could_do(entries: dict[str, Entry]) -> None:
@@ -161,12 +198,12 @@ class CountedBy(Host):
         return 20
 
 
-def fake_gpu() -> tuple[FakeCuda, Meters]:
+def fake_gpu(nvml: FakeNvml | None = None) -> tuple[FakeCuda, Meters]:
     """Meters that believe in a GPU on which 100 bytes are held already."""
     cuda = FakeCuda()
     cuda.use(100)
     cuda.retries = 3
-    return cuda, Meters("cuda", cuda=cuda, nvml=FakeNvml())
+    return cuda, Meters("cuda", cuda=cuda, nvml=FakeNvml() if nvml is None else nvml)
 
 
 def test_on_a_gpu_the_record_has_peaks_by_phase(entries: dict[str, Entry], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,17 @@ import pandas as pd
 import pytest
 import reporting_data as data
 from harness.errors import UserError
+from harness.measuring.energy import COUNTS, OLDER
 from harness.records.columns import ADDED, FRAMES
 from harness.records.reading import read
 from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
 from harness.reporting import record_rows
+from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.run_tables import efficiency_table, run_table
 from harness.reporting.score_tables import ACCURACY, HELDOUT_LOSS, score_table
 from harness.reporting.table import Table
+from harness.study.spec import Comparison
 from house import ROOT
 
 # ---------------------------------------------------------------- tables
@@ -97,6 +100,34 @@ def test_a_speed_beside_an_emptied_cache_is_marked(frames: Frames) -> None:
         runs["alloc_retries"] = pd.array([retries] * len(runs), dtype="Int64")
         table = efficiency_table(replace(frames, runs=runs), study)
         assert any(mark in note for note in table.footnotes) == marked
+
+
+def test_energy_is_the_median_of_the_ok_runs_or_a_dash_with_the_reason(frames: Frames) -> None:
+    study, mine = data.study(), of_grass(frames)
+    study_of_two = study.model_copy(
+        update={"comparisons": {"two": Comparison(title="Two", methods=("lora", "grass"), reading="They differ.")}}
+    )
+    table = efficiency_table(frames, study)
+    assert grass_row(table)["energy_median_j_per_1000_tokens"] is None
+    assert any(note.endswith(OLDER) for note in table.footnotes)
+    assert "J/1,000 tokens" not in comparison_table(frames, study_of_two, "two").display
+
+    runs = frames.runs.copy()
+    ok = mine & (runs["status"] == "ok")
+    assert ok.sum() == 3
+    runs["energy_why"] = "the run was on the CPU"
+    runs.loc[ok, "energy_j_per_1000_tokens"] = [7.0, 9.5, 8.25]
+    runs.loc[ok, "energy_why"] = None
+    known = replace(frames, runs=runs)
+    table = efficiency_table(known, study)
+    assert grass_row(table)["energy_median_j_per_1000_tokens"] == 8.25
+    here = (table.display["task"] == "arithmetic") & (table.display["method"].str.startswith("grass"))
+    assert "8.25" in set(table.display.loc[here, "J/1,000 tokens"])
+    assert any(note.endswith("the run was on the CPU") for note in table.footnotes)
+    compared = comparison_table(known, study_of_two, "two")
+    assert {"8.25", "—"} <= set(compared.display["J/1,000 tokens"])
+    for made in (table, compared):
+        assert any(note.startswith(COUNTS) for note in made.footnotes)
 
 
 def test_a_run_of_a_dirty_tree_or_of_another_machine_is_marked(frames: Frames) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from fake_gpu import FakeCuda, FakeNvml
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
-from harness.measuring import processors
+from harness.measuring import energy, processors
 from harness.measuring.meters import Meters
 from harness.records import columns
 from harness.records.columns import FRAMES
@@ -189,6 +190,75 @@ def test_an_allocator_that_ran_out_marks_the_runs_times(
     assert "the allocator ran out of memory and emptied its cache 1 times, on the steps' clock" in record.notes
     assert record.timing is not None
     assert record.timing.throughput_tokens_per_s is not None
+
+
+# ---------------------------------------------------------------- energy
+
+
+def counted() -> FakeNvml:
+    """A card whose counter is one joule further at every reading."""
+    nvml = FakeNvml(processes=[[], [(ME, 9)]])
+    nvml.energy = {"GPU-a": count(5_000_000, 1000)}
+    return nvml
+
+
+def test_a_run_has_the_energy_of_its_steps_and_of_nothing_between_them(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "SHORTEST_S", 0.0)
+    timing = train("grass", GRASS, inputs, tmp_path, monkeypatch, nvml=counted()).timing
+    assert timing is not None
+    rows = read_jsonl(tmp_path / "steps.jsonl")
+    # two readings a span: what the counter moves between two spans is in none
+    assert [row["energy_j"] for row in rows] == [1.0] * len(rows)
+    assert (timing.prepare_energy_j, timing.prepare_energy_why) == (1.0, None)
+    assert (timing.train_energy_j, timing.energy_why) == (len(rows), None)
+    timed = rows[timing.warmup_steps :][: timing.timed_steps]
+    assert timing.energy_j_per_1000_tokens == pytest.approx(1000 * len(timed) / sum(row["tokens"] for row in timed))
+
+
+def test_a_run_that_was_soon_over_has_no_energy(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "SHORTEST_S", 3600.0)
+    timing = train("full", {}, inputs, tmp_path, monkeypatch, nvml=counted()).timing
+    assert timing is not None
+    assert timing.prepare_energy_j is timing.train_energy_j is timing.energy_j_per_1000_tokens is None
+    assert str(timing.energy_why).endswith("s were measured, and the card's energy counter needs 3600 s")
+    assert str(timing.prepare_energy_why).endswith("s were measured, and the card's energy counter needs 3600 s")
+
+
+@pytest.mark.parametrize("where", ["on the card of rank 0", "on another rank's"])
+def test_a_stranger_on_any_card_of_a_run_voids_its_energy(
+    where: str, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(energy, "SHORTEST_S", 0.0)
+    nvml, why = counted(), "void: another compute process was on the GPU during the run (pid 4711)"
+    if where == "on another rank's":
+        monkeypatch.setattr(loop, "gathered", lambda mine: [None, why] if mine is None else [mine])
+    else:
+        nvml.lists[1:] = [[(ME, 9), (STRANGER, 5)]]
+    record = train("full", {}, inputs, tmp_path, monkeypatch, nvml=nvml)
+    timing = record.timing
+    assert timing is not None
+    assert timing.prepare_energy_j is timing.train_energy_j is timing.energy_j_per_1000_tokens is None
+    assert timing.energy_why == timing.prepare_energy_why == why
+    assert {row["energy_j"] for row in read_jsonl(tmp_path / "steps.jsonl")} == {None}
+    row = {name: column.of(record) for name, column in columns.RUNS.items()}
+    assert (row["train_energy_j"], row["energy_j_per_1000_tokens"], row["energy_why"]) == (None, None, why)
+
+
+def test_on_the_cpu_and_without_a_counter_energy_is_null_with_the_reason(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for nvml, why in (
+        (None, "the run was on the CPU"),
+        (FakeNvml(), "the card's energy counter cannot be read (NVML: Not Supported)"),
+    ):
+        timing = train("full", {}, inputs, tmp_path / str(nvml is None), monkeypatch, nvml=nvml).timing
+        assert timing is not None
+        assert timing.prepare_energy_j is timing.train_energy_j is timing.energy_j_per_1000_tokens is None
+        assert timing.energy_why == timing.prepare_energy_why == why
 
 
 # ---------------------------------------------------------------- pinned memory, by construction

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness.measuring.energy import Joules
 from harness.records.reading import read_jsonl
 from harness.training import ranks
 from harness.training.batches import Batches
@@ -148,13 +149,15 @@ def test_shares_of_a_step_are_its_micro_batches_in_turn() -> None:
 
 def test_a_step_is_all_shares_by_the_slowest_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = [
-        ranks.Share(loss=1.0, grad_norm=2.0, tokens=10, total_tokens=12, seconds=0.5, rows=[4, 1]),
-        ranks.Share(loss=2.0, grad_norm=2.0, tokens=20, total_tokens=24, seconds=0.7, rows=[3, 2]),
+        ranks.Share(loss=1.0, grad_norm=2.0, tokens=10, total_tokens=12, seconds=0.5, energy=Joules(3.0), rows=[4, 1]),
+        ranks.Share(loss=2.0, grad_norm=2.0, tokens=20, total_tokens=24, seconds=0.7, energy=Joules(4.5), rows=[3, 2]),
     ]
     monkeypatch.setattr(ranks, "gathered", lambda share: shares)
     whole = ranks.total(shares[0], step=0, rows=[1, 2, 3, 4])
     assert (whole.loss, whole.tokens, whole.total_tokens, whole.seconds, whole.finite) == (1.5, 30, 36, 0.7, True)
-    shares[1] = replace(shares[1], grad_norm=float("nan"))
+    assert whole.energy == Joules(7.5), "of all cards"
+    shares[1] = replace(shares[1], grad_norm=float("nan"), energy=Joules(None, "its card has no counter"))
+    assert ranks.total(shares[0], step=0, rows=[1, 2, 3, 4]).energy == shares[1].energy
     assert not ranks.total(shares[0], step=0, rows=[1, 2, 3, 4]).finite, "all stop if one has no number"
 
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
+from harness.measuring.energy import Joules
 from harness.measuring.processors import ProcessorTime
 from harness.training.logs import Log
 
 from baselines.method import StepFacts
 
+NO_ENERGY = Joules(None, "the run was on the CPU")
 
-def log_of(seconds: list[float]) -> Log:
+
+def log_of(seconds: list[float], energy: Sequence[Joules] = ()) -> Log:
     log = Log()
     for step, s in enumerate(seconds):
         facts = StepFacts(grad_norm=None, clipped=None)
-        log.step(step, loss=1.0, factor=1.0, facts=facts, tokens=10, total_tokens=12, seconds=s)
+        log.step(
+            step, loss=1.0, factor=1.0, facts=facts, tokens=10, total_tokens=12, seconds=s,
+            energy=energy[step] if energy else NO_ENERGY,
+        )  # fmt: skip
     return log
 
 
@@ -38,7 +46,7 @@ def crowded_log(*steps: tuple[float, float, float | None]) -> Log:
     for step, (seconds, ran, waited) in enumerate(steps):
         log.step(
             step, loss=1.0, factor=1.0, facts=StepFacts(grad_norm=None, clipped=None), tokens=0, total_tokens=0,
-            seconds=seconds, processor=ProcessorTime(ran, waited),
+            seconds=seconds, energy=NO_ENERGY, processor=ProcessorTime(ran, waited),
         )  # fmt: skip
     return log
 
@@ -101,3 +109,58 @@ def test_steps_of_an_older_resume_state_have_no_count_of_padding() -> None:
     timing = log.timing(load_s=0.0, period_steps=1, clock="perf_counter")
     assert timing.throughput_total_tokens_per_s is None
     assert timing.throughput_tokens_per_s == pytest.approx(20.0)
+
+
+# ---------------------------------------------------------------- energy
+
+
+def test_energy_by_tokens_is_of_the_steps_that_throughput_is_of() -> None:
+    """A warm-up of 3 steps and the unfinished period at the end cost a thousand times as much."""
+    spent = [Joules(1000.0) if step < 3 or step == 12 else Joules(2.0 + step) for step in range(13)]
+    timing = log_of([0.5] * 13, spent).timing(load_s=0.0, period_steps=3, clock="cuda events")
+    timed = sum(2.0 + step for step in range(3, 12))
+    assert (timing.warmup_steps, timing.timed_steps) == (3, 9)
+    assert timing.energy_j_per_1000_tokens == pytest.approx(1000 * timed / (10 * 9))
+    assert timing.train_energy_j == pytest.approx(timed + 4000.0)
+    assert timing.energy_why is None
+
+
+def test_one_step_without_energy_leaves_its_sum_unknown_and_the_other_known() -> None:
+    spent = [Joules(None, "the counter went back"), *[Joules(5.0)] * 9]
+    timing = log_of([1.0] * 10, spent).timing(load_s=0.0, period_steps=1, clock="cuda events")
+    assert (timing.train_energy_j, timing.energy_why) == (None, "the counter went back")
+    assert timing.energy_j_per_1000_tokens == pytest.approx(500.0), "the first step is warm-up"
+    last = log_of([1.0] * 10, spent[::-1]).timing(load_s=0.0, period_steps=1, clock="cuda events")
+    assert (last.energy_j_per_1000_tokens, last.energy_why) == (None, "the counter went back")
+
+
+def test_steps_too_short_for_the_counter_have_no_energy() -> None:
+    timing = log_of([0.25] * 10, [Joules(5.0)] * 10).timing(load_s=0.0, period_steps=1, clock="cuda events")
+    assert timing.train_energy_j == 50.0
+    why = "1.75 s were measured, and the card's energy counter needs 2 s"
+    assert (timing.energy_j_per_1000_tokens, timing.energy_why) == (None, why)
+
+
+def test_void_times_and_void_cards_leave_no_energy() -> None:
+    log = log_of([1.0] * 10, [Joules(5.0)] * 10)
+    log.prepare_energy_j, log.prepare_energy_why = 7.0, None
+    crowded = log.timing(load_s=0.0, period_steps=1, clock="cuda events", void_why="crowded")
+    assert (crowded.train_energy_j, crowded.energy_j_per_1000_tokens) == (None, None)
+    assert crowded.energy_why == "void: crowded"
+    log.judge_energy(None)
+    assert log.timing(load_s=0.0, period_steps=1, clock="cuda events").prepare_energy_j == 7.0
+    log.judge_energy("void: a neighbour")
+    found = log.timing(load_s=0.0, period_steps=1, clock="cuda events")
+    assert found.prepare_energy_j is found.train_energy_j is found.energy_j_per_1000_tokens is None
+    assert found.prepare_energy_why == found.energy_why == "void: a neighbour"
+    assert {row["energy_j"] for row in log.steps} == {None}
+
+
+def test_no_step_and_steps_of_an_older_resume_state_have_no_energy() -> None:
+    none = Log().timing(load_s=0.0, period_steps=1, clock="cuda events")
+    assert (none.train_energy_j, none.energy_why) == (None, "no step was made")
+    log = log_of([1.0] * 10, [Joules(5.0)] * 10)
+    del log.steps[5]["energy_j"]
+    timing = log.timing(load_s=0.0, period_steps=1, clock="cuda events")
+    why = "steps of an older resume state have no energy"
+    assert (timing.train_energy_j, timing.energy_j_per_1000_tokens, timing.energy_why) == (None, None, why)

@@ -8,6 +8,7 @@ from typing import get_args
 from harness.efficiency.arithmetic import PERIOD, pool
 from harness.efficiency.record import MFU_FORMULA
 from harness.efficiency.uniform_draws import expected_reach
+from harness.measuring.energy import COUNTS, OLDER
 from harness.reporting.efficiency.memory_table import (
     NOT_MEASURED,
     OTHER_CODE,
@@ -33,6 +34,8 @@ def throughput_table(rows: Rows) -> Table:
         ratios = {other: row.speed_ratios(rows.beside(row, other)) for other in rows.study.references}
         speeds = [figure.value for figure in row.speeds()]
         steps = pool(row.blocks)
+        energy = [b.energy_j_per_1000_tokens for b in row.blocks if b.energy_j_per_1000_tokens is not None]
+        energy_why = next((b.energy_why for b in row.blocks if b.energy_why), None if energy else OLDER)
         raw.append(
             labels(row)
             | {
@@ -44,6 +47,8 @@ def throughput_table(rows: Rows) -> Table:
                     for other, found in ratios.items()
                     for what, value in _middle_and_ends(found)
                 },
+                **{f"energy_j_per_1000_tokens{what}": value for what, value in _middle_and_ends(energy)},
+                "energy_why": energy_why,
                 "step_median_s": steps.median_s,
                 "step_p95_s": steps.p95_s,
                 "timed_steps": steps.count,
@@ -63,6 +68,7 @@ def throughput_table(rows: Rows) -> Table:
                 "tokens/s": number(row.speed, 0) + caveats(row, notes, missing=False),
                 "spread": _span(speeds, 0),
                 **{f"to {rows.study.name(other)}": _with_span(found) for other, found in ratios.items()},
+                "J/1,000 tokens": _with_span(energy, 1) + (notes.mark(f"{energy_why}.") if energy_why else ""),
                 "step, ms (median, p95)": f"{number(1000 * steps.median_s, 1)}, {number(1000 * steps.p95_s, 1)}",
                 "MFU": percent(median_or_none([b.mfu_share for b in row.blocks if b.mfu_share is not None])),
                 "reach (uniform draws)": f"{number(steps.mean_reach, 2)} ({number(_expected(row), 2)})",
@@ -80,6 +86,7 @@ def throughput_table(rows: Rows) -> Table:
     )
     if raw:
         notes.add(f"MFU: {MFU_FORMULA}.")
+        notes.add(f"{COUNTS} Of the timed steps as they were, with a draw every {PERIOD} steps.")
     notes.add(
         "Reach: share of the decoder layers that backward visited; in brackets, what uniform draws give on average if "
         "no embedding trains."
@@ -197,11 +204,11 @@ def _span(values: list[float], digits: int) -> str:
     return UNKNOWN if len(values) < 2 else f"{number(min(values), digits)} to {number(max(values), digits)}"
 
 
-def _with_span(values: list[float]) -> str:
+def _with_span(values: list[float], digits: int = 3) -> str:
     if not values:
         return UNKNOWN
-    return number(median_or_none(values), 3) + (
-        f" ({number(min(values), 3)} to {number(max(values), 3)})" if values[1:] else ""
+    return number(median_or_none(values), digits) + (
+        f" ({number(min(values), digits)} to {number(max(values), digits)})" if values[1:] else ""
     )
 
 

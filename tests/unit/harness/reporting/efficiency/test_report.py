@@ -9,6 +9,7 @@ import efficiency_data as data
 import pytest
 from harness.efficiency.goals import MemoryRatio, SpeedRatio
 from harness.efficiency.store import Store
+from harness.measuring.energy import COUNTS, OLDER
 from harness.reporting.efficiency.memory_table import memory_table
 from harness.reporting.efficiency.published_table import published_table
 from harness.reporting.efficiency.report import draw
@@ -92,6 +93,34 @@ def test_ratios_of_speed_are_taken_repeat_by_repeat(store: Store) -> None:
     assert float(row["ratio_to_lora_min"]) == float(row["ratio_to_lora_max"]) == pytest.approx(1.08)
     assert float(row["ratio_to_full"]) == pytest.approx(1080 / 700)
     assert float(row["tokens_per_s"]) == pytest.approx(1080 * 0.99)
+
+
+def test_energy_is_the_median_of_the_repeats_that_have_it_and_says_what_it_counts(store: Store) -> None:
+    data.measure_methods(store, "lean", "4x1024")
+    old = throughput_table(data.rows_of(store))
+    assert {row["energy_j_per_1000_tokens"] for row in csv_rows(old)} == {""}
+    assert {row["energy_why"] for row in csv_rows(old)} == {OLDER}
+    assert f"{OLDER}." in old.markdown()
+
+    lora, grass = (data.entry(MAIN, method, "lean", "4x1024") for method in ("lora", "grass"))
+    for of, found in ((lora, (40.0, 46.0, 42.0)), (grass, (30.0, None, 34.0))):
+        record = data.cell_record(of, 9.0, (1000.0, 1000.0, 1000.0))
+        blocks = tuple(
+            block.model_copy(update={"energy_j_per_1000_tokens": value, "energy_why": None if value else "went back"})
+            for block, value in zip(record.timing, found, strict=True)
+        )
+        store.keep(record.model_copy(update={"timing": blocks}))
+    table = throughput_table(data.rows_of(store))
+    rows = {row["method"]: row for row in csv_rows(table)}
+    shown = dict(zip(table.display["method"], table.display["J/1,000 tokens"], strict=True))
+    keys = ("energy_j_per_1000_tokens", "energy_j_per_1000_tokens_min", "energy_j_per_1000_tokens_max", "energy_why")
+    assert [rows["lora"][key] for key in keys] == ["42.0", "40.0", "46.0", ""]
+    assert [rows["grass"][key] for key in keys] == ["32.0", "30.0", "34.0", "went back"]
+    assert shown["lora"] == "42.0 (40.0 to 46.0)"
+    assert shown["grass"].startswith("32.0 (30.0 to 34.0)^"), "a repeat without it is marked"
+    assert shown["full"].startswith("—^")
+    assert any(note.startswith(COUNTS) for note in table.footnotes)
+    assert "idle power included" in COUNTS
 
 
 # ---------------------------------------------------------------- tables
