@@ -78,6 +78,9 @@ class PaperLabels(Strict):
     methods: dict[Label, tuple[Label, ...]] = Field(
         default_factory=dict, description="where one of the paper's may be several of ours; others keep their label"
     )
+    figures: dict[Label, str] = Field(
+        default_factory=dict, description="kind of ours, its name before `--`: the paper's figure that it measures anew"
+    )
     note: str = Field(default="", description="what of ours stands for the paper's methods, for the table's footnote")
 
 

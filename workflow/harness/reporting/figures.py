@@ -10,6 +10,7 @@ from harness.records.atomic import write_json
 from harness.reporting.frames import Frames, refuse_link
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part, trained
+from harness.reporting.memory_figures import accuracy_and_memory
 from harness.reporting.probe_figures import drift_curves, probe_figures
 from harness.reporting.result_figures import efficiency_bars, result_cells, result_dots
 from harness.reporting.style import Drawing, save, styled
@@ -41,6 +42,9 @@ def draw(frames: Frames, study: Study) -> Iterator[Drawing]:
 def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
     if result_cells(study):
         yield result_dots(frames, study, model)
+    scatter = accuracy_and_memory(frames, study, model)
+    if scatter is not None:
+        yield scatter
     yield rate_curves(frames, study, model)
     yield loss_curves(frames, study, model)
     if layerwise_methods(frames, study, model):
@@ -57,5 +61,5 @@ def write_figures(frames: Frames, study: Study, folder: Path) -> None:
     with styled():
         for drawing in draw(frames, study):
             save(drawing, folder)
-            captions[drawing.name] = drawing.texts()
+            captions[drawing.name] = drawing.texts(study.figures)
     write_json(folder.with_suffix(".json"), captions)

@@ -9,7 +9,7 @@ import json
 import platform
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from harness.reporting.page_parts import Figures, PageTables
 from harness.reporting.score_tables import MEASURES
 from harness.reporting.table import signed
 from harness.study.spec import Study
+from harness.study.views import FigureKind
 
 SVG_LIMIT_BYTES = 300_000
 PACKAGES = ("pandas", "numpy", "scipy", "matplotlib")
@@ -82,10 +83,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     write_text(out, text)
 
 
-_KINDS = (
-    "results--", "learning-rates--", "loss--", "importance--", "agreement--", "efficiency--", "probe-norms--",
-    "probe-blocks--", "probe-correlations--", "drift--",
-)  # fmt: skip
+_KINDS = tuple(f"{kind}--" for kind in get_args(FigureKind))
 
 
 def status_summary(frames: Frames) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,9 +79,11 @@ class Drawing:
     alt: str
     figure: Any
 
-    def texts(self) -> dict[str, str]:
-        """What the page needs beside the picture."""
-        return FigureTexts(caption=self.caption, alt=self.alt).model_dump()
+    def texts(self, papers: Mapping[Any, str] | None = None) -> dict[str, str]:
+        """What the page needs beside the picture; `papers` has, by kind, the paper's figure that it measures anew."""
+        anew = (papers or {}).get(self.name.partition("--")[0])
+        caption = self.caption if anew is None else f"{anew} of the paper, measured anew. {self.caption}"
+        return FigureTexts(caption=caption, alt=self.alt).model_dump()
 
 
 def looks(study: Study) -> dict[str, Look]:

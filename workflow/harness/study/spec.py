@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from baselines.method import Recipe, Strict, later
 from harness.study.labels import Label
-from harness.study.views import View
+from harness.study.views import FigureKind, View
 
 MOST_RUNS = 10_000
 LARGEST_SEED = 2**32 - 1
@@ -363,6 +363,9 @@ class Study(Strict):
     )
     question: Question | None = None
     views: dict[Label, View] = Field(default_factory=dict, description="tables by their names, such as a paper's")
+    figures: dict[FigureKind, str] = Field(
+        default_factory=dict, description="kind of ours: the paper's figure that it measures anew"
+    )
     recipe: Recipe
     search: Search | None = None
     observation: Observation

@@ -10,6 +10,11 @@ from pydantic import Field
 from baselines.method import Strict
 from harness.study.labels import Label
 
+FigureKind = Literal[
+    "results", "accuracy-and-memory", "learning-rates", "loss", "importance", "agreement", "efficiency", "probe-norms",
+    "probe-blocks", "probe-correlations", "drift",
+]  # fmt: skip
+"""What a figure shows; its name goes on with what it is of."""
 Quantity = Literal["accuracy", "accuracy_sd", "heldout_loss", "validation_loss", "peak_memory", "throughput"]
 
 

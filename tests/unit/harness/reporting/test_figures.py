@@ -221,3 +221,11 @@ def test_a_sampler_that_collapses_after_a_refresh_is_noted(frames: Frames) -> No
     before = [line for line in flagged_runs(frames) if "the sampler collapsed" in line]
     after = [line for line in flagged_runs(replace(frames, believed=believed)) if "the sampler collapsed" in line]
     assert len(after) == len(before) + 1
+
+
+def test_a_caption_names_the_papers_figure_that_is_measured_anew(frames: Frames, tmp_path: Path) -> None:
+    write_figures(frames, STUDY.model_copy(update={"figures": {"loss": "Figure 9"}}), tmp_path / "figures")
+    captions = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
+    named = {name for name, texts in captions.items() if "of the paper, measured anew" in texts["caption"]}
+    assert named == {"loss--tiny"}
+    assert captions["loss--tiny"]["caption"].startswith("Figure 9 of the paper, measured anew. ")

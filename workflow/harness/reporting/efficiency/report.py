@@ -34,7 +34,7 @@ def write_report(study: EfficiencyStudy, store: Store, published: Published) -> 
     with styled():
         for drawing in draw(rows, published):
             save(drawing, store.folder / "figures")
-            captions[drawing.name] = drawing.texts()
+            captions[drawing.name] = drawing.texts(None if study.published is None else study.published.figures)
     atomic.write_json(store.folder / "figures.json", captions)
     _remove_others(store.folder / "figures", {f"{name}.{suffix}" for name in captions for suffix in ("svg", "png")})
     return list(captions)
