@@ -162,6 +162,10 @@ class AdaGradSelect(Method):
         """Host blocks of moments that are registered with CUDA."""
         return self.arena.pinned_bytes
 
+    def sleeps_on_host(self) -> bool:
+        """Always."""
+        return True
+
     def expect(self, facts: ModelFacts) -> Expectation:
         """At most the largest blocks train; as counts grow, the choice may stop changing."""
         sizes = sorted((sum(p.numel() for p in block) for block in self.blocks), reverse=True)

@@ -170,6 +170,10 @@ class GrassMethod(Method):
         offload = self.optimizer.states.offload
         return 0 if offload is None else offload.arena.pinned_bytes
 
+    def sleeps_on_host(self) -> bool:
+        """With `auto` moments may stay on the device, which is known only once its peak is."""
+        return self.options.offload == "move"
+
     def expect(self, facts: ModelFacts) -> Expectation:
         """Drawn layers move in their period; with `keep`, every layer visited so far has state."""
         options = self.options

@@ -279,6 +279,10 @@ class Method:
         """
         return None
 
+    def sleeps_on_host(self) -> bool:
+        """Whether moments of what sleeps are sure to be kept in host memory on a GPU, and not only if they must be."""
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """Everything besides the weights that a bit-exact resume needs."""
         return {} if self.optimizer is None else {"optimizer": self.optimizer.state_dict()}

@@ -2,9 +2,9 @@
 
     python -m tests.rehearsal --mirror <folder> --folder <folder> [--study config/paper.yaml]
 
-`--mirror` holds two real models as `../shared/reference/real-models.md` makes them: their tokenizers stand in for those
-of Llama and Gemma. The configurations are the published ones, by their sizes in config/efficiency.yaml. The data are the
-real files, as far as `../shared/data` has them; the two training sets are joined from the parts that it has.
+`--mirror` holds two real models as `../shared/reference/real-models.md` makes them: their tokenizers stand in for
+Llama's and Gemma's. The configurations are the published ones, by their sizes in config/efficiency.yaml. The data are
+the real files, as far as `../shared/data` has them; the two training sets are joined from the parts that it has.
 `python -m harness rehearse` makes the study small, and Snakemake runs it.
 """
 

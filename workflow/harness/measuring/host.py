@@ -79,6 +79,34 @@ def cgroup_peak(proc: Path = PROC, root: Path = CGROUPS) -> Reading:
     return None, "the control group keeps no peak of its memory (needs Linux 5.19, or version 1 of the interface)"
 
 
+def free_bytes(proc: Path = PROC, root: Path = CGROUPS, memory: Path = Path("/proc/meminfo")) -> int | None:
+    """Bytes that this process can still take: what the kernel has free or can free, within its control group's limit.
+
+    None where the kernel does not say.
+    """
+    try:
+        free = _kilobytes(memory, "MemAvailable:")
+    except (OSError, LookupError):
+        return None
+    for folder in (root, *(root / path for path in _group_paths(proc))):
+        try:
+            limit, used = int((folder / "memory.max").read_text()), int((folder / "memory.current").read_text())
+            pages = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue  # without a limit, or version 1 of the interface
+        # cached files count as used, and give way
+        free = min(free, limit - used + int(pages.get("inactive_file", 0)))
+    return max(0, free)
+
+
+def _group_paths(proc: Path) -> list[str]:
+    try:
+        lines = (proc / "cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    return [line.split(":", 2)[2].lstrip("/") for line in lines if line.startswith("0::")]
+
+
 def _kilobytes(file: Path, key: str) -> int:
     for line in file.read_text().splitlines():
         if line.startswith(key):

@@ -17,6 +17,7 @@ import torch
 from grass.distributed import ranks
 from harness.measuring.clock import StepClock
 from harness.measuring.energy import together
+from harness.measuring.host import free_bytes
 from harness.measuring.meters import Meters
 from harness.progress import Progress, say
 from harness.records.claim import claim, with_code
@@ -32,6 +33,7 @@ from harness.study.spec import Observation
 from harness.training.batches import CalibrationBatches
 from harness.training.ending import Ending
 from harness.training.engagement import Period
+from harness.training.host_room import too_little_host_memory
 from harness.training.loading import Inputs, Loaded, load
 from harness.training.logs import Log
 from harness.training.ranks import (
@@ -193,6 +195,8 @@ class _Run:
         )
         first_step = self._resume(run, state_folder, lr=lr, seed=seed)
         if first_step == 0:
+            if why := too_little_host_memory(run, self.recipe.device, processes=ranks(), free=free_bytes()):
+                raise CannotRunError(why)
             self._prepare(run)
         self._train(run, first_step, seed, state_folder, checkpoint_every)
         if rank() != 0:
