@@ -67,6 +67,7 @@ class GrassMethod(Method):
     Config = GrassOptions
     PAPER = "arXiv 2604.07808"
     RANKS = True
+    ADAMW = True
     # a random model's layers differ by noise, which `auto` turns into draws, other ones with other micro-batches
     EXAMPLES = (
         {"active_layers": 2, "sample_every": 3, "probe_steps": 2, "temperature": 1.0},
@@ -124,6 +125,7 @@ class GrassMethod(Method):
             train_head=self.options.train_head,
             train_final_norm=self.options.train_final_norm,
             state_dtype=self.recipe.state_dtype,
+            stochastic_rounding=self.recipe.stochastic_rounding,
             betas=self.recipe.betas,
             eps=self.recipe.eps,
             weight_decay=self.recipe.weight_decay,
@@ -190,6 +192,7 @@ class GrassMethod(Method):
             final_norm=options.train_final_norm,
             trainable_parameters=largest + outside,
             state_bytes_per_parameter=moment_bytes(self.recipe),
+            state_in_8_bits=self.recipe.state_dtype == "int8",
             state_of="visited" if options.state == "keep" else "active",
         )
 

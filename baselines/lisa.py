@@ -8,7 +8,7 @@ recommend: that choice is ours.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -47,9 +47,10 @@ class Lisa(Method):
     norm trains too. We follow the code.
     """
 
-    Config = LisaOptions
+    Config: ClassVar[type[Options]] = LisaOptions
     PAPER = "arXiv 2403.17919"
-    EXAMPLES = (
+    ADAMW = True
+    EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = (
         {"active_layers": 2, "sample_every": 3, "state": "reset"},
         {"active_layers": 2, "sample_every": 3, "state": "keep"},
         {
@@ -82,7 +83,7 @@ class Lisa(Method):
         found = find_layers(model)
         self.layer_parameters = found.layer_parameters()
         self.generator = torch.Generator().manual_seed(self.seed)
-        self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr)
+        self.optimizer = adamw(list(model.parameters()), self.recipe, self.lr, seed=self.seed)
         set_trainable(found.outside["embedding"], self.options.train_embedding)
         set_trainable(found.outside["head"], self.options.train_head)
         set_trainable(found.outside["final_norm"], self.options.train_final_norm)
@@ -119,6 +120,7 @@ class Lisa(Method):
             final_norm=options.train_final_norm,
             trainable_parameters=sum(largest) + outside,
             state_bytes_per_parameter=moment_bytes(self.recipe),
+            state_in_8_bits=self.recipe.state_dtype == "int8",
             state_of="active" if self.options.state == "reset" else "visited",
         )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 if TYPE_CHECKING:
     import torch
@@ -60,10 +60,24 @@ class Recipe(Strict):
     compute_dtype: Literal["fp32", "bf16"] | None = later(
         None, description="of matrix products: bf16 is autocast over fp32 weights; null computes in weight_dtype"
     )
-    state_dtype: Literal["fp32", "bf16"] = Field(default="fp32", description="dtype of the optimizer's moments")
+    state_dtype: Literal["fp32", "bf16", "int8"] = Field(
+        default="fp32", description="dtype of the optimizer's moments; int8: codes with a scale for every 256 of them"
+    )
+    stochastic_rounding: bool = later(
+        False, description="bf16 weights and bf16 second moments are rounded up or down at random, right on average"
+    )
     activation_checkpointing: bool = False
     chunked_loss: bool = later(False, description="the head is applied to some tokens at a time: logits take no memory")
     device: Literal["cpu", "cuda"] = "cpu"
+
+    @model_validator(mode="after")
+    def _something_is_rounded(self) -> Recipe:
+        if self.stochastic_rounding and "bf16" not in (self.weight_dtype, self.state_dtype):
+            raise ValueError(
+                f"stochastic_rounding has nothing to round: weight_dtype is {self.weight_dtype} and state_dtype "
+                f"{self.state_dtype}; it is for bf16"
+            )
+        return self
 
     @property
     def autocast(self) -> bool:
@@ -92,6 +106,10 @@ class ModelFacts:
     tied_embeddings: bool
     tensor_parameters: Mapping[str, int] = field(default_factory=dict)
     """Size of each parameter tensor, by its name in the untouched model, in the model's own order."""
+    layer_tensors: tuple[tuple[int, ...], ...] = ()
+    """Size of each parameter tensor of each decoder layer."""
+    outside_tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The same of `embedding`, `final_norm` and `head`."""
 
     @property
     def layers(self) -> int:
@@ -143,6 +161,8 @@ class Expectation:
     """`sampled`, `all`: parameters that train in each layer while it is active, if they are not the layer's own
     (adapters); a layer with 0 never moves."""
     state_bytes_per_parameter: int = 0
+    state_in_8_bits: bool = False
+    """Larger tensors have packed moments instead (`grass.quantised`)."""
     state_of: Literal["none", "active", "visited", "constant"]
     """`active`: state exists only for parameters that train now; `visited`: also for layers that trained before;
     `constant`: `state_bytes` at any time."""
@@ -150,6 +170,19 @@ class Expectation:
     """`sampled`: bytes of each layer's state, if they do not follow from the layer's size (adapters, projections)."""
     state_bytes: int | None = None
     """`constant`: all bytes of state."""
+
+    def state_bytes_of_layers(self, facts: ModelFacts) -> tuple[int, ...]:
+        """Bytes of each decoder layer's state, by the formula."""
+        if self.state_in_8_bits:
+            return tuple(sum(map(packed_moments_bytes, sizes)) for sizes in facts.layer_tensors)
+        return tuple(count * self.state_bytes_per_parameter for count in facts.layer_parameters)
+
+    def state_bytes_outside(self, facts: ModelFacts) -> int:
+        """Bytes of state of what trains outside the decoder layers, by the formula."""
+        trained = {"embedding": self.embedding, "head": self.head, "final_norm": self.final_norm}
+        if self.state_in_8_bits:
+            return sum(packed_moments_bytes(n) for key, on in trained.items() if on for n in facts.outside_tensors[key])
+        return facts.outside_parameters(**trained) * self.state_bytes_per_parameter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +236,9 @@ class Method:
     """True: several processes, each with its share of a step's micro-batches, may train one model together: they update
     by gradients averaged over them, as `end_step` below does, and `prepare` averages what it measures. Otherwise a run
     that asks for several is `skipped`."""
+    ADAMW: ClassVar[bool] = False
+    """True: all that has state are tensors of the model, updated by `grass.adamw`, and `expect` says whether it is in
+    8 bits. Otherwise a recipe with `state_dtype: int8` or with `stochastic_rounding` is `skipped`."""
 
     EXAMPLES: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options with which the contract suite tries this method on a model of 4 layers and width 32, in 12 steps."""
@@ -306,8 +342,11 @@ def tied_conflict(facts: ModelFacts, *, embedding: bool, head: bool) -> str | No
     return f"the model's head is tied to its embedding: it cannot train the {on} and leave the {off} out"
 
 
-def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """AdamW with the recipe's settings, over parameters or parameter groups: the same update for every method."""
+def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float, *, seed: int = 0) -> torch.optim.Optimizer:
+    """AdamW with the recipe's settings, over parameters or parameter groups: the same update for every method.
+
+    `seed` is that of stochastic rounding.
+    """
     from grass.adamw import AdamW
 
     return AdamW(
@@ -317,7 +356,20 @@ def adamw(parameters: Sequence[Any], recipe: Recipe, lr: float) -> torch.optim.O
         eps=recipe.eps,
         weight_decay=recipe.weight_decay,
         state_dtype=torch_dtype(recipe.state_dtype),
+        stochastic_rounding=recipe.stochastic_rounding,
+        seed=seed,
     )
+
+
+def precision_conflict(method: type[Method], recipe: Recipe) -> str | None:
+    """Reason to skip if the recipe's number formats are not for this method; otherwise None."""
+    if method.ADAMW or not method.TRAINS:
+        return None
+    if recipe.state_dtype == "int8":
+        return "state_dtype int8: this method keeps state of its own, in fp32 or bf16"
+    if recipe.stochastic_rounding:
+        return "stochastic_rounding: this method has updates of its own, which round to nearest"
+    return None
 
 
 def host_number(value: Tensor) -> float:
@@ -332,13 +384,20 @@ def host_number(value: Tensor) -> float:
     return current().number(value)
 
 
-def torch_dtype(name: Literal["fp32", "bf16"]) -> torch.dtype:
-    """The torch dtype for a short name in the config."""
-    import torch
+def torch_dtype(name: Literal["fp32", "bf16", "int8"]) -> torch.dtype:
+    """The torch dtype for a short name in the config; that of packed moments for int8."""
+    from grass.options import STATE_DTYPES
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    return STATE_DTYPES[name]
 
 
 def moment_bytes(recipe: Recipe) -> int:
-    """Bytes of AdamW's two moments for one parameter."""
-    return {"fp32": 8, "bf16": 4}[recipe.state_dtype]
+    """Bytes of AdamW's two moments for one parameter; with int8, of a tensor too small to be packed."""
+    return {"fp32": 8, "bf16": 4, "int8": 8}[recipe.state_dtype]
+
+
+def packed_moments_bytes(entries: int) -> int:
+    """Bytes of AdamW's two moments of one tensor under `state_dtype: int8`."""
+    from grass.quantised import PACKED, moment_bytes, stored_dtype
+
+    return 2 * moment_bytes(entries, stored_dtype(entries, PACKED))

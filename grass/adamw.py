@@ -2,8 +2,8 @@
 
 `torch.optim.AdamW` keeps its moments in the parameter's dtype. A bf16 second moment with beta2 = 0.999 never decays
 (0.999 v rounds back to v), so bf16 weights need fp32 moments or stochastic rounding. With moments in the weights' dtype
-and no stochastic rounding, the update equals torch's bit for bit. Working in pieces keeps temporaries small, whatever
-the size of a matrix.
+and no stochastic rounding, the update equals torch's bit for bit. Moments may be packed in 8 bits (`grass.quantised`).
+Working in pieces keeps temporaries small, whatever the size of a matrix.
 """
 
 from __future__ import annotations
@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grass.host import current
+from grass.quantised import BLOCK, PACKED, moment_bytes, pack, stored_dtype, unpack
 from grass.rounding import round_stochastically
 
 Moments = dict[str, Any]
-"""One parameter's state: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape, the moments' dtype)."""
+"""One parameter's state: `step` (int), `exp_avg` and `exp_avg_sq` (the parameter's shape, the moments' dtype; packed
+ones are one-dimensional)."""
 
 
 def new_moments(parameter: nn.Parameter, dtype: torch.dtype) -> Moments:
     """Zero moments for `parameter`, on its device."""
-    zeros = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    stored = stored_dtype(parameter.numel(), dtype)
+    if stored == PACKED:
+        zeros = torch.zeros(moment_bytes(parameter.numel(), PACKED), dtype=PACKED, device=parameter.device)
+    else:
+        zeros = torch.zeros_like(parameter, dtype=stored, memory_format=torch.preserve_format)
     return {"step": 0, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
 
 
@@ -66,36 +72,60 @@ def update_piece(
     Args:
         weight: entries to update, any shape.
         gradient: their gradients, same shape.
-        first: first moments (`exp_avg`), same shape, the moments' dtype.
+        first: first moments (`exp_avg`), same shape, the moments' dtype; or packed, whole records.
         second: second moments (`exp_avg_sq`), same shape and dtype as `first`.
         step: number of this parameter's step, counted from 1.
         group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
         generator: random bits. If given, the arithmetic is in fp32, and bf16 weights and second moments are rounded
-            stochastically. If None, the arithmetic is in the moments' dtype, rounded to nearest.
+            stochastically. If None, the arithmetic is in the moments' dtype, rounded to nearest; in fp32 if they are
+            packed.
     """
     beta1, beta2 = group["betas"]
-    dtype = first.dtype if generator is None else torch.float32
-    g, m, v, w = (t if t.dtype == dtype else t.to(dtype) for t in (gradient, first, second, weight))
+    packed = first.dtype == PACKED
+    dtype = torch.float32 if packed or generator is not None else first.dtype
+    g, w = (t if t.dtype == dtype else t.to(dtype) for t in (gradient, weight))
+    if packed:
+        m = unpack(first, weight.numel(), signed=True).view(weight.shape)
+        v = unpack(second, weight.numel(), signed=False).view(weight.shape)
+    else:
+        m, v = (t if t.dtype == dtype else t.to(dtype) for t in (first, second))
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     denominator = (v.sqrt().div_((1 - beta2**step) ** 0.5)).add_(group["eps"])
     if group["weight_decay"] != 0:
         w.mul_(1 - group["lr"] * group["weight_decay"])
     w.addcdiv_(m, denominator, value=-group["lr"] / (1 - beta1**step))
-    for stored, computed, stochastic in ((first, m, False), (second, v, True), (weight, w, True)):
+    moments = [] if packed else [(first, m, False), (second, v, True)]
+    for stored, computed, stochastic in (*moments, (weight, w, True)):
         if stored.dtype == dtype:
             continue  # computed in place
         if stochastic and generator is not None and stored.dtype == torch.bfloat16:
             round_stochastically(computed, stored, generator)
         else:
             stored.copy_(computed)
+    if packed:
+        del g, w, denominator  # packing has temporaries of its own
+        pack(m.view(-1), first, signed=True)
+        pack(v.view(-1), second, signed=False)
 
 
-def pieces_of(parameter: nn.Parameter) -> Iterator[tuple[int, int]]:
-    """(start, end) of the pieces of `parameter`, counted in entries of the flattened parameter."""
+def pieces_of(parameter: nn.Parameter, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """(start, end) of the pieces of `parameter`, counted in entries of the flattened parameter.
+
+    Args:
+        parameter: any parameter.
+        dtype: in which its moments are stored; no record of packed ones is divided.
+    """
     count, size = parameter.numel(), current().piece_elements(parameter.device)
+    if dtype == PACKED:
+        size = -(size // -BLOCK) * BLOCK
     for start in range(0, count, size):
         yield start, min(start + size, count)
+
+
+def part_of_moment(dtype: torch.dtype, start: int, end: int) -> slice:
+    """Where the piece of entries `start` to `end` lies in a flattened moment of that stored dtype."""
+    return slice(moment_bytes(start, PACKED), moment_bytes(end, PACKED)) if dtype == PACKED else slice(start, end)
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -109,7 +139,7 @@ class AdamW(Optimizer):
     Args:
         params: parameters or groups.
         lr, betas, eps, weight_decay: as in AdamW.
-        state_dtype: dtype of the moments.
+        state_dtype: dtype of the moments; `grass.quantised.PACKED` keeps them in 8 bits.
         stochastic_rounding: round bf16 weights and bf16 second moments stochastically.
         seed: seed of stochastic rounding.
     """
@@ -151,15 +181,19 @@ class AdamW(Optimizer):
         assert parameter.grad is not None
         moments["step"] += 1
         step = moments["step"]
-        tensors = [parameter, parameter.grad, moments["exp_avg"], moments["exp_avg_sq"]]
+        first, second = moments["exp_avg"], moments["exp_avg_sq"]
         if not parameter.is_contiguous():
             # a non-contiguous parameter has no flat view to split, so it is one piece
-            update_piece(*tensors, step=step, group=group, generator=self._bits(parameter, number, step, 0))
+            bits = self._bits(parameter, number, step, 0)
+            update_piece(parameter, parameter.grad, first, second, step=step, group=group, generator=bits)
             return
-        flattened = [flat(t) for t in tensors]
-        for start, end in pieces_of(parameter):
-            part = [t[start:end] for t in flattened]
-            update_piece(*part, step=step, group=group, generator=self._bits(parameter, number, step, start))
+        weight, gradient, first, second = (flat(t) for t in (parameter, parameter.grad, first, second))
+        for start, end in pieces_of(parameter, first.dtype):
+            piece, moment = slice(start, end), part_of_moment(first.dtype, start, end)
+            bits = self._bits(parameter, number, step, start)
+            update_piece(
+                weight[piece], gradient[piece], first[moment], second[moment], step=step, group=group, generator=bits
+            )
 
     def _bits(self, parameter: nn.Parameter, number: int, step: int, start: int) -> torch.Generator | None:
         if self.rounding is None:

@@ -22,7 +22,7 @@ from grass.host import current
 from grass.importance import Importance, Norm, gradient_norms, root_mean_square
 from grass.layers import OUTSIDE, find_layers, set_trainable
 from grass.offload.states import LayerStates
-from grass.options import Offload, Options, Reprobe, State
+from grass.options import Offload, Options, Reprobe, State, StateDtype
 from grass.probing import Loss, Prober, end_probe_in_step
 from grass.refusals import refuse_loss_scaling, refuse_unfit_model
 from grass.sampling import Sampler
@@ -72,7 +72,7 @@ class Grass(Optimizer):
         sampler: Sampler = "importance",
         reprobe: Reprobe = False,
         offload: Offload = "auto",
-        state_dtype: Literal["fp32", "bf16"] = "fp32",
+        state_dtype: StateDtype = "fp32",
         stochastic_rounding: bool = False,
         accumulation_steps: int = 1,
         seed: int = 0,
@@ -390,6 +390,7 @@ class Grass(Optimizer):
         """Everything a bit-exact resume needs: moments, active set, importance, probabilities, window, generator."""
         self.states.settle()
         packed = super().state_dict()
+        packed["state"] = {number: self.states.to_save(moments) for number, moments in packed["state"].items()}
         packed["grass"] = {
             "steps": self.steps,
             "calls": self._calls,

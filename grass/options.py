@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from grass.importance import Norm
+from grass.quantised import PACKED
 from grass.sampling import Sampler
 
 State = Literal["keep", "reset"]
 Offload = Literal["resident", "move", "auto"]
 Reprobe = Literal[False] | Iterable[Any] | Callable[[], Iterable[Any]]
 
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+StateDtype = Literal["fp32", "bf16", "int8"]
+
+STATE_DTYPES: dict[StateDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": PACKED}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,9 @@ class Options:
     """Where moments are kept. `resident`: those of active layers on the device, of sleeping layers on the host (paper:
     moved when layers change). `move`: all on the host, staged in chunks only for the update. `auto`: chosen by free
     memory at peak. Results are bitwise equal."""
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype of the moments (ours; the paper's memory table needs bf16, whose second moment never decays)."""
+    state_dtype: StateDtype = "fp32"
+    """Dtype of the moments (ours; the paper's memory table needs bf16, whose second moment never decays). `int8`: codes
+    of 8 bits, with a scale for every 256 of them (see `grass.quantised`)."""
     stochastic_rounding: bool = False
     """Round bf16 weights and bf16 second moments up or down at random, with the exact value as expectation; the update
     is then computed in fp32 (ours)."""
@@ -169,10 +173,10 @@ class Options:
         for name, parameter in parameters.items():
             if not parameter.is_contiguous():
                 raise ValueError(f"the parameter {name} is not contiguous: set its .data to .data.contiguous()")
-        if self.stochastic_rounding and self.state_dtype == "fp32":
+        if self.stochastic_rounding and self.state_dtype != "bf16":
             dtypes = {p.dtype for p in parameters.values()}
             if torch.bfloat16 not in dtypes:
                 raise ValueError(
                     f"stochastic_rounding has nothing to round: weights are {', '.join(sorted(map(str, dtypes)))} "
-                    "and moments fp32; it is for bf16 weights or state_dtype='bf16'"
+                    f"and moments {self.state_dtype}; it is for bf16 weights or state_dtype='bf16'"
                 )

@@ -19,6 +19,7 @@ from grass.offload.blocks import Block, Chunk
 from grass.offload.hooks import LayerHooks
 from grass.offload.offload import StateOffload
 from grass.options import Options
+from grass.quantised import PACKED, stored_dtype
 
 
 class LayerStates:
@@ -119,13 +120,12 @@ class LayerStates:
 
     def _update_chunk(self, block: Block, chunk: Chunk, moments: Tensor) -> None:
         group = self._optimizer.param_groups[block.index]
-        all_first, all_second = moments.unbind()
         for piece in chunk.pieces:
             p = block.parameters[piece.parameter]
             if p.grad is None:
                 continue
-            begin, count = piece.offset - chunk.start, piece.end - piece.start
-            first, second = all_first.narrow(0, begin, count), all_second.narrow(0, begin, count)
+            count = piece.end - piece.start
+            first, second = piece.moments(moments, piece.offset - chunk.start)
             weight, gradient = flat(p).narrow(0, piece.start, count), flat(p.grad).narrow(0, piece.start, count)
             step, bits = self._optimizer.state[p]["step"], None
             if self._rounding is not None:
@@ -175,6 +175,16 @@ class LayerStates:
         if self.offload is not None:
             self.offload.settle()
 
+    def to_save(self, moments: dict[str, Any]) -> dict[str, Any]:
+        """One parameter's state for a state dict: fp32 moments within a block of packed ones are copied out of it.
+
+        torch saves no storage that is seen as two dtypes.
+        """
+        if self._options.dtype != PACKED:
+            return moments
+        small = {key: value for key, value in moments.items() if isinstance(value, Tensor) and value.dtype != PACKED}
+        return {**moments, **{key: value.clone() for key, value in small.items()}}
+
     def load(self, state_dict: dict[str, Any], active: Sequence[int], accumulation_steps: int) -> None:
         """Load the moments of an optimizer's state dict, from any device, and place each where this optimizer keeps it.
 
@@ -183,10 +193,11 @@ class LayerStates:
         """
         numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
         saved = {p: state_dict["state"].get(n) for p, n in zip(self._number, numbers, strict=True)}
-        for moments in saved.values():
-            if moments is not None and "exp_avg" in moments and moments["exp_avg"].dtype != self._options.dtype:
+        for p, moments in saved.items():
+            wanted = stored_dtype(p.numel(), self._options.dtype)
+            if moments is not None and "exp_avg" in moments and moments["exp_avg"].dtype != wanted:
                 raise ValueError(
-                    f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {self._options.dtype}: "
+                    f"the saved moments are {moments['exp_avg'].dtype}, this optimizer keeps {wanted}: "
                     "build it with the state_dtype it was saved with"
                 )
         # the moments may be views of this optimizer's own, as in opt.load_state_dict(opt.state_dict())

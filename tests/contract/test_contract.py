@@ -9,11 +9,19 @@ from typing import Any
 
 import pytest
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
-from harness.checking.contract import CHECKS, FAMILY_CHECKS, Case
-from harness.checking.tiny import FAMILIES, tiny_inputs
+from harness.checking.contract import (
+    CHECKS,
+    FAMILY_CHECKS,
+    Case,
+    loss_falls,
+    promises_hold,
+    resume_equals_straight,
+)
+from harness.checking.tiny import FAMILIES, WIDTH, tiny_inputs
 from harness.training.loading import Inputs
 
 from baselines import find_method, method_names
+from grass import quantised
 
 MODULES = method_names()
 CASES = [(module, options) for module in MODULES for options in find_method(module).EXAMPLES]
@@ -75,6 +83,42 @@ def test_every_method_keeps_its_promises_under_every_recipe(
 ) -> None:
     record = Case(module, find_method(module).EXAMPLES[0], inputs, tmp_path).train("run", **recipe)
     assert (record.status, record.status_why) == ("ok", None)
+
+
+PRECISIONS: list[dict[str, Any]] = [
+    {"state_dtype": "int8"},
+    {"state_dtype": "int8", "weight_dtype": "bf16", "stochastic_rounding": True},
+    {"state_dtype": "bf16", "weight_dtype": "bf16", "stochastic_rounding": True},
+]
+ADAMW = [number for number in EVERY if find_method(CASES[number][0]).ADAMW]
+
+
+@pytest.mark.parametrize(
+    ("number", "recipe"),
+    [(number, recipe) for number in ADAMW for recipe in (PRECISIONS if number in FIRST else PRECISIONS[:1])],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_promises_and_resume_hold_in_8_bits_and_with_stochastic_rounding(
+    number: int, recipe: dict[str, Any], inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, options = CASES[number]
+    method = find_method(module)
+    monkeypatch.setattr(quantised, "SMALLEST", WIDTH + 1)  # all matrices of this model are packed, its vectors are not
+    monkeypatch.setattr(method, "EXAMPLE_RECIPE", {**method.EXAMPLE_RECIPE, **recipe})
+    case = Case(module, options, inputs, tmp_path)
+    for check in (promises_hold, resume_equals_straight, loss_falls):
+        assert check(case) is None, check.__name__
+
+
+@pytest.mark.parametrize("recipe", PRECISIONS[:1] + PRECISIONS[2:], ids=lambda recipe: recipe["state_dtype"])
+@pytest.mark.parametrize("module", [name for name in MODULES if not find_method(name).ADAMW])
+def test_a_method_with_state_of_its_own_refuses_them(
+    module: str, recipe: dict[str, Any], inputs: Inputs, tmp_path: Path
+) -> None:
+    record = Case(module, find_method(module).EXAMPLES[0], inputs, tmp_path).train("run", **recipe)
+    named = "state_dtype int8" if recipe["state_dtype"] == "int8" else "stochastic_rounding"
+    assert record.status == ("skipped" if find_method(module).TRAINS else "ok")
+    assert named in (record.status_why or named)
 
 
 @pytest.mark.parametrize(

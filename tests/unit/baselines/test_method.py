@@ -25,6 +25,7 @@ from baselines.method import (
     StepFacts,
     adamw,
     moment_bytes,
+    packed_moments_bytes,
     tied_conflict,
     torch_dtype,
 )
@@ -147,6 +148,28 @@ def test_moments_have_the_recipes_dtype_and_bytes(name: Any, dtype: torch.dtype,
     moments = [value for value in optimizer.state[weight].values() if isinstance(value, Tensor) and value.numel() == 5]
     assert {m.dtype for m in moments} == {dtype} == {torch_dtype(name)}
     assert sum(m.numel() * m.element_size() for m in moments) == 5 * moment_bytes(recipe) == 5 * size
+
+
+def test_int8_packs_what_is_large_enough() -> None:
+    recipe = recipe_of(state_dtype="int8")
+    weights = [nn.Parameter(torch.ones(size)) for size in (5, 4096)]
+    optimizer = adamw(weights, recipe, 1e-3)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    held = [sum(t.nbytes for t in optimizer.state[w].values() if isinstance(t, Tensor)) for w in weights]
+    assert held == [5 * moment_bytes(recipe), 2 * (4096 + 4 * 16)] == [packed_moments_bytes(size) for size in (5, 4096)]
+
+
+def test_a_recipe_with_nothing_to_round_is_refused() -> None:
+    with pytest.raises(ValueError, match="stochastic_rounding has nothing to round: weight_dtype is fp32 and state"):
+        recipe_of(stochastic_rounding=True, state_dtype="int8")
+    for name, seed in (("weight_dtype", 0), ("state_dtype", 1)):
+        optimizer = adamw(
+            [nn.Parameter(torch.ones(1))], recipe_of(stochastic_rounding=True, **{name: "bf16"}), 1e-3, seed=seed
+        )
+        assert optimizer.rounding is not None  # type: ignore[attr-defined]
+        assert optimizer.rounding.seed == seed  # type: ignore[attr-defined]
 
 
 def test_adamw_has_the_recipes_constants() -> None:

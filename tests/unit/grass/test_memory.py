@@ -88,7 +88,10 @@ def test_checkpointing_in_the_probe_changes_no_norm() -> None:
     assert measured[0] == measured[1]
 
 
-@pytest.mark.parametrize(("weight", "state_dtype"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+@pytest.mark.parametrize(
+    ("weight", "state_dtype"),
+    [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "int8"), ("bf16", "int8")],
+)
 @pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
 def test_an_update_needs_no_temporary_the_size_of_a_matrix(
     weight: str, state_dtype: Any, *, rounding: bool, monkeypatch: pytest.MonkeyPatch

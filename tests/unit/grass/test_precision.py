@@ -8,9 +8,10 @@ import pytest
 import torch
 from grass_tiny import batch, grass_of, llama, same, train, weights
 
-from grass import Grass
+from grass import Grass, quantised
 from grass.adamw import AdamW
 from grass.host import PIECE_ELEMENTS
+from grass.options import STATE_DTYPES
 
 BF16 = torch.bfloat16
 
@@ -38,12 +39,15 @@ def reference_run(model: Any, opt_of_grass: Grass, optimizer: torch.optim.Optimi
         (BF16, "fp32", True),
         (BF16, "bf16", True),
         (torch.float32, "bf16", True),
+        (torch.float32, "int8", False),
+        (BF16, "int8", True),
     ],
 )
 def test_every_mode_and_dtype_is_adamw_on_the_active_layers_bit_for_bit(
     weight: Any, state_dtype: Any, rounding: bool, offload: Any, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(PIECE_ELEMENTS, "cpu", piece)
+    monkeypatch.setattr(quantised, "SMALLEST", 200)  # so that this model has packed moments and others
     options: dict[str, Any] = {
         "sampler": "uniform", "state_dtype": state_dtype, "stochastic_rounding": rounding,
         "weight_decay": 0.1, "seed": 4,
@@ -54,7 +58,7 @@ def test_every_mode_and_dtype_is_adamw_on_the_active_layers_bit_for_bit(
     everything = [p for group in Grass(theirs, lr=1e-2, active_layers=2).param_groups for p in group["params"]]
     adamw = AdamW(
         everything, lr=1e-2, weight_decay=0.1, seed=4, stochastic_rounding=rounding,
-        state_dtype={"fp32": torch.float32, "bf16": BF16}[state_dtype],
+        state_dtype=STATE_DTYPES[state_dtype],
     )  # fmt: skip
     reference_run(theirs, opt, adamw, 9)
     assert same(weights(mine), weights(theirs))
@@ -64,7 +68,7 @@ def test_every_mode_and_dtype_is_adamw_on_the_active_layers_bit_for_bit(
             assert opt.state[p]["step"] == adamw.state[q]["step"]
             for key in ("exp_avg", "exp_avg_sq"):
                 assert torch.equal(opt.state[p][key], adamw.state[q][key])
-                assert opt.state[p][key].dtype == adamw.state_dtype
+                assert opt.state[p][key].dtype == quantised.stored_dtype(p.numel(), adamw.state_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -103,8 +107,10 @@ def test_stochastic_rounding_repeats_under_its_seed_and_differs_under_another() 
     assert not same(ends[0], ends[2])
 
 
-def test_a_resumed_run_rounds_as_if_nothing_had_happened() -> None:
-    options: dict[str, Any] = {"stochastic_rounding": True, "state_dtype": "bf16", "seed": 3}
+@pytest.mark.parametrize("state_dtype", ["bf16", "int8"])
+def test_a_resumed_run_rounds_as_if_nothing_had_happened(state_dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantised, "SMALLEST", 200)
+    options: dict[str, Any] = {"stochastic_rounding": True, "state_dtype": state_dtype, "seed": 3}
     straight, first, second = llama(dtype=BF16), llama(dtype=BF16), llama(dtype=BF16)
     opt, before = grass_of(straight, **options), grass_of(first, **options)
     train(straight, opt, 0, 8)

@@ -84,6 +84,17 @@ class PaperLabels(Strict):
     note: str = Field(default="", description="what of ours stands for the paper's methods, for the table's footnote")
 
 
+class Stated(Strict):
+    """What the authors of a method that is not run here state about it: a row of the memory table, marked as theirs."""
+
+    name: str = Field(min_length=1)
+    source: str = Field(min_length=1, description="where they state it, such as arXiv 2605.21177")
+    model: str = Field(min_length=1, description="in their words, such as 7B")
+    length: int | None = Field(default=None, gt=0, description="tokens a row; null: not known")
+    peak_gb: float | None = Field(default=None, gt=0, description="on the device, in GB; null: no such figure is known")
+    says: str = Field(min_length=1, description="what it is, and their other figures")
+
+
 # ---------------------------------------------------------------- the study
 
 
@@ -112,6 +123,7 @@ class EfficiencyStudy(Strict):
     targets: tuple[Goal, ...] = ()
     target_notes: tuple[str, ...] = Field(default=(), description="footnotes of the table of targets")
     published: PaperLabels | None = None
+    stated: tuple[Stated, ...] = Field(default=(), description="figures of others, as their authors state them")
 
     @model_validator(mode="after")
     def _labels_are_known(self) -> EfficiencyStudy:

@@ -204,10 +204,7 @@ class _Watched:
         if not self._tracker.host:
             return 0
         facts, promise = run.facts, run.promise
-        outside = facts.outside_parameters(
-            embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm
-        )
-        states = promise.state_bytes_per_parameter * (sum(facts.layer_parameters) + outside)
+        states = sum(promise.state_bytes_of_layers(facts)) + promise.state_bytes_outside(facts)
         return states - self._device_state_bytes()
 
     def _watch_loss(self, model: Any) -> None:

@@ -52,7 +52,10 @@ def forecast_run(training: Training, *, name: str, model: Path, rows: Path) -> R
         settings=Settings(activation_checkpointing=recipe.activation_checkpointing, chunked_loss=recipe.chunked_loss),
         shape=Shape(batch=recipe.micro_batch_size, length=max(2, longest)),
         numerics=Numerics(
-            weight_dtype=recipe.weight_dtype, state_dtype=recipe.state_dtype, max_grad_norm=recipe.max_grad_norm
+            weight_dtype=recipe.weight_dtype,
+            state_dtype=recipe.state_dtype,
+            stochastic_rounding=recipe.stochastic_rounding,
+            max_grad_norm=recipe.max_grad_norm,
         ),
         micro_batches=recipe.accumulation_steps,
         autocast=recipe.autocast,

@@ -93,6 +93,7 @@ def _grass(cell: Cell) -> Parts:
     # what an entry leaves out, or sets to None, is the library's own default
     options = {name: value for name, value in cell.options.items() if value is not None and name not in _PROBES}
     options |= {"state_dtype": cell.numerics.state_dtype, "max_grad_norm": cell.numerics.max_grad_norm}
+    options |= {"stochastic_rounding": True} if cell.numerics.stochastic_rounding else {}
     probe = f"islice(batches(CALIBRATION), {known['probe_steps']})"
     reprobe = f", reprobe=lambda: {probe}" if known["reprobe"] else ""
     attach = [f"optimizer = Grass(model, lr={cell.lr!r}, {_arguments(options)}{reprobe})  {LR_NOTE}"]
@@ -130,11 +131,14 @@ def _full(cell: Cell) -> Parts:
 
 
 def _with_adamw(cell: Cell, parameters: str) -> Parts:
-    options = f"lr={cell.lr!r}, state_dtype={_dtype(cell.numerics.state_dtype)}"
+    packed = cell.numerics.state_dtype == "int8"
+    options = f"lr={cell.lr!r}, state_dtype={'PACKED' if packed else _dtype(cell.numerics.state_dtype)}"
+    options += ", stochastic_rounding=True" if cell.numerics.stochastic_rounding else ""
     limit = cell.numerics.max_grad_norm
     clip = [] if limit is None else [f"torch.nn.utils.clip_grad_norm_(model.parameters(), {limit})"]
     attach = [f"optimizer = AdamW({parameters}, {options})  {LR_NOTE}"]
-    return ["from grass.adamw import AdamW"], attach, [_STEP[0], *clip, *_STEP[1:]]
+    imports = ["from grass.adamw import AdamW", *(["from grass.quantised import PACKED"] if packed else [])]
+    return imports, attach, [_STEP[0], *clip, *_STEP[1:]]
 
 
 _STEP = ["loss_of(model, batch).backward()", "optimizer.step()", "optimizer.zero_grad()"]

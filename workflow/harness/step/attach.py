@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from baselines import find_method
-from baselines.method import Expectation, Method, ModelFacts, Recipe
+from baselines.method import Expectation, Method, ModelFacts, Recipe, precision_conflict
 from grass.distributed import ranks
 from harness.errors import first_line
 from harness.step.facts import facts_of
@@ -74,7 +74,7 @@ def attach(method: Method, model: nn.Module) -> Attached:
     with refusals():
         switch_on_checkpointing(model, method.recipe.activation_checkpointing)
         facts = facts_of(model)
-        reason = method.skip(facts)
+        reason = precision_conflict(type(method), method.recipe) or method.skip(facts)
         if reason is not None:
             raise CannotRunError(reason)
         module = method.attach(model).train()

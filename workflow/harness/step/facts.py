@@ -46,6 +46,8 @@ def facts_of(model: nn.Module) -> ModelFacts:
         hidden_size=config.get_text_config().hidden_size,
         tied_embeddings=head == 0,
         tensor_parameters={name: p.numel() for name, p in model.named_parameters()},
+        layer_tensors=tuple(tuple(p.numel() for p in layer.parameters()) for layer in found.layers),
+        outside_tensors={key: tuple(p.numel() for p in given) for key, given in found.outside.items()},
     )
 
 

@@ -61,7 +61,8 @@ class Numerics(Strict):
     """What of a recipe decides memory."""
 
     weight_dtype: Literal["fp32", "bf16"]
-    state_dtype: Literal["fp32", "bf16"] = Field(description="dtype of the optimizer's moments")
+    state_dtype: Literal["fp32", "bf16", "int8"] = Field(description="dtype of the optimizer's moments")
+    stochastic_rounding: bool = later(False, description="of bf16 weights and bf16 second moments")
     max_grad_norm: float | None = Field(gt=0, description="global-norm clipping; null switches it off")
 
 
@@ -96,6 +97,7 @@ class Cell(Strict):
             weight_dtype=self.numerics.weight_dtype,
             compute_dtype="bf16" if self.autocast else None,
             state_dtype=self.numerics.state_dtype,
+            stochastic_rounding=self.numerics.stochastic_rounding,
             activation_checkpointing=self.settings.activation_checkpointing,
             device=device,
         )

@@ -49,6 +49,8 @@ MOST_CHOICES = 5
 VOCABULARY = 1_000
 """Upper bound for a model pretrained here: its tokenizer has letters, digits and some hundred words."""
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
+MOMENT_BYTES = {**WEIGHT_BYTES, "int8": 1.1}
+"""With int8, codes and scales are 1.02; tensors too small for them are few in a model that fills memory."""
 _FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13}
 """By device and weight dtype: one slow core; on a GPU half of an A100's peak without TF32, and a fifth of its peak in
 bf16."""
@@ -97,7 +99,7 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: i
     """
     recipe = training.recipe
     count = parameters(training.model, paths)
-    weight, state = WEIGHT_BYTES[recipe.weight_dtype], WEIGHT_BYTES[recipe.state_dtype]
+    weight, state = WEIGHT_BYTES[recipe.weight_dtype], MOMENT_BYTES[recipe.state_dtype]
     step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
     return _needs(
         held_bytes=processes * (3 * weight + 2 * state) * count + (processes - 1) * BASE_BYTES,
@@ -152,7 +154,7 @@ def weight_bytes(training: Training, paths: Paths) -> int:
 
 def state_bytes(training: Training, paths: Paths) -> int:
     """Upper bound of a run's resume state: weights and both moments of whatever trains."""
-    weight, moment = WEIGHT_BYTES[training.recipe.weight_dtype], WEIGHT_BYTES[training.recipe.state_dtype]
+    weight, moment = WEIGHT_BYTES[training.recipe.weight_dtype], MOMENT_BYTES[training.recipe.state_dtype]
     share = ADAPTER_SHARE if "peft" in find_method(training.module).REQUIRES else 1.0
     return round(share * parameters(training.model, paths) * (weight + 2 * moment))
 

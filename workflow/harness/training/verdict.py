@@ -200,12 +200,8 @@ class _StateLaw:
 
     def __init__(self, promise: Expectation, facts: ModelFacts) -> None:
         self.promise = promise
-        each = promise.state_bytes_per_parameter
-        self.layers = promise.layer_state_bytes or tuple(n * each for n in facts.layer_parameters)
-        outside = facts.outside_parameters(
-            embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm
-        )
-        self.outside = outside * each
+        self.layers = promise.layer_state_bytes or promise.state_bytes_of_layers(facts)
+        self.outside = promise.state_bytes_outside(facts)
         self.sizes = facts.tensor_parameters
         self.visited: set[int] = set()
         self.visited_tensors: set[str] = set()
@@ -220,6 +216,8 @@ class _StateLaw:
         if promise.state_of == "constant":
             assert promise.state_bytes is not None
             return promise.state_bytes
+        if promise.state_in_8_bits and promise.layers == "all":
+            return self.outside + sum(self.layers)
         if promise.layers == "all":
             return promise.trainable_parameters * promise.state_bytes_per_parameter
         if promise.layers == "chosen":
@@ -237,7 +235,8 @@ class _StateLaw:
             return f"{promise.state_bytes:,} at any time"
         if promise.layer_state_bytes is not None:
             return f"{max(self.layers):,} or fewer a layer of what is {promise.state_of}"
-        return f"{promise.state_bytes_per_parameter} bytes a parameter of what is {promise.state_of}"
+        each = f"{promise.state_bytes_per_parameter} bytes a parameter of what is {promise.state_of}"
+        return f"{each}; larger tensors in 8 bits" if promise.state_in_8_bits else each
 
 
 def _belief(periods: Sequence[Period]) -> Check:

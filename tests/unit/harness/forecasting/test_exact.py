@@ -96,6 +96,22 @@ def test_it_does_so_in_autocast_too(method: str) -> None:
     assert fake.by_phase["forward"] != forecast(plain).by_phase["forward"]
 
 
+@pytest.mark.parametrize("method", ["full", "lisa", "grass-move", "decoder-resident"])
+@pytest.mark.parametrize("rounding", [False, True], ids=["nearest", "stochastic"])
+def test_it_does_so_with_moments_in_8_bits(method: str, *, rounding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grass.quantised.SMALLEST", WIDTH + 1)  # all matrices are packed
+    plain = small(method, "lean")
+    changes = {"state_dtype": "int8", "stochastic_rounding": rounding}
+    packed = plain.model_copy(update={"numerics": plain.numerics.model_copy(update=changes)})
+    fake, of_bf16 = forecast(packed), small_forecast(method, "lean")
+    assert figures(fake) == figures(forecast(packed, tensors="real"))
+    for found, of_others in (
+        (fake.device_state_bytes, of_bf16.device_state_bytes), (fake.host_bytes, of_bf16.host_bytes)
+    ):  # fmt: skip
+        # two bytes a parameter and its part of the scales, instead of four
+        assert 0.5 * of_others <= found <= 0.53 * of_others
+
+
 # ------------------------------------------------------------ defects that the comparison must see
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import re
 from typing import Any, get_args
 
+from harness.efficiency.spec import Stated
 from harness.records.run import Memory, largest
 from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
 from harness.reporting.table import UNKNOWN, Footnotes, Table, gib_or_unknown, number, signed, table_of_rows
 
 NOT_MEASURED = "not measured on a GPU"
 OTHER_CODE = "forecast by other code than today's."
+STATED = "stated by its authors, GB"
 
 
 def memory_table(rows: Rows) -> Table:
@@ -48,6 +50,7 @@ def memory_table(rows: Rows) -> Table:
                 **{f"measured_{key}": value for key, value in host_columns(memory).items()},
                 "measured_peak_phase": None if memory is None else memory.peak_phase,
                 "forecast_relative_error": error,
+                **({"stated_peak_gb": None, "stated_in": None} if rows.study.stated else {}),
             }
             | outcome(row)
         )
@@ -63,8 +66,12 @@ def memory_table(rows: Rows) -> Table:
                 + (notes.mark(f"{memory.nvml_why}.") if memory is not None and memory.nvml_why else ""),
                 "forecast off by": UNKNOWN if error is None else f"{signed(100 * error, 1)} %",
                 "peak in": str((memory and memory.peak_phase) or (row.forecast and row.forecast.peak_phase) or UNKNOWN),
+                **({STATED: UNKNOWN} if rows.study.stated else {}),
             }
         )
+    for other in rows.study.stated if raw else ():
+        raw.append({**dict.fromkeys(raw[0]), **_stated(other)})
+        display.append({**dict.fromkeys(display[0], UNKNOWN), **_shown_stated(other, notes)})
     notes.add(
         f"Ratios are to {name} on the same model under the same settings and shape: forecast to forecast, measured to "
         "measured."
@@ -81,6 +88,25 @@ def memory_table(rows: Rows) -> Table:
         display,
         notes,
     )
+
+
+# ---------------------------------------------------------------- methods of others, not run here
+
+
+def _stated(row: Stated) -> dict[str, Any]:
+    return {
+        "model": row.model, "length": row.length, "method": row.name, "stated_peak_gb": row.peak_gb,
+        "stated_in": row.source, "status_why": "not run here: stated by its authors",
+    }  # fmt: skip
+
+
+def _shown_stated(row: Stated, notes: Footnotes) -> dict[str, str]:
+    mark = notes.mark(f"stated by its authors ({row.source}), not run here: {row.says}.")
+    shape = UNKNOWN if row.length is None else f"?x{row.length}"
+    return {
+        "model": row.model, "shape": shape, "method": row.name + mark,
+        STATED: UNKNOWN if row.peak_gb is None else number(row.peak_gb, 2),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- columns

@@ -25,7 +25,11 @@ assert PAPER is not None
 
 
 def csv_rows(table: Table) -> list[dict[str, str]]:
-    """What stands in the file."""
+    """What stands in the file about what runs here."""
+    return [row for row in _every_row(table) if not row.get("stated_in")]
+
+
+def _every_row(table: Table) -> list[dict[str, str]]:
     return list(csv.DictReader(table.raw.to_csv(index=False).splitlines()))
 
 
@@ -140,6 +144,28 @@ def test_the_memory_table_has_forecast_beside_measured(store: Store) -> None:
     assert [cell.strip() for cell in line.strip("|").split("|")][3:9] == [
         "grass-decoder", "17.00", "0.876", "17.34", "0.876", "17.34",
     ]  # fmt: skip
+
+
+def test_what_others_state_is_a_row_of_the_memory_table_and_marked(store: Store) -> None:
+    data.forecast_methods(store, "plain", "1x1024")
+    table = memory_table(data.rows_of(store))
+    theirs = {row["method"]: row for row in _every_row(table) if row["stated_in"]}
+    assert set(theirs) == {"ChunkFT", "SlideFormer", "MegaTrain"}
+    chunk = theirs["ChunkFT"]
+    assert (chunk["model"], chunk["length"], chunk["stated_peak_gb"]) == ("7B", "1024", "13.72")
+    for row in theirs.values():
+        assert row["status_why"] == "not run here: stated by its authors"
+        # nothing of it is ours
+        assert {row[key] for key in row if "forecast" in key or "measured" in key} == {""}
+    assert theirs["MegaTrain"]["stated_peak_gb"] == ""
+    lines = {name: next(line for line in table.markdown().splitlines() if f"| {name}" in line) for name in theirs}
+    assert "| 13.72" in lines["ChunkFT"]
+    assert "13.72" not in lines["MegaTrain"]
+    assert "stated by its authors (arXiv 2605.21177), not run here: full-parameter tuning" in table.markdown()
+
+
+def test_a_store_without_records_has_no_row_of_others_either(store: Store) -> None:
+    assert _every_row(memory_table(data.rows_of(store))) == []
 
 
 def test_out_of_memory_is_a_row_with_its_reason(store: Store) -> None:
