@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
-from harness.study import progress
+from harness.study import progress, workers
 from harness.study.cards import card_for, cards
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, OVERLAP, PROBE, ROWS, SEARCH, SUITE, TRAIN
@@ -56,6 +56,9 @@ except UserError as error:
     raise WorkflowError(str(error)) from None
 RUNTIME = PLAN.study.runtime
 STUDY = PATHS.study(PLAN.study.study)
+# of jobs that may run in a warm worker; on a cluster each is a process of its own, which the scheduler knows
+LOCAL = not IN_JOB and workflow.resource_settings.nodes is None
+HARNESS = workers.command(warm=LOCAL)
 if not IN_JOB:
     os.environ[STUDY_FILE] = str(CONFIG)
 
@@ -79,9 +82,11 @@ onstart:
     COPY.write()
     # jobs inherit it, for their progress lines
     os.environ |= progress.begin(PLAN, PATHS, Path(".snakemake") / "study.work")
-    files = {Path(file) for job in workflow.dag.needrun_jobs() for file in job.output}
-    if line := disk_is_too_small(files):
+    jobs = list(workflow.dag.needrun_jobs())
+    if line := disk_is_too_small({Path(file) for job in jobs for file in job.output}):
         sys.exit(line)
+    if LOCAL:
+        os.environ |= workers.start(PLAN, {job.rule.name for job in jobs}, Path(".snakemake") / "workers")
 
 
 # on a cluster these stay where Snakemake runs: a compute node may have no network to fetch from, and what is made of all

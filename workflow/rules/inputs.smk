@@ -16,7 +16,7 @@ rule pretrain:
     params:
         spec=str(PATHS.spec(MODEL, "{model}")),
     shell:
-        "{PYTHON:q} -m harness pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
+        "{HARNESS} pretrain --spec {params.spec} --threads {RUNTIME.threads} --log {log}"
 
 
 rule prefetch_model:

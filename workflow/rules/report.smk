@@ -35,7 +35,7 @@ rule collect:
     params:
         out=STUDY,
     shell:
-        "{PYTHON:q} -m harness collect --config {AS_BEGUN:q} --out {params.out} --log {log}"
+        "{HARNESS} collect --config {AS_BEGUN:q} --out {params.out} --log {log}"
 
 
 rule tables:
@@ -52,7 +52,7 @@ rule tables:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON:q} -m harness tables --config {AS_BEGUN:q} --frames {params.frames} --out {output} --log {log}"
+        "{HARNESS} tables --config {AS_BEGUN:q} --frames {params.frames} --out {output} --log {log}"
 
 
 rule figures:
@@ -71,7 +71,7 @@ rule figures:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON:q} -m harness figures --config {AS_BEGUN:q} --frames {params.frames} --out {output.figures} --log {log}"
+        "{HARNESS} figures --config {AS_BEGUN:q} --frames {params.frames} --out {output.figures} --log {log}"
 
 
 rule page:
@@ -91,7 +91,7 @@ rule page:
     params:
         frames=STUDY,
     shell:
-        "{PYTHON:q} -m harness page --config {AS_BEGUN:q} --frames {params.frames} --out {output} --log {log}"
+        "{HARNESS} page --config {AS_BEGUN:q} --frames {params.frames} --out {output} --log {log}"
 
 
 # One failed job must not take the other runs' tables with it. They go to a folder of their own, since Snakemake must

@@ -18,7 +18,7 @@ rule probe:
     params:
         spec=str(PATHS.spec(PROBE, "{probe}")),
     shell:
-        "{PYTHON:q} -m harness probe --spec {params.spec} --threads {threads} --log {log}"
+        "{HARNESS} probe --spec {params.spec} --threads {threads} --log {log}"
 
 
 rule forecast:
@@ -38,7 +38,7 @@ rule forecast:
     params:
         spec=str(PATHS.spec(FORECAST, "{forecast}")),
     shell:
-        "{PYTHON:q} -m harness forecast --spec {params.spec} --log {log}"
+        "{HARNESS} forecast --spec {params.spec} --log {log}"
 
 
 rule search:
@@ -60,7 +60,7 @@ rule search:
         spec=str(PATHS.spec(SEARCH, "{search}")),
         forecast=lambda wildcards: forecast_argument(PLAN.searches[wildcards.search].training),
     shell:
-        "{PYTHON:q} -m harness search --spec {params.spec} --threads {threads}"
+        "{HARNESS} search --spec {params.spec} --threads {threads}"
         " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast} --log {log}"
 
 
@@ -87,7 +87,7 @@ rule train:
         spec=str(PATHS.spec(TRAIN, "{run}")),
         forecast=lambda wildcards: forecast_argument(PLAN.runs[wildcards.run].training),
     shell:
-        "{PYTHON:q} -m harness train --spec {params.spec} --threads {threads} --gpus {resources.processes}"
+        "{HARNESS} train --spec {params.spec} --threads {threads} --gpus {resources.processes}"
         " --checkpoint-every {RUNTIME.checkpoint_every_steps}{params.forecast} --log {log}"
 
 
@@ -113,5 +113,5 @@ rule evaluate:
         spec=str(PATHS.spec(EVALUATE, "{evaluation}")),
         run=str(PATHS.run("{run}")),
     shell:
-        "{PYTHON:q} -m harness evaluate --spec {params.spec} --run {params.run} --out {output}"
+        "{HARNESS} evaluate --spec {params.spec} --run {params.run} --out {output}"
         " --threads {threads} --batch-size {RUNTIME.eval_batch_size} --log {log}"

@@ -11,6 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.records.run import TrainRecord
 
+IMPORTS = (
+    "harness.evaluating.score",
+    "harness.evaluating.model",
+    "lm_eval.tasks",
+)
+"""What `run` imports and takes long, for warm workers."""
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+"""Read by the libraries while they are imported: no network, no bars among the log lines."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
@@ -29,8 +38,7 @@ def output(args: argparse.Namespace) -> Path:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate; a run that left no checkpoint gives a skipped record and exit code 0 all the same."""
-    # Read by the libraries while they are imported: no network, no bars among the log lines.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    os.environ |= ENVIRONMENT
     from harness.measuring.gpu import lease_for
     from harness.records.reading import read
     from harness.records.run import TrainRecord

@@ -6,6 +6,9 @@ import argparse
 import shutil
 from pathlib import Path
 
+IMPORTS = ("harness.inputs.pretrain",)
+"""What `run` imports and takes long, for warm workers."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""

@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.study.jobs import ProbeJob
 
+IMPORTS = (
+    "harness.training.loading",
+    "harness.training.probe",
+)
+"""What `run` imports and takes long, for warm workers."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""

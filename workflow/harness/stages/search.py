@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from harness.study.jobs import SearchJob
 
+IMPORTS = (
+    "harness.training.loading",
+    "harness.training.search",
+    "harness.forecasting.run_forecast",
+)
+"""What `run` imports and takes long, for warm workers."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""

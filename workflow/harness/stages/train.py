@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from harness.records.run import TrainRecord
     from harness.study.jobs import RunJob
 
+IMPORTS = (
+    "harness.training.loading",
+    "harness.training.loop",
+    "harness.forecasting.run_forecast",
+)
+"""What `run` imports and takes long, for warm workers."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""

@@ -1,0 +1,292 @@
+"""Imports what jobs need once, and forks a worker for each: `python -m harness.workers.server <socket> <stages>`.
+
+A worker is a fork of a process that has imported modules and done nothing else: it has one thread, has drawn no random
+number and started no CUDA. It takes over the client's folder, environment, files and signals, and from there on is a
+fresh `python -m harness <stage>` that finds its modules imported already. What would not be the same there is refused,
+and the client starts a fresh process: other variables in the environment, source files that have changed.
+
+The server ends when its stdin does, which whoever started it holds open, and its workers are done. A worker dies with
+its client and with the server.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import sys
+import sysconfig
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.workers.client import LENGTH, STATUS
+
+PATIENCE_S = 10.0
+"""For a client to say what it wants; it has it ready."""
+OF_THE_SHELL = frozenset({"_", "SHLVL", "PWD", "OLDPWD"})
+"""Variables that may differ between two jobs."""
+NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+"""While modules are imported: pyarrow's allocator starts none, since a fork would lose it."""
+PACKAGES = ("grass", "baselines", "harness")
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a client asks for."""
+
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+    umask: int
+    ignored: list[int]
+    """Signals that the client was born to ignore."""
+    files: list[int]
+    """Its stdin, stdout and stderr."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """A job at work."""
+
+    process: int
+    ended: int
+    """Descriptor that can be read when the process has ended."""
+    client: socket.socket
+    told: bool = True
+    """Whether the client is there to be told."""
+
+
+class Server:
+    """Takes jobs from a socket until `owner` is closed.
+
+    Args:
+        listening: a bound socket.
+        owner: a descriptor that is at its end when no more jobs will come.
+        stages: names of the stages whose modules are imported, when the first job comes.
+    """
+
+    def __init__(self, listening: socket.socket, owner: int, stages: list[str]) -> None:
+        self._listening, self._owner, self._stages = listening, owner, stages
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listening, selectors.EVENT_READ)
+        self._selector.register(owner, selectors.EVENT_READ)
+        self._open = True
+        self._workers: set[Worker] = set()
+        self._imported_with: dict[str, str] | None = None
+        self._stamps: dict[str, tuple[int, ...]] = {}
+
+    def serve(self) -> Job | None:
+        """The job, in a worker; None in the server itself, at its end."""
+        while self._open or self._workers:
+            for key, _ in self._selector.select():
+                worker = key.data
+                if worker is None:
+                    if key.fd == self._owner:
+                        self._close()
+                    elif self._open and (job := self._accept()):
+                        return job
+                elif worker in self._workers:  # it may have gone since these events came
+                    if key.fd == worker.ended:
+                        self._finish(worker)
+                    else:
+                        self._heed(worker)
+        return None
+
+    def _close(self) -> None:
+        self._open = False
+        self._selector.unregister(self._listening)
+        self._selector.unregister(self._owner)
+        self._listening.close()
+
+    def _accept(self) -> Job | None:
+        """Start a worker for the next client; the job in the worker, None in the server."""
+        client, _ = self._listening.accept()
+        client.settimeout(PATIENCE_S)
+        try:
+            job = _read(client)
+            server, process = os.getpid(), os.fork() if self._can(job) else None
+        except (OSError, ValueError):  # the client died, or there is no memory for one more
+            process = None
+        if process is None:
+            client.close()
+            return None
+        if process == 0:
+            self._leave(client)
+            _become(job, server)
+            return job
+        for file in job.files:
+            os.close(file)
+        with suppress(OSError):
+            client.send(b"+")
+        worker = Worker(process, os.pidfd_open(process), client)
+        self._workers.add(worker)
+        self._selector.register(worker.ended, selectors.EVENT_READ, worker)
+        self._selector.register(client, selectors.EVENT_READ, worker)
+        return None
+
+    def _can(self, job: Job) -> bool:
+        """Whether a worker would be what a fresh process is."""
+        given = {name: value for name, value in job.environment.items() if name not in OF_THE_SHELL}
+        if self._imported_with is None:
+            self._imported_with = given
+            with suppress(ImportError):  # the job will say which package is missing
+                _import(self._stages, job.environment)
+                self._stamps = _stamps()
+        alone = len(os.listdir("/proc/self/task")) == 1
+        return alone and given == self._imported_with and _stamps() == self._stamps
+
+    def _heed(self, worker: Worker) -> None:
+        """Pass the client's signals on, or kill the worker of a client that is gone.
+
+        The worker has not been waited for, so its number is still its own.
+        """
+        try:
+            signals = worker.client.recv(64)
+        except OSError:
+            signals = b""
+        for number in signals:
+            os.kill(worker.process, number)
+        if not signals:
+            worker.told = False
+            self._selector.unregister(worker.client)
+            os.kill(worker.process, signal.SIGKILL)
+
+    def _finish(self, worker: Worker) -> None:
+        """Tell the client how its worker ended."""
+        self._workers.remove(worker)
+        self._selector.unregister(worker.ended)
+        os.close(worker.ended)
+        _, status = os.waitpid(worker.process, 0)
+        if worker.told:
+            self._selector.unregister(worker.client)
+            with suppress(OSError):  # it was killed meanwhile
+                worker.client.send(STATUS.pack(os.waitstatus_to_exitcode(status)))
+        worker.client.close()
+
+    def _leave(self, client: socket.socket) -> None:
+        """Close, in a worker, what belongs to the server."""
+        self._selector.close()
+        if self._open:
+            self._listening.close()
+        client.close()
+        for worker in self._workers:
+            os.close(worker.ended)
+            worker.client.close()
+
+
+def _read(client: socket.socket) -> Job:
+    text, files, _, _ = socket.recv_fds(client, LENGTH.size, 3)
+    (length,) = LENGTH.unpack(text)
+    parts: list[bytes] = []
+    while length:
+        parts.append(client.recv(min(length, 1 << 20)))
+        if not parts[-1]:
+            raise ConnectionError
+        length -= len(parts[-1])
+    return Job(**json.loads(b"".join(parts)), files=files)
+
+
+def _import(stages: list[str], environment: dict[str, str]) -> None:
+    """Import what the stages import while they run, as a job with this environment would."""
+    os.environ.clear()
+    os.environ.update(environment | NO_THREADS)
+    own: Any = sys.stderr
+    sys.stderr = _WhateverIsStderr(own)  # type: ignore[assignment]
+    try:
+        modules = [importlib.import_module(f"harness.stages.{stage}") for stage in stages]
+        for module in modules:
+            os.environ.update(getattr(module, "ENVIRONMENT", {}))
+        for module in modules:
+            for name in getattr(module, "IMPORTS", ()):
+                importlib.import_module(name)
+    finally:
+        sys.stderr = own
+    gc.collect()
+    gc.freeze()
+
+
+class _WhateverIsStderr:
+    """For modules that keep stderr when they are imported: a job's own, which is copied to its log, comes later."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own if sys.stderr is self else sys.stderr, name)
+
+
+def _stamps() -> dict[str, tuple[int, ...]]:
+    """Size, time and number of all of our source files, and of the folders where packages are installed."""
+    files = [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        files += Path(spec.origin).parent.rglob("*.py")
+    found = {}
+    for file in files:
+        try:
+            stat = file.stat()
+        except FileNotFoundError:
+            continue
+        found[str(file)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return found
+
+
+def _become(job: Job, server: int) -> None:
+    """Take over what a process is born with."""
+    # a session of its own: the terminal's signals come by way of the client, once
+    os.setsid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != server:  # it died before
+        os._exit(1)
+    for file, own in enumerate(job.files):
+        os.dup2(own, file)
+    for own in job.files:
+        os.close(own)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in job.ignored:
+        signal.signal(number, signal.SIG_IGN)
+    os.chdir(job.folder)
+    os.umask(job.umask)
+    os.environ.clear()
+    os.environ.update(job.environment)
+    sys.orig_argv = [sys.executable, *job.arguments]
+
+
+def main(words: list[str]) -> None:
+    """Bind the socket, go on in the background, and serve until stdin ends."""
+    path, *stages = words
+    Path(path).unlink(missing_ok=True)
+    umask = os.umask(0o077)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listening.bind(path)
+    listening.listen(128)
+    os.umask(umask)
+    # a child of nobody: Snakemake's own signals go to the processes below it, and reach workers through their clients
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    # a job's stdin takes its place
+    owner = os.dup(0)
+    job = Server(listening, owner, stages).serve()
+    if job is None:
+        return
+    os.close(owner)
+    module, *rest = job.arguments[1:]
+    sys.argv = [module, *rest]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
