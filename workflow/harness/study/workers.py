@@ -12,8 +12,8 @@ from pathlib import Path
 from harness.study.plan import Plan
 from harness.workers.client import WORKERS
 
-STAGES = ("pretrain", "probe", "search", "train", "evaluate", "collect", "tables", "figures", "page")
-"""Those that import torch or pandas; the others start faster than a worker would matter."""
+ALIKE = (("pretrain", "probe", "search", "train"), ("evaluate",), ("collect", "tables", "figures", "page"))
+"""Stages that import torch or pandas, those together that import the same modules in the same environment."""
 CLIENT = Path(__file__).parents[1] / "workers" / "client.py"
 
 
@@ -27,8 +27,8 @@ def command(*, warm: bool) -> str:
     return shlex.join(words)
 
 
-def start(plan: Plan, stages: Iterable[str], socket: Path) -> dict[str, str]:
-    """Start a server for as long as this process lives, if jobs of these stages may use one.
+def start(plan: Plan, stages: Iterable[str], folder: Path) -> dict[str, str]:
+    """Start servers for as long as this process lives, for those of the stages that may use them.
 
     Jobs on a GPU may not: CUDA belongs to one process, and they take longer than imports. Nor jobs of several threads:
     libraries start these while they are imported, and a fork loses them.
@@ -36,26 +36,25 @@ def start(plan: Plan, stages: Iterable[str], socket: Path) -> dict[str, str]:
     Args:
         plan: of the study.
         stages: of the jobs to come.
-        socket: where it listens, relative to the folder in which jobs work: such a path is short, as it has to be.
+        folder: of the sockets, relative to the folder in which jobs work: a socket's path has to be short.
 
     Returns:
         What jobs are to find in their environment.
     """
-    wanted = [stage for stage in STAGES if stage in set(stages)]
     devices = {run.training.recipe.device for run in plan.runs.values()} | {p.device for p in plan.probes.values()}
-    if not wanted or not hasattr(os, "pidfd_open") or devices != {"cpu"} or plan.study.runtime.threads > 1:
+    if not hasattr(os, "pidfd_open") or devices != {"cpu"} or plan.study.runtime.threads > 1:
         return {}
-    server = subprocess.Popen(
-        [sys.executable, "-m", "harness.workers.server", str(socket), *wanted],
-        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
-    # it listens and has gone to the background; without a socket, as on some shared file systems, there is none
-    if server.wait() != 0:
-        return {}
-    # until this process ends, however: then the server's stdin ends
-    assert server.stdin is not None
-    _OPEN.append(server.stdin)
-    return {WORKERS: str(socket)}
+    coming = set(stages)
+    for group in ALIKE:
+        if wanted := [stage for stage in group if stage in coming]:
+            server = subprocess.Popen(
+                [sys.executable, "-m", "harness.workers.server", str(folder), *wanted],
+                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            # until it listens and has gone to the background; its stdin ends with this process, however that ends
+            server.wait()
+            _SERVERS.append(server)
+    return {WORKERS: str(folder)}
 
 
-_OPEN: list[object] = []
+_SERVERS: list[subprocess.Popen[bytes]] = []

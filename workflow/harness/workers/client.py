@@ -1,6 +1,6 @@
-"""Runs `python <arguments>` in a warm worker where there is a server of them, else here: `client.py <arguments>`.
+"""Runs `python -m harness <stage> ...` in a warm worker where there is one to be had, else here.
 
-It is started once a job, by `python -I -S` and with the standard library alone, in a fiftieth of a second. To whoever
+Started as `python -I -S client.py -m harness <stage> ...`, with the standard library alone, in a fiftieth of a second. To whoever
 started it, it is the job: signals reach the worker through it, it ends as the worker ends, and the worker ends with it.
 """
 
@@ -15,19 +15,19 @@ import sys
 from types import FrameType
 
 WORKERS = "GRASS_WORKERS"
-"""Environment variable of a study's jobs: the server's socket."""
+"""Environment variable of a study's jobs: folder of the servers' sockets, which have the names of stages."""
 ENDING = (signal.SIGINT, signal.SIGTERM)
 """Signals that a job hears; all others end this process, and the worker with it."""
 LENGTH, STATUS = struct.Struct("!Q"), struct.Struct("!i")
 
 
 def main(arguments: list[str]) -> None:
-    """Run the arguments in a worker, or replace this process by a new one that does the same."""
-    path = os.environ.get(WORKERS)
-    if path is not None:
+    """Run `python <arguments>` in a worker, or replace this process by a new one that does the same."""
+    folder = os.environ.get(WORKERS)
+    if folder is not None:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
-                server.connect(path)
+                server.connect(os.path.join(folder, arguments[2]))
                 _ask(server, arguments)
         except OSError:  # it is gone, or was never there
             pass

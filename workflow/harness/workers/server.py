@@ -1,11 +1,11 @@
-"""Imports what jobs need once, and forks a worker for each: `python -m harness.workers.server <socket> <stages>`.
+"""Imports what jobs need once, and forks a worker for each: `python -m harness.workers.server <folder> <stages>`.
 
 A worker is a fork of a process that has imported modules and done nothing else: it has one thread, has drawn no random
 number and started no CUDA. It takes over the client's folder, environment, files and signals, and from there on is a
 fresh `python -m harness <stage>` that finds its modules imported already. What would not be the same there is refused,
 and the client starts a fresh process: other variables in the environment, source files that have changed.
 
-The server ends when its stdin does, which whoever started it holds open, and its workers are done. A worker dies with
+It serves stages that import alike. It ends when its stdin does, which whoever started it holds open, and its workers are done. A worker dies with
 its client and with the server.
 """
 
@@ -67,50 +67,51 @@ class Worker:
 
 
 class Server:
-    """Takes jobs from a socket until `owner` is closed.
+    """Takes jobs from sockets until `owner` is closed.
 
     Args:
-        listening: a bound socket.
+        listening: bound sockets.
         owner: a descriptor that is at its end when no more jobs will come.
         stages: names of the stages whose modules are imported, when the first job comes.
     """
 
-    def __init__(self, listening: socket.socket, owner: int, stages: list[str]) -> None:
+    def __init__(self, listening: list[socket.socket], owner: int, stages: list[str]) -> None:
         self._listening, self._owner, self._stages = listening, owner, stages
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listening, selectors.EVENT_READ)
+        for door in listening:
+            self._selector.register(door, selectors.EVENT_READ, door)
         self._selector.register(owner, selectors.EVENT_READ)
-        self._open = True
         self._workers: set[Worker] = set()
         self._imported_with: dict[str, str] | None = None
         self._stamps: dict[str, tuple[int, ...]] = {}
 
     def serve(self) -> Job | None:
         """The job, in a worker; None in the server itself, at its end."""
-        while self._open or self._workers:
+        while self._listening or self._workers:
             for key, _ in self._selector.select():
-                worker = key.data
-                if worker is None:
-                    if key.fd == self._owner:
-                        self._close()
-                    elif self._open and (job := self._accept()):
+                # an event may concern what an earlier one of the same moment has ended
+                if key.fd == self._owner:
+                    self._close()
+                elif key.data in self._listening:
+                    if job := self._accept(key.data):
                         return job
-                elif worker in self._workers:  # it may have gone since these events came
-                    if key.fd == worker.ended:
-                        self._finish(worker)
+                elif key.data in self._workers:
+                    if key.fd == key.data.ended:
+                        self._finish(key.data)
                     else:
-                        self._heed(worker)
+                        self._heed(key.data)
         return None
 
     def _close(self) -> None:
-        self._open = False
-        self._selector.unregister(self._listening)
         self._selector.unregister(self._owner)
-        self._listening.close()
+        while self._listening:
+            door = self._listening.pop()
+            self._selector.unregister(door)
+            door.close()
 
-    def _accept(self) -> Job | None:
+    def _accept(self, door: socket.socket) -> Job | None:
         """Start a worker for the next client; the job in the worker, None in the server."""
-        client, _ = self._listening.accept()
+        client, _ = door.accept()
         client.settimeout(PATIENCE_S)
         try:
             job = _read(client)
@@ -176,8 +177,8 @@ class Server:
     def _leave(self, client: socket.socket) -> None:
         """Close, in a worker, what belongs to the server."""
         self._selector.close()
-        if self._open:
-            self._listening.close()
+        for door in self._listening:
+            door.close()
         client.close()
         for worker in self._workers:
             os.close(worker.ended)
@@ -265,13 +266,11 @@ def _become(job: Job, server: int) -> None:
 
 
 def main(words: list[str]) -> None:
-    """Bind the socket, go on in the background, and serve until stdin ends."""
-    path, *stages = words
-    Path(path).unlink(missing_ok=True)
+    """Bind a socket for each stage, go on in the background, and serve until stdin ends."""
+    folder, *stages = words
     umask = os.umask(0o077)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listening.bind(path)
-    listening.listen(128)
+    Path(folder).mkdir(exist_ok=True)
+    listening = [_bound(Path(folder) / stage) for stage in stages]
     os.umask(umask)
     # a child of nobody: Snakemake's own signals go to the processes below it, and reach workers through their clients
     if os.fork():
@@ -286,6 +285,14 @@ def main(words: list[str]) -> None:
     module, *rest = job.arguments[1:]
     sys.argv = [module, *rest]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _bound(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    door = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    door.bind(str(path))
+    door.listen(128)
+    return door
 
 
 if __name__ == "__main__":
