@@ -193,6 +193,39 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
     assert left == []
 
 
+def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, tmp_path: Path) -> None:
+    """Of every probe, search, run and score: the command that Snakemake's jobs are, without the client before it."""
+    fresh = tmp_path / "results"
+    left_out = shutil.ignore_patterns(
+        "micro", "logs", "train.json", "search.json", "probe.json", "eval", "model", "*.jsonl"
+    )
+    shutil.copytree(study.folder / "results", fresh, ignore=left_out)
+    threads, every = ["--threads", "1"], ["--checkpoint-every", "3"]
+    jobs = [["probe", "--spec", spec, *threads] for spec in fresh.glob("probes/*/spec.json")]
+    jobs += [["search", "--spec", spec, *threads, *every] for spec in fresh.glob("searches/*/spec.json")]
+    jobs += [["train", "--spec", spec, *threads, *every] for spec in fresh.glob("runs/*/spec.json")]
+    (evaluation,) = fresh.glob("evals/*.json")
+    for run in fresh.glob("runs/*"):
+        out = run / "eval" / evaluation.name
+        jobs.append(["evaluate", "--spec", evaluation, "--run", run, "--out", out, *threads, "--batch-size", "32"])
+    for job in jobs:
+        subprocess.run([sys.executable, "-m", "harness", *map(str, job)], cwd=tmp_path, check=True)
+    assert differences(fresh, study.folder / "results") == []
+    for folder, process in ((study.folder / "results", "worker"), (fresh, "fresh")):
+        records = [*folder.glob("*/*/train.json"), *folder.glob("*/*/search.json"), *folder.glob("*/*/probe.json")]
+        records += folder.glob("runs/*/eval/*.json")
+        assert len(records) == len(jobs) == 10
+        assert {json.loads(file.read_text())["provenance"]["process"] for file in records} == {process}
+    for run in fresh.glob("runs/*"):
+        peaks = [_host_peak(folder / "runs" / run.name) for folder in (fresh, study.folder / "results")]
+        assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+
+
+def _host_peak(run: Path) -> float:
+    peaks: dict[str, float] = json.loads((run / "train.json").read_text())["memory"]["host_peak_bytes"]
+    return max(peaks.values())
+
+
 def test_a_second_snakemake_in_one_folder_is_refused(study: Study) -> None:
     lock = try_lock(study.folder / ".snakemake" / "study.lock")
     assert lock is not None

@@ -41,12 +41,20 @@ class HostMeter:
 
 
 def proportional_set(proc: Path = PROC) -> Reading:
-    """PSS now: like the resident set, but a page shared by n processes counts as an n-th.
+    """PSS now: like the resident set, but a page of a file that n processes share counts as an n-th.
+
+    Pages of no file count whole: a process shares them only with the one that it was forked from, whose imports they
+    hold, and would have them for itself if it had been started otherwise (`harness.workers`).
 
     The kernel walks all pages to compute it, milliseconds per GiB: do not call it inside a timed step.
     """
     try:
-        return _kilobytes(proc / "smaps_rollup", "Pss:"), None
+        file = proc / "smaps_rollup"
+        pss, whole = _kilobytes(file, "Pss:"), _kilobytes(file, "Anonymous:")
+        try:
+            return pss - _kilobytes(file, "Pss_Anon:") + whole, None
+        except LookupError:  # before Linux 5.3: it has no workers either
+            return pss, None
     except (OSError, LookupError) as error:
         return None, f"the kernel gives no smaps_rollup here ({type(error).__name__})"
 

@@ -10,10 +10,14 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 from harness.records.atomic import sha256
 from harness.records.code import Roots, code_of
 from harness.records.run import Provenance
+
+process: Literal["fresh", "worker"] = "fresh"
+"""How this process was born; `harness.workers.server` says so in a worker."""
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "numpy", "snakemake")
 
@@ -40,6 +44,7 @@ def provenance(*, roots: Roots, inputs: Mapping[str, Path], device: str = "cpu")
         platform=f"{platform.system()} {platform.machine()}, {_processor()}",
         device=device,
         threads=torch.get_num_threads() if torch is not None else 1,
+        process=process,
         started_utc=datetime.now(UTC).isoformat(timespec="seconds"),
         input_sha256={role: sha256(path) for role, path in sorted(inputs.items())},
     )

@@ -47,6 +47,9 @@ class Provenance(Record):
     platform: str
     device: str
     threads: int
+    process: Literal["fresh", "worker"] = Field(
+        default="fresh", description="worker: forked from one that had imported the same modules (harness.workers)"
+    )
     started_utc: str
     input_sha256: dict[str, str] = Field(description="of every input file that was read, by role")
 

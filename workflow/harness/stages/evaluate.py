@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 IMPORTS = (
     "harness.evaluating.score",
     "harness.evaluating.model",
+    "harness.inputs.models",
     "lm_eval.tasks",
 )
 """What `run` imports and takes long, for warm workers."""

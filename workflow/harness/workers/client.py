@@ -1,7 +1,8 @@
 """Runs `python -m harness <stage> ...` in a warm worker where there is one to be had, else here.
 
-Started as `python -I -S client.py -m harness <stage> ...`, with the standard library alone, in a fiftieth of a second. To whoever
-started it, it is the job: signals reach the worker through it, it ends as the worker ends, and the worker ends with it.
+Started as `python -I -S client.py -m harness <stage> ...`, once a job, with the standard library alone: it takes a
+fiftieth of a second. To whoever started it, it is the job: signals reach the worker through it, it ends as the worker
+ends, and the worker ends with it.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ number and started no CUDA. It takes over the client's folder, environment, file
 fresh `python -m harness <stage>` that finds its modules imported already. What would not be the same there is refused,
 and the client starts a fresh process: other variables in the environment, source files that have changed.
 
-It serves stages that import alike. It ends when its stdin does, which whoever started it holds open, and its workers are done. A worker dies with
-its client and with the server.
+A server serves stages that import alike. It ends when its stdin does, which whoever started it holds open, and its
+workers are done. A worker dies with its client and with its server.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ import signal
 import socket
 import sys
 import sysconfig
+from array import array
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
+from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
+from harness.records import provenance
+from harness.records.code import DATA, code_of
 from harness.workers.client import LENGTH, STATUS
 
 PATIENCE_S = 10.0
@@ -37,7 +42,10 @@ OF_THE_SHELL = frozenset({"_", "SHLVL", "PWD", "OLDPWD"})
 NO_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
 """While modules are imported: pyarrow's allocator starts none, since a fork would lose it."""
 PACKAGES = ("grass", "baselines", "harness")
-_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG, _MADV_POPULATE_READ = 1, 22
+_PRESENT = 1 << 63
+"""Bit of a page's entry in /proc/self/pagemap."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,6 @@ class Job:
     umask: int
     ignored: list[int]
     """Signals that the client was born to ignore."""
-    files: list[int]
-    """Its stdin, stdout and stderr."""
 
 
 @dataclass(eq=False)
@@ -84,6 +90,7 @@ class Server:
         self._workers: set[Worker] = set()
         self._imported_with: dict[str, str] | None = None
         self._stamps: dict[str, tuple[int, ...]] = {}
+        self._touched: list[tuple[int, int]] = []
 
     def serve(self) -> Job | None:
         """The job, in a worker; None in the server itself, at its end."""
@@ -111,22 +118,22 @@ class Server:
 
     def _accept(self, door: socket.socket) -> Job | None:
         """Start a worker for the next client; the job in the worker, None in the server."""
+        server, process, files = os.getpid(), None, list[int]()
         client, _ = door.accept()
         client.settimeout(PATIENCE_S)
-        try:
-            job = _read(client)
-            server, process = os.getpid(), os.fork() if self._can(job) else None
-        except (OSError, ValueError):  # the client died, or there is no memory for one more
-            process = None
+        with suppress(OSError, ValueError):  # the client died, or there is no memory for one more
+            job = _read(client, files)
+            process = os.fork() if self._can(job) else None
+        if process == 0:
+            self._leave(client)
+            _touch(self._touched)
+            _become(job, files, server)
+            return job
+        for file in files:
+            os.close(file)
         if process is None:
             client.close()
             return None
-        if process == 0:
-            self._leave(client)
-            _become(job, server)
-            return job
-        for file in job.files:
-            os.close(file)
         with suppress(OSError):
             client.send(b"+")
         worker = Worker(process, os.pidfd_open(process), client)
@@ -140,9 +147,10 @@ class Server:
         given = {name: value for name, value in job.environment.items() if name not in OF_THE_SHELL}
         if self._imported_with is None:
             self._imported_with = given
+            before = _stamps()
             with suppress(ImportError):  # the job will say which package is missing
                 _import(self._stages, job.environment)
-                self._stamps = _stamps()
+                self._stamps, self._touched = before, _touched()
         alone = len(os.listdir("/proc/self/task")) == 1
         return alone and given == self._imported_with and _stamps() == self._stamps
 
@@ -185,8 +193,12 @@ class Server:
             worker.client.close()
 
 
-def _read(client: socket.socket) -> Job:
-    text, files, _, _ = socket.recv_fds(client, LENGTH.size, 3)
+def _read(client: socket.socket, files: list[int]) -> Job:
+    """What the client asks for; its stdin, stdout and stderr are added to `files`."""
+    text, given, _, _ = socket.recv_fds(client, LENGTH.size, 3)
+    files += given
+    if len(text) < LENGTH.size:
+        raise ConnectionError
     (length,) = LENGTH.unpack(text)
     parts: list[bytes] = []
     while length:
@@ -194,7 +206,7 @@ def _read(client: socket.socket) -> Job:
         if not parts[-1]:
             raise ConnectionError
         length -= len(parts[-1])
-    return Job(**json.loads(b"".join(parts)), files=files)
+    return Job(**json.loads(b"".join(parts)))
 
 
 def _import(stages: list[str], environment: dict[str, str]) -> None:
@@ -207,11 +219,13 @@ def _import(stages: list[str], environment: dict[str, str]) -> None:
         modules = [importlib.import_module(f"harness.stages.{stage}") for stage in stages]
         for module in modules:
             os.environ.update(getattr(module, "ENVIRONMENT", {}))
-        for module in modules:
-            for name in getattr(module, "IMPORTS", ()):
-                importlib.import_module(name)
+        names = [name for module in modules for name in getattr(module, "IMPORTS", ())]
+        for name in names:
+            importlib.import_module(name)
     finally:
         sys.stderr = own
+    # reads the sources, for the hash that every record has
+    code_of(tuple(name for name in names if name.partition(".")[0] in PACKAGES))
     gc.collect()
     gc.freeze()
 
@@ -233,28 +247,51 @@ def _stamps() -> dict[str, tuple[int, ...]]:
         spec = importlib.util.find_spec(package)
         assert spec is not None
         assert spec.origin is not None
-        files += Path(spec.origin).parent.rglob("*.py")
-    found = {}
+        files += (f for f in Path(spec.origin).parent.rglob("*") if f.suffix in {".py", *DATA})
+    found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        try:
-            stat = file.stat()
-        except FileNotFoundError:
-            continue
+        stat = file.stat()
         found[str(file)] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return found
 
 
-def _become(job: Job, server: int) -> None:
+def _touched() -> list[tuple[int, int]]:
+    """Address and length of all parts of mapped files, libraries above all, that this process has in its page table."""
+    found = []
+    with open("/proc/self/maps") as maps, open("/proc/self/pagemap", "rb") as pagemap:
+        for line in maps:
+            addresses, _, _, _, inode, *_ = line.split()
+            if inode == "0":
+                continue
+            page, end = (int(address, 16) // PAGESIZE for address in addresses.split("-"))
+            pagemap.seek(8 * page)
+            entries = array("Q", pagemap.read(8 * (end - page)))
+            for present, run in groupby(entries, lambda entry: bool(entry & _PRESENT)):
+                pages = len(list(run))
+                if present:
+                    found.append((page * PAGESIZE, pages * PAGESIZE))
+                page += pages
+    return found
+
+
+def _touch(parts: list[tuple[int, int]]) -> None:
+    """Put them into a fork's page table, which gets none of them: a process that imports itself has them, and they
+    count in its resident set, which runs record.
+    """
+    for address, length in parts:
+        _LIBC.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_READ)
+
+
+def _become(job: Job, files: list[int], server: int) -> None:
     """Take over what a process is born with."""
     # a session of its own: the terminal's signals come by way of the client, once
     os.setsid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != server:  # it died before
         os._exit(1)
-    for file, own in enumerate(job.files):
-        os.dup2(own, file)
-    for own in job.files:
-        os.close(own)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in job.ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -263,6 +300,7 @@ def _become(job: Job, server: int) -> None:
     os.environ.clear()
     os.environ.update(job.environment)
     sys.orig_argv = [sys.executable, *job.arguments]
+    provenance.process = "worker"
 
 
 def main(words: list[str]) -> None:

@@ -77,8 +77,12 @@ def test_without_a_writable_proc_the_host_peak_is_null_with_a_reason(tmp_path: P
 
 
 def test_the_proportional_set_is_read_from_the_kernel_or_null_with_a_reason(tmp_path: Path) -> None:
-    (tmp_path / "smaps_rollup").write_text("55a7 ---p [rollup]\nRss:  1764 kB\nPss:   297 kB\nPss_Dirty: 1 kB\n")
+    rollup = "55a7 ---p [rollup]\nRss:  1764 kB\nPss:   297 kB\nPss_Dirty: 1 kB\nAnonymous:  120 kB\n"
+    (tmp_path / "smaps_rollup").write_text(rollup)
     assert proportional_set(tmp_path) == (297 * 1024, None)
+    # 100 of the 120 kB are shared with the process that this one was forked from
+    (tmp_path / "smaps_rollup").write_text(rollup + "Pss_Anon:  70 kB\nPss_File:  227 kB\n")
+    assert proportional_set(tmp_path) == ((297 - 70 + 120) * 1024, None)
     assert proportional_set(tmp_path / "no") == (None, "the kernel gives no smaps_rollup here (FileNotFoundError)")
 
 
