@@ -196,10 +196,11 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
 def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, tmp_path: Path) -> None:
     """Of every probe, search, run and score: the command that Snakemake's jobs are, without the client before it."""
     fresh = tmp_path / "results"
-    left_out = shutil.ignore_patterns(
-        "micro", "logs", "train.json", "search.json", "probe.json", "eval", "model", "*.jsonl"
-    )
-    shutil.copytree(study.folder / "results", fresh, ignore=left_out)
+    shutil.copytree(study.folder / "results" / "inputs", fresh / "inputs")
+    shutil.copytree(study.folder / "results" / "evals", fresh / "evals")
+    for spec in study.folder.glob("results/*/*/spec.json"):
+        (fresh / spec.relative_to(study.folder / "results")).parent.mkdir(parents=True)
+        shutil.copy(spec, fresh / spec.relative_to(study.folder / "results"))
     threads, every = ["--threads", "1"], ["--checkpoint-every", "3"]
     jobs = [["probe", "--spec", spec, *threads] for spec in fresh.glob("probes/*/spec.json")]
     jobs += [["search", "--spec", spec, *threads, *every] for spec in fresh.glob("searches/*/spec.json")]

@@ -190,7 +190,7 @@ def _executed(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
     for node in nodes:
         if isinstance(node, ast.If) and _name(node.test) == "TYPE_CHECKING":
             yield from _executed(node.orelse)
-        else:
+        elif not isinstance(node, ast.expr):  # no import is in an expression, and most nodes are
             yield node
             yield from _executed(ast.iter_child_nodes(node))
 

@@ -44,7 +44,7 @@ class Frames:
 
     def ok_runs(self) -> DataFrame:
         """Runs that count in averages: all but those that were disengaged, diverged, skipped or out of memory."""
-        return self.runs[self.runs["status"] == "ok"]
+        return self._ok_runs
 
     def believed_by(self, run: str) -> DataFrame:
         """A run's rows of `believed`; none if it has none."""
@@ -65,6 +65,14 @@ class Frames:
 
     def ok_scores(self) -> DataFrame:
         """Scores of the runs that count, with the run's model, task, method and seed beside them."""
+        return self._ok_scores
+
+    @cached_property
+    def _ok_runs(self) -> DataFrame:
+        return self.runs[self.runs["status"] == "ok"]
+
+    @cached_property
+    def _ok_scores(self) -> DataFrame:
         keys = self.ok_runs()[["run", "model", "task", "method", "seed"]]
         return self.scores.merge(keys, on="run", how="inner", validate="many_to_one")
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from pandas import DataFrame
 
 from harness.reporting.stats import ALPHA, BOOTSTRAP_SEED, Array
 
@@ -83,11 +84,16 @@ def effective_numbers(probability: Array) -> Array:
 
 def rank_correlations(first: Array, second: Array) -> Array:
     """Spearman's rho over the last axis; 0 where one side is constant, since ranks then say nothing."""
-    ranks = [rankdata(values, axis=-1) for values in (first, second)]
-    a, b = (r - r.mean(axis=-1, keepdims=True) for r in ranks)
+    a, b = (r - r.mean(axis=-1, keepdims=True) for r in (_ranks(first), _ranks(second)))
     scale = np.sqrt((a * a).sum(axis=-1) * (b * b).sum(axis=-1))
     rho: Array = np.divide((a * b).sum(axis=-1), scale, out=np.zeros(np.shape(scale)), where=scale > 0)
     return rho
+
+
+def _ranks(values: Array) -> Array:
+    """Over the last axis, from 1; equal values share the mean of theirs."""
+    ranks: Array = DataFrame(values.reshape(-1, values.shape[-1])).rank(axis=1).to_numpy().reshape(values.shape)
+    return ranks
 
 
 def moved_share(first: Array, second: Array) -> Array:
@@ -176,6 +182,7 @@ def same_order_p(first: Array, second: Array) -> float:
     return float((1 + (permuted <= observed + 1e-12).sum()) / (PERMUTATIONS + 1))
 
 
+@lru_cache(maxsize=2)
 def _shuffles(count: int, times: int) -> NDArray[np.int64]:
     generator = np.random.default_rng(BOOTSTRAP_SEED)
     return np.argsort(generator.random((times, count)), axis=1)

@@ -128,7 +128,9 @@ def _of_task(norms: Array) -> OfTask:
 
 def compared(tasks: Mapping[str, OfTask]) -> list[Pair]:
     """Every pair of tasks of one model, p values corrected over all of them."""
-    found = [_pair(first, second, tasks) for first, second in combinations(tasks, 2)]
+    # every task has a stream of its own, so that one resample of a task serves all its pairs
+    drawn = {name: Resampled.of(task.norms, stream) for stream, (name, task) in enumerate(tasks.items())}
+    found = [_pair(first, second, tasks, drawn) for first, second in combinations(tasks, 2)]
     corrected = holm([pair.p for pair in found])
     return [
         replace(pair, p_holm=p, verdict="differ" if p < ALPHA else "alike" if pair.rho.low > ALIKE else "cannot tell")
@@ -136,22 +138,39 @@ def compared(tasks: Mapping[str, OfTask]) -> list[Pair]:
     ]
 
 
-def _pair(first: str, second: str, tasks: Mapping[str, OfTask]) -> Pair:
+@dataclass(frozen=True)
+class Resampled:
+    """Bootstrap replicates of one task's probe."""
+
+    relative: Array
+    """[replicates, layers]."""
+    probabilities: Mapping[str, Array]
+    """Of each sampler by its key, [replicates, layers]."""
+
+    @classmethod
+    def of(cls, norms: Array, stream: int) -> Resampled:
+        """Replicates of norms [batches, layers]."""
+        relative = resampled(norms, stream)
+        return cls(relative, {sampler.key: sampler.probabilities(relative) for sampler in SAMPLERS})
+
+
+def _pair(first: str, second: str, tasks: Mapping[str, OfTask], drawn: Mapping[str, Resampled]) -> Pair:
     a, b = tasks[first], tasks[second]
-    # every task has a stream of its own, so that one resample of a task serves all its pairs
-    places = list(tasks)
-    drawn = [resampled(task.norms, places.index(name)) for name, task in ((first, a), (second, b))]
+    one, other = drawn[first], drawn[second]
     rho = float(rank_correlations(a.relative, b.relative))
     moved = {
         sampler.key: estimate(
-            float(sampler.moved(a.relative, b.relative)), sampler.moved(drawn[0], drawn[1]), least=0.0, most=1.0
+            float(sampler.moved(a.relative, b.relative)),
+            moved_share(one.probabilities[sampler.key], other.probabilities[sampler.key]),
+            least=0.0,
+            most=1.0,
         )
         for sampler in SAMPLERS
     }
     return Pair(
         first=first,
         second=second,
-        rho=estimate(rho, rank_correlations(drawn[0], drawn[1]), least=-1.0, most=1.0),
+        rho=estimate(rho, rank_correlations(one.relative, other.relative), least=-1.0, most=1.0),
         halves=between_halves(a.norms, b.norms, rank_correlations),
         ceiling=(a.halves + b.halves) / 2,
         p=same_order_p(a.norms, b.norms),

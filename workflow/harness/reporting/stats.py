@@ -11,15 +11,16 @@ exclude 0, and the larger of the two p values, after Holm's correction, must be 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import median
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pandas import DataFrame, Series
-from scipy import stats as scipy_stats
+from scipy import special
 
 Array = NDArray[np.float64]
 
@@ -28,6 +29,8 @@ BOOTSTRAP_SEED = 20260409
 ALPHA = 0.05
 POWER = 0.8
 MIN_SEEDS = 3
+KEPT_DOCUMENTS = 2000
+"""Up to so many, draws are kept for the next two methods (32 MB): they take longer than what is done with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +179,9 @@ def _seed_t(by_seed: Array) -> tuple[tuple[float, float], float] | None:
     if error < 1e-12:  # no spread between seeds: a t interval of width 0 would claim a certainty nobody has
         return None
     mean = float(by_seed.mean())
-    reach = float(scipy_stats.t.ppf(1 - ALPHA / 2, seeds - 1)) * error
-    return (mean - reach, mean + reach), 2 * float(scipy_stats.t.sf(abs(mean) / error, seeds - 1))
+    # of scipy.special, which scipy.stats calls for them: that package takes half a second to import
+    reach = float(special.stdtrit(seeds - 1, 1 - ALPHA / 2)) * error
+    return (mean - reach, mean + reach), 2 * float(special.stdtr(seeds - 1, -abs(mean) / error))
 
 
 def detectable(found: Difference) -> float | None:
@@ -187,9 +191,10 @@ def detectable(found: Difference) -> float | None:
     """
     if found.seed_t is None:
         return None
-    t, normal = scipy_stats.t(found.seeds - 1), scipy_stats.norm
-    by_t = _half(found.seed_t) * (1 + float(t.ppf(POWER) / t.ppf(1 - ALPHA / 2)))
-    by_bootstrap = _half(found.bootstrap or (0, 0)) * (1 + float(normal.ppf(POWER) / normal.ppf(1 - ALPHA / 2)))
+    asked = np.array([POWER, 1 - ALPHA / 2])
+    t, normal = special.stdtrit(found.seeds - 1, asked), special.ndtri(asked)
+    by_t = _half(found.seed_t) * (1 + float(t[0] / t[1]))
+    by_bootstrap = _half(found.bootstrap or (0, 0)) * (1 + float(normal[0] / normal[1]))
     return max(by_t, by_bootstrap)
 
 
@@ -209,14 +214,26 @@ def document_interval(pairs: Pairs) -> tuple[float, float] | None:
 def _replicates(weighted: Array, weights: Array) -> Array:
     """Bootstrap replicates of the weighted mean, [RESAMPLES]; drawn in blocks to bound memory."""
     seeds, documents = weighted.shape
-    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    draws = _kept_draws(seeds, documents) if documents <= KEPT_DOCUMENTS else _draws(seeds, documents)
     made = []
-    for _ in range(0, RESAMPLES, 500):
-        drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=500) / seeds
-        drawn_documents = generator.multinomial(documents, np.full(documents, 1 / documents), size=500)
+    for drawn_seeds, drawn_documents in draws:
         sums = ((drawn_documents @ weighted.T) * drawn_seeds).sum(axis=1)
         made.append(sums / (drawn_documents @ weights))
     return np.concatenate(made)
+
+
+def _draws(seeds: int, documents: int) -> Iterator[tuple[Array, NDArray[np.int32]]]:
+    """Blocks of replicates: each seed's share [replicates, seeds], each document's count [replicates, documents]."""
+    generator = np.random.default_rng(BOOTSTRAP_SEED)
+    for _ in range(0, RESAMPLES, 500):
+        drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=500) / seeds
+        drawn_documents = generator.multinomial(documents, np.full(documents, 1 / documents), size=500)
+        yield drawn_seeds, drawn_documents.astype(np.int32)
+
+
+@lru_cache(maxsize=2)
+def _kept_draws(seeds: int, documents: int) -> list[tuple[Array, NDArray[np.int32]]]:
+    return list(_draws(seeds, documents))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -268,7 +285,8 @@ def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float |
     """Spearman's rho; None where one side is constant, since ranks then say nothing."""
     if len(first) < 2 or len(set(first)) == 1 or len(set(second)) == 1:
         return None
-    return float(scipy_stats.spearmanr(first, second).statistic)
+    first_ranks, second_ranks = (Series(side).rank().to_numpy() for side in (first, second))
+    return float(np.corrcoef(first_ranks, second_ranks)[1, 0])
 
 
 def layer_matrix(rows: DataFrame, column: str) -> DataFrame:
