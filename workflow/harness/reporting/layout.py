@@ -124,7 +124,7 @@ def other_outcomes(runs: DataFrame, notes: Footnotes) -> str:
     """Outcomes of the runs that do not count: "1 disengaged^a^, 2 oom^b^"; empty if all are ok."""
     counted: Counter[str] = Counter()
     reasons: dict[str, set[str]] = {}
-    for row in runs[runs["status"] != "ok"].to_dict("records"):
+    for row in runs.loc[runs["status"] != "ok", ["status", "status_why", "failed_checks"]].to_dict("records"):
         status = str(row["status"])
         counted[status] += 1
         reasons.setdefault(status, set()).add(why(row["status_why"], row["failed_checks"]))
