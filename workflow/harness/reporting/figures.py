@@ -55,7 +55,7 @@ def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
 
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:
-    """Write every figure as svg and png, all or none; captions and other texts go to `<folder>.json` beside the folder."""
+    """Write every figure as svg and png, all or none; captions and other texts go to `<folder>.json` beside it."""
     refuse_link(folder)
     captions = {}
     with styled(), whole_folder(folder) as temporary:
