@@ -134,12 +134,12 @@ def gone(process: psutil.Process) -> bool:
 
 def test_a_worker_sees_what_a_fresh_process_sees(house: House) -> None:
     (house.folder / "elsewhere").mkdir()
+    house.environment[WORKERS] = str(house.folder / "doors")
     neighbour = house.begin("work")
     house.begun()
     for warm in (False, True):
         words = ["look", "two words", "\udcff"]
-        environment = {**house.environment, WORKERS: str(house.folder / "doors")}
-        done = house.run(*words, warm=warm, input="given", umask=0o027, cwd=house.folder / "elsewhere", env=environment)
+        done = house.run(*words, warm=warm, input="given", umask=0o027, cwd=house.folder / "elsewhere")
         assert (done.returncode, done.stdout, done.stderr) == (0, "to stdout\n", "to stderr\n")
     seen = [json.loads(line) for line in (house.folder / "elsewhere" / "told.jsonl").read_text().splitlines()]
     fresh, worker = seen
