@@ -210,7 +210,9 @@ def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, 
         out = run / "eval" / evaluation.name
         jobs.append(["evaluate", "--spec", evaluation, "--run", run, "--out", out, *threads, "--batch-size", "32"])
     for job in jobs:
-        subprocess.run([sys.executable, "-m", "harness", *map(str, job)], cwd=tmp_path, check=True)
+        # paths as Snakemake gives them: a record names its model relative to where the job works
+        words = [str(word.relative_to(tmp_path)) if isinstance(word, Path) else word for word in job]
+        subprocess.run([sys.executable, "-m", "harness", *words], cwd=tmp_path, check=True)
     assert differences(fresh, study.folder / "results") == []
     for folder, process in ((study.folder / "results", "worker"), (fresh, "fresh")):
         records = [*folder.glob("*/*/train.json"), *folder.glob("*/*/search.json"), *folder.glob("*/*/probe.json")]

@@ -105,7 +105,7 @@ def find_without_weights(source: HubModel) -> Path:
 
 
 def _small_files(source: HubModel, patterns: Sequence[str]) -> Path:
-    text, name = mirrored(source.repo), f"{source.repo} at {source.revision}"
+    text = mirrored(source.repo)
     if text is not None:
         folder = _in_mirror(source, text).folder
         if not (folder / _CONFIG).is_file():
@@ -129,7 +129,7 @@ def _small_files(source: HubModel, patterns: Sequence[str]) -> Path:
     except (HTTPError, OSError, HFValidationError) as error:
         raise UserError(_why(error, source)) from error
     if not (folder / _CONFIG).is_file():
-        raise UserError(f"{name}: no {_CONFIG} in it; name a repository of a transformers model")
+        raise UserError(f"{source.repo}: no {_CONFIG} in it; name a repository of a transformers model")
     return folder
 
 

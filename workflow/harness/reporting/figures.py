@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from harness.records.atomic import write_json
+from harness.records.atomic import whole_folder, write_json
 from harness.reporting.frames import Frames, refuse_link
 from harness.reporting.importance_figures import agreement_curves, importance_map, layerwise_methods
 from harness.reporting.layout import part, trained
@@ -55,11 +55,11 @@ def _lines(frames: Frames, study: Study, model: str) -> Iterator[Drawing]:
 
 
 def write_figures(frames: Frames, study: Study, folder: Path) -> None:
-    """Write every figure as svg and png; captions and alternative texts go to `<folder>.json` beside the folder."""
+    """Write every figure as svg and png, all or none; captions and other texts go to `<folder>.json` beside it."""
     refuse_link(folder)
     captions = {}
-    with styled():
+    with styled(), whole_folder(folder) as temporary:
         for drawing in draw(frames, study):
-            save(drawing, folder)
+            save(drawing, temporary)
             captions[drawing.name] = drawing.texts(study.figures)
     write_json(folder.with_suffix(".json"), captions)

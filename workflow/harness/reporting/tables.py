@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from harness.records.atomic import write_json
+from harness.records.atomic import whole_folder, write_json
 from harness.reporting.answer import answer_table
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.forgetting_table import forgetting_table
@@ -49,9 +49,10 @@ def make_tables(frames: Frames, study: Study) -> list[Table]:
 
 
 def write_tables(frames: Frames, study: Study, folder: Path) -> None:
-    """Write every table as csv, md and tex, and `tables.json` for the page."""
+    """Write every table as csv, md and tex, and `tables.json` for the page: all of them or none."""
     refuse_link(folder)
     tables = make_tables(frames, study)
-    for table in tables:
-        table.write(folder)
-    write_json(folder / "tables.json", {table.name: table.page().model_dump() for table in tables})
+    with whole_folder(folder) as temporary:
+        for table in tables:
+            table.write(temporary)
+        write_json(temporary / "tables.json", {table.name: table.page().model_dump() for table in tables})

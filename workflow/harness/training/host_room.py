@@ -13,12 +13,7 @@ def visited_state_bytes(promise: Expectation, facts: ModelFacts) -> int | None:
         return None
     if promise.layers == "chosen":
         return promise.state_bytes_per_parameter * facts.total_parameters
-    of_layers = promise.layer_state_bytes or [
-        promise.state_bytes_per_parameter * count
-        for count in promise.layer_trained_parameters or facts.layer_parameters
-    ]
-    outside = facts.outside_parameters(embedding=promise.embedding, head=promise.head, final_norm=promise.final_norm)
-    return sum(of_layers) + promise.state_bytes_per_parameter * outside
+    return sum(promise.layer_state_bytes or promise.state_bytes_of_layers(facts)) + promise.state_bytes_outside(facts)
 
 
 def too_little_host_memory(run: Attached, device: str, *, processes: int, free: int | None) -> str | None:

@@ -17,6 +17,7 @@ from harness.errors import UserError
 from harness.records.columns import FRAMES
 from harness.reporting.frames import FrameError, Frames, read_frames, rows_to_frame, write_frames
 from harness.reporting.published import Number, load_published, measured
+from harness.reporting.table import Table
 from harness.reporting.tables import write_tables
 from harness.stages import tables as stage
 from harness.study.strict_yaml import ConfigError
@@ -56,6 +57,24 @@ def runs_of(frames: Frames, task: str, method: str, *, ok: bool = True) -> list[
         r["run"] for r in raw(frames, "runs")
         if r["task"] == task and r["method"] == method and (r["status"] == "ok" or not ok)
     ]  # fmt: skip
+
+
+def test_tables_that_are_not_all_written_are_not_there(
+    frames: Frames, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed job's folder would pass for a finished one."""
+    usual, written = Table.write, []
+
+    def stopped(table: Table, folder: Path) -> None:
+        usual(table, folder)
+        written.append(table.name)
+        if len(written) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Table, "write", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_tables(frames, data.study(), tmp_path / "tables")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_accuracy_is_the_mean_over_ok_runs_only(frames: Frames, folder: Path) -> None:

@@ -134,11 +134,12 @@ def gone(process: psutil.Process) -> bool:
 
 def test_a_worker_sees_what_a_fresh_process_sees(house: House) -> None:
     (house.folder / "elsewhere").mkdir()
-    seen = []
+    house.environment[WORKERS] = str(house.folder / "doors")
+    neighbour = house.begin("work")
+    house.begun()
     for warm in (False, True):
         words = ["look", "two words", "\udcff"]
-        environment = {**house.environment, WORKERS: str(house.folder / "doors")}
-        done = house.run(*words, warm=warm, input="given", umask=0o027, cwd=house.folder / "elsewhere", env=environment)
+        done = house.run(*words, warm=warm, input="given", umask=0o027, cwd=house.folder / "elsewhere")
         assert (done.returncode, done.stdout, done.stderr) == (0, "to stdout\n", "to stderr\n")
     seen = [json.loads(line) for line in (house.folder / "elsewhere" / "told.jsonl").read_text().splitlines()]
     fresh, worker = seen
@@ -146,6 +147,8 @@ def test_a_worker_sees_what_a_fresh_process_sees(house: House) -> None:
     assert fresh["path"].pop(0) == str(house.folder / "elsewhere")
     assert worker["path"].pop(0) == str(house.folder)
     assert worker == fresh
+    (house.folder / "enough").touch()
+    assert neighbour.wait(DEADLINE_S) == 0
 
 
 def test_a_worker_ignores_what_its_client_was_born_to_ignore(house: House) -> None:
@@ -270,8 +273,10 @@ def test_a_client_that_says_nothing_does_no_harm(house: House) -> None:
 
 def was_fresh(house: House, **options: Any) -> bool:
     """Whether a job is done by the process that was started for it."""
-    client = house.begin("end", "0", **options)
-    assert client.wait(DEADLINE_S) == 0
+    client = house.begin("end", "0", stdout=subprocess.PIPE, **options)
+    # a pipe ends when nobody has it open any more
+    assert client.communicate(timeout=DEADLINE_S) == ("", None)
+    assert client.returncode == 0
     return bool(house.told()[-1]["pid"] == client.pid)
 
 
