@@ -12,12 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the stage's command line."""
     parser.add_argument("--config", type=Path, required=True, help="config/<study>.yaml")
     parser.add_argument("--out", type=Path, default=Path("rehearsal"), help="folder for its file and its models")
-    parser.add_argument("--steps", type=_number, default=12, help="optimizer steps of a run (default: 12)")
-    parser.add_argument("--rows", type=_number, default=256, help="training rows of a task (default: 256)")
-    parser.add_argument("--items", type=_number, default=4, help="test items of a suite (default: 4)")
+    parser.add_argument("--steps", type=_number, default=8, help="optimizer steps of a run (default: 8)")
+    parser.add_argument("--rows", type=_number, default=128, help="training rows of a task (default: 128)")
+    parser.add_argument("--items", type=_number, default=3, help="test items of a suite (default: 3)")
     parser.add_argument("--seeds", type=_number, default=2, help="of the study's seeds, the first ones (default: 2)")
     parser.add_argument("--new-tokens", type=_number, default=16, help="written for a test item (default: 16)")
-    parser.add_argument("--batch", type=_number, default=4, help="rows of an optimizer step (default: 4)")
+    parser.add_argument("--batch", type=_number, default=2, help="rows of an optimizer step (default: 2)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
 
 

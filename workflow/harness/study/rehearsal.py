@@ -17,6 +17,8 @@ from harness.study.spec import HubModel, LocalModel, ModelSource, Study
 ENDING = "-rehearsal"
 _IN_STEPS = re.compile(r"_(every|steps|gap)$|^period$")
 """Options of methods that count optimizer steps, or batches of a probe."""
+_RANK = 8
+"""Most of what a method projects to: stand-ins are narrow, and a rank above their width would be refused."""
 _OBSERVED_ROWS = 4
 _GRID_EXTENSIONS = 1
 
@@ -119,12 +121,17 @@ def _suite(suite: dict[str, Any], cut: Cut) -> dict[str, Any]:
 
 
 def _options(module: str, given: dict[str, Any], cut: Cut) -> dict[str, Any]:
-    """A method's options with short periods, also where the method's own default is a long one, or follows the run."""
-    defaults = {
-        name: field.default for name, field in find_method(module).Config.model_fields.items() if _IN_STEPS.search(name)
-    }
+    """A method's options with short periods and low ranks, also where its own defaults are large, or follow the run."""
+    fields = find_method(module).Config.model_fields
+    defaults = {name: field.default for name, field in fields.items() if _IN_STEPS.search(name)}
     periods = {
         name: min(cut.period, value) if isinstance(value := given.get(name, default), int) else cut.period
         for name, default in defaults.items()
     }
-    return given | periods
+    made = given | periods
+    rank = given.get("rank", fields["rank"].default if "rank" in fields else None)
+    if isinstance(rank, int) and rank > _RANK:
+        made["rank"] = _RANK
+        if isinstance(alpha := given.get("alpha"), int | float):  # updates are scaled by alpha over rank
+            made["alpha"] = type(alpha)(alpha * _RANK / rank)
+    return made

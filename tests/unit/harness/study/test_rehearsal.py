@@ -73,6 +73,16 @@ def test_every_method_draws_several_times(both: tuple[Study, Study]) -> None:
                 assert value <= CUT.steps // 4, (entry.module, name)
 
 
+def test_ranks_fit_narrow_models_and_adapters_keep_their_scale(both: tuple[Study, Study]) -> None:
+    study, small = both
+    for label, entry in small.methods.items():
+        before = study.methods[label].options
+        if "rank" in entry.options:
+            assert entry.options["rank"] <= 8
+            if "alpha" in before:
+                assert entry.options["alpha"] / entry.options["rank"] == before["alpha"] / before.get("rank", 8)
+
+
 def test_a_stand_in_stands_where_its_model_is_looked_for() -> None:
     folders = {"mirror": Path("m"), "models": Path("l")}
     hub, here = HubModel(kind="hub", repo="org/name", revision="main"), LocalModel(kind="local", path="x")
