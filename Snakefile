@@ -19,6 +19,7 @@ from harness.study.jobs import EVALUATE, FORECAST, MODEL, OVERLAP, PROBE, ROWS, 
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study, processes_of, reopen_study
 from harness.study.supervision import copy_of, pass_on_sigterm, take_folder, told_to_end
+from harness.training import curves
 
 if workflow.overwrite_configfiles:
     raise WorkflowError("--configfile is not taken: give the study's file as --config STUDY=config/<study>.yaml")
@@ -39,6 +40,7 @@ IN_JOB = not workflow.is_main_process
 DRY_RUN = not IN_JOB and any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
     CARDS = cards()
+    curves.wanted()  # not by every run, in turn
     if IN_JOB:
         PLAN = reopen_study(CONFIG)
         AS_BEGUN = CONFIG
