@@ -197,7 +197,13 @@ def number(facts: dict[str, Any], key: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and 0 < value < float("inf") else None
 
 
-_PHASES = {"load": "loading", "prepare": "preparing", "eval": "validating", "save": "exporting"}
+_PHASES = {
+    "load": "loading",
+    "prepare": "preparing",
+    "eval": "validating",
+    "save": "exporting",
+    "steps": "between steps",
+}
 
 
 def doing(facts: dict[str, Any]) -> str:
@@ -213,9 +219,9 @@ def doing(facts: dict[str, Any]) -> str:
             f"{str(facts.get('label')).rpartition(' ')[2]}, answer {of}" if unit == "answer" else f"{unit} {of}"
         )
     elif phase := facts.get("phase"):
-        words.append(_PHASES.get(phase, "between steps" if phase == "steps" else str(phase)))
+        words.append(_PHASES.get(str(phase), str(phase)))
     if not words:
-        words.append("starting, or at work without steps")
+        words.append("loading, or at work without steps")
     return ", ".join([*words, *([str(facts["note"])] if facts.get("note") else [])])
 
 
