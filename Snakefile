@@ -12,14 +12,13 @@ from snakemake.exceptions import WorkflowError
 
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
-from harness.study import progress
+from harness.study import curves, progress
 from harness.study.cards import card_for, cards
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, OVERLAP, PROBE, ROWS, SEARCH, SUITE, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import forecast_job, open_study, processes_of, reopen_study
 from harness.study.supervision import copy_of, pass_on_sigterm, take_folder, told_to_end
-from harness.training import curves
 
 if workflow.overwrite_configfiles:
     raise WorkflowError("--configfile is not taken: give the study's file as --config STUDY=config/<study>.yaml")

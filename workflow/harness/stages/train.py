@@ -36,8 +36,8 @@ def output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
+    from harness.study import curves
     from harness.study.jobs import RunJob, read_job
-    from harness.training import curves
 
     curves.wanted()  # what is missing is said before the run waits for a GPU
     job = read_job(args.spec, RunJob, args.spec.parent.name)

@@ -1,44 +1,24 @@
 """Live curves of runs for TensorBoard, off unless `GRASS_TENSORBOARD` names a folder.
 
-An environment variable and no key of a study: a run is named by what determines it, and who watches it does not. Steps
-are gathered and handed over between two steps, and it is waited for TensorBoard's thread, so that nothing of it runs on
-a step's clock; its import does count in the host's memory.
+Steps are gathered and handed over between two steps, and it is waited for TensorBoard's thread, so that nothing of it
+runs on a step's clock; its import does count in the host's memory.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from harness.errors import UserError
 from harness.progress import say
-
-FOLDER = "GRASS_TENSORBOARD"
-"""Environment variable: the folder that gets one folder of events a run."""
+from harness.study.curves import FOLDER, wanted
 
 EVERY_S = 5.0
 """Seconds between two writes."""
 _NEVER_S = 10**6
 _SHOWN = ("loss", "lr_factor", "grad_norm", "step_s")
-
-
-def wanted() -> Path | None:
-    """The folder for curves; None where none are asked for.
-
-    Raises:
-        UserError: they are asked for, and TensorBoard is not installed.
-    """
-    folder = os.environ.get(FOLDER)
-    if not folder:
-        return None
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError(f"{FOLDER}={folder}: the package tensorboard is not installed: pip install tensorboard")
-    return Path(folder)
 
 
 class Curves:

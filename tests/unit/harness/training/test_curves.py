@@ -13,6 +13,7 @@ from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.errors import UserError
 from harness.measuring.clock import StepClock
 from harness.records.run import TrainRecord
+from harness.study import curves as asked
 from harness.training import curves
 from harness.training.loading import Inputs
 from harness.training.loop import train
@@ -62,7 +63,7 @@ class Writer:
 def installed(monkeypatch: pytest.MonkeyPatch, where: str | None) -> None:
     """Whether curves find TensorBoard; all others find what there is."""
     found = SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: where))
-    monkeypatch.setattr(curves, "importlib", found)
+    monkeypatch.setattr(asked, "importlib", found)
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     installed(monkeypatch, "somewhere")
-    monkeypatch.setenv(curves.FOLDER, str(tmp_path / "curves"))
+    monkeypatch.setenv(asked.FOLDER, str(tmp_path / "curves"))
     monkeypatch.setattr(curves, "EVERY_S", 0.0)
     start, stop = StepClock.start, StepClock.stop
 
@@ -104,7 +105,7 @@ def test_a_run_has_all_its_steps_drawn_off_the_clock(drawn: Path, inputs: Inputs
 
 def test_it_is_the_same_run(drawn: Path, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(inputs, tmp_path / "with")
-    monkeypatch.delenv(curves.FOLDER)
+    monkeypatch.delenv(asked.FOLDER)
     run(inputs, tmp_path / "without")
     assert len(Writer.made) == 1
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("with", "without"))
@@ -127,15 +128,15 @@ def test_a_full_disk_ends_the_curves_alone(
 
 def test_what_is_not_installed_is_said_before_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     installed(monkeypatch, None)
-    assert curves.wanted() is None
-    monkeypatch.setenv(curves.FOLDER, str(tmp_path))
+    assert asked.wanted() is None
+    monkeypatch.setenv(asked.FOLDER, str(tmp_path))
     with pytest.raises(UserError, match="the package tensorboard is not installed: pip install tensorboard"):
-        curves.wanted()
+        asked.wanted()
 
 
 def test_tensorboard_reads_what_is_written(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    monkeypatch.setenv(curves.FOLDER, str(tmp_path / "curves"))
+    monkeypatch.setenv(asked.FOLDER, str(tmp_path / "curves"))
     run(inputs, tmp_path / "run")
     events = accumulator.EventAccumulator(str(tmp_path / "curves" / "run")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(5))
