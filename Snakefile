@@ -12,7 +12,7 @@ from snakemake.exceptions import WorkflowError
 
 from harness.errors import UserError
 from harness.progress import STUDY_FILE
-from harness.study import progress, workers
+from harness.study import curves, progress, workers
 from harness.study.cards import card_for, cards
 from harness.study.disk import jobs_at_once, too_little
 from harness.study.jobs import EVALUATE, FORECAST, MODEL, OVERLAP, PROBE, ROWS, SEARCH, SUITE, TRAIN
@@ -39,6 +39,7 @@ IN_JOB = not workflow.is_main_process
 DRY_RUN = not IN_JOB and any(re.fullmatch(r"--dry-?run|-[A-Za-z]*n[A-Za-z]*", word) for word in sys.argv[1:])
 try:
     CARDS = cards()
+    curves.wanted()  # not by every run, in turn
     if IN_JOB:
         PLAN = reopen_study(CONFIG)
         AS_BEGUN = CONFIG

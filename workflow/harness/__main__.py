@@ -16,11 +16,13 @@ from pathlib import Path
 
 from harness.errors import OWN_FAULT, UserError, missing_package, without_secrets
 from harness.records.locks import one_at_a_time
+from harness.sign import signing
 from harness.stderr import copied_stderr
 
 STAGES = {
     "plan": "list a study's runs, their state and their disk",
     "rehearse": "make a study small, on random models of its architectures, to see it through before it is run",
+    "status": "what a study under way does now: done, running, failed",
     "prefetch": "make rows, suites and fetched models ready",
     "pretrain": "pretrain a study's own small model",
     "probe": "measure the importance of an untrained model's layers",
@@ -79,7 +81,10 @@ def _run(name: str, words: list[str], of_all: argparse.ArgumentParser) -> int:
         args = own.parse_args(words)
         output = stage.output(args) if hasattr(stage, "output") else None
         with nullcontext(True) if output is None else one_at_a_time(output) as to_do:
-            return int(stage.run(args)) if to_do else 0
+            if not to_do:
+                return 0
+            with nullcontext() if output is None else signing(output):
+                return int(stage.run(args))
     except BrokenPipeError:
         # as in `plan | head`: the reader closed the pipe; Python's own flush at exit must not fail either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere.
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere; and the job's sign.
 
 A study runs several jobs in parallel, whose bars would overwrite one another. There each job prints a line when it ends
 instead (`harness.study.progress`).
@@ -9,13 +9,19 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections import deque
 from types import TracebackType
+
+from harness import sign
 
 STUDY_FILE = "GRASS_STUDY"
 """Environment variable of a study's jobs: path of the config file."""
 
 LINE_EVERY_S = 20.0
 """Minimum seconds between two plain lines of one job: a short job prints nothing until it ends."""
+
+SPEED_OVER = 12
+"""Signs over which the speed in a sign is taken: a minute of short units."""
 
 
 class Progress:
@@ -25,6 +31,8 @@ class Progress:
         self.total, self.label, self.unit = total, label, unit
         self._done = self._first = done
         self._started = self._last_line = time.monotonic()
+        self._tokens = 0
+        self._marks = deque([(self._started, done, 0)], maxlen=SPEED_OVER)
         self._bar = None
         if sys.stderr.isatty() and STUDY_FILE not in os.environ:
             from tqdm import tqdm
@@ -32,18 +40,23 @@ class Progress:
             self._bar = tqdm(total=total, desc=label, unit=unit, initial=done, leave=False, dynamic_ncols=True)
 
     def __enter__(self) -> Progress:
+        sign.tell(label=self.label, unit=self.unit, done=self._done, total=self.total)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        sign.tell(label=None, unit=None, done=None, total=None, unit_s=None, tokens_per_s=None)
         if self._bar is not None:
             self._bar.close()
 
-    def advance(self, note: str = "") -> None:
-        """One more unit is done; `note` is a short state, such as the loss."""
+    def advance(self, note: str = "", *, tokens: int = 0) -> None:
+        """One more unit is done; `note` is a short state, such as the loss, and `tokens` what the unit took of them."""
         self._done += 1
+        self._tokens += tokens
         now = time.monotonic()
+        if sign.due():
+            self._sign(now, note)
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(1)
@@ -55,6 +68,17 @@ class Progress:
             left = duration((self.total - self._done) * seconds)
             counted = f"{self._done}/{self.total} {self.unit}s, {pace(seconds, self.unit)}, {left} left"
             say(f"{self.label}: {counted}{', ' + note if note else ''}")
+
+    def _sign(self, now: float, note: str) -> None:
+        since, first, tokens = self._marks[0]
+        seconds, told = now - since, self._tokens - tokens
+        sign.tell(
+            done=self._done,
+            note=note or None,
+            unit_s=seconds / (self._done - first),
+            tokens_per_s=told / seconds if told and seconds else None,
+        )
+        self._marks.append((now, self._done, self._tokens))
 
 
 def say(line: str) -> None:

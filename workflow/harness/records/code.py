@@ -54,10 +54,18 @@ def measurement(module: str) -> Roots:
     return ("harness.efficiency.measure", f"baselines.{module}")
 
 
-EXCLUDED = ("grass.heatmap", "harness.errors", "harness.progress", "harness.records", "harness.study")
+EXCLUDED = (
+    "grass.heatmap",
+    "harness.errors",
+    "harness.progress",
+    "harness.records",
+    "harness.sign",
+    "harness.study",
+    "harness.training.curves",
+)
 """Modules and packages that record-making code imports, but that do not affect what a record says: a figure of the
-library, messages to the user, progress lines, how records are written (their schema has its own version), and the job's
-specification, which is in the name of the record."""
+library, messages to the user, progress lines and curves, how records are written (their schema has its own version),
+and the job's specification, which is in the name of the record."""
 
 DATA = (".j2", ".json", ".yaml")
 """Suffixes of files other than modules that a package reads, such as the tasks of lm-eval."""

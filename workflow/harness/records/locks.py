@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.progress import duration, say
+from harness.sign import sign_of
 
 POLL_S = 2.0
 """Seconds between two tries of a waiting process."""
@@ -60,7 +62,12 @@ def try_lock(path: Path) -> int | None:
         if _is_still(path, descriptor):
             break
         os.close(descriptor)  # the last holder removed the file between our two calls
-    described = {"pid": os.getpid(), "command": _command(), "since": datetime.now().isoformat(" ", "minutes")}
+    described = {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "command": _command(),
+        "since": datetime.now().isoformat(" ", "minutes"),
+    }
     os.ftruncate(descriptor, 0)
     os.write(descriptor, json.dumps(described).encode())
     return descriptor
@@ -88,7 +95,7 @@ def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
     if not output.parent.is_dir():
         yield True
         return
-    path, started = _beside(output), time.monotonic()
+    path, started = lock_of(output), time.monotonic()
     told = False
     try:
         descriptor = try_lock(path)
@@ -112,8 +119,8 @@ def one_at_a_time(output: Path, *, poll_s: float = POLL_S) -> Iterator[bool]:
 
 
 def remove_left(output: Path) -> None:
-    """Remove the lock file of a job that was killed between its output and its end: nobody would do that job again."""
-    path = _beside(output)
+    """Remove lock and sign of a job that was killed between its output and its end: nobody would do that job again."""
+    path = lock_of(output)
     if not (path.exists() and output.exists()):
         return
     try:
@@ -121,11 +128,13 @@ def remove_left(output: Path) -> None:
     except NoLocksError:
         return
     if descriptor is not None:
+        sign_of(output).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
-def _beside(output: Path) -> Path:
+def lock_of(output: Path) -> Path:
+    """The lock of the job that writes `output`."""
     return output.with_name(f".{output.name}.lock")
 
 

@@ -26,7 +26,6 @@ from harness.records.run import (
     SearchRecord,
     TrainRecord,
 )
-from harness.reporting.failures import reason, status_of
 from harness.reporting.frames import Frames, read_table, rows_to_frame, table_to_frame
 from harness.reporting.record_rows import (
     believed_rows,
@@ -42,6 +41,7 @@ from harness.reporting.record_rows import (
 )
 from harness.reporting.trusted import check_run, check_scores, check_search
 from harness.study.jobs import MODEL, ROWS, RunJob
+from harness.study.last_words import reason, status_of
 from harness.study.paths import Paths
 from harness.study.plan import Plan
 from harness.study.spec import LmEvalSuite

@@ -20,13 +20,13 @@ from harness.records.atomic import sha256, write_text
 from harness.records.columns import FRAMES
 from harness.records.reading import read
 from harness.reporting.answer import answer
-from harness.reporting.failures import FAILED, NOT_RUN
 from harness.reporting.frames import Frames
 from harness.reporting.in_short import in_short
 from harness.reporting.layout import SUBJECT, trained, why
 from harness.reporting.page_parts import Figures, PageTables
 from harness.reporting.score_tables import MEASURES
 from harness.reporting.table import signed
+from harness.study.last_words import FAILED, NOT_RUN
 from harness.study.spec import Study
 from harness.study.views import FigureKind
 

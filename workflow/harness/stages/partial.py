@@ -18,12 +18,13 @@ def run(args: argparse.Namespace) -> int:
     """Write what can be written, and say what is missing and what to do about it."""
     from harness.progress import say
     from harness.reporting.collecting import collect
-    from harness.reporting.failures import FAILED, NOT_RUN, failed_runs
+    from harness.reporting.failures import failed_runs
     from harness.reporting.figures import write_figures
     from harness.reporting.frames import read_frames, write_frames
     from harness.reporting.page import write_page
     from harness.reporting.tables import write_tables
     from harness.study.config import load_study
+    from harness.study.last_words import FAILED, NOT_RUN
     from harness.study.paths import Paths
     from harness.study.plan import resolve_study
 

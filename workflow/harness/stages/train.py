@@ -6,6 +6,7 @@ import argparse
 import os
 import shutil
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +43,10 @@ def output(args: argparse.Namespace) -> Path:
 def run(args: argparse.Namespace) -> int:
     """Write train.json beside the spec; a run that went out of memory or diverged is a record too."""
     from harness.measuring.gpu import lease_for
+    from harness.study import curves
     from harness.study.jobs import RunJob, read_job
 
+    curves.wanted()  # what is missing is said before the run waits for a GPU
     job = read_job(args.spec, RunJob, args.spec.parent.name)
     if args.rank_of is not None:
         return _be_rank(args, job)
@@ -87,9 +90,12 @@ def _be_rank(args: argparse.Namespace, job: RunJob) -> int:
         visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(os.environ["LOCAL_RANK"])]
     from harness.records import atomic
+    from harness.sign import signing
     from harness.training.ranks import group
 
-    with group(device):
+    first = int(os.environ["RANK"]) == 0
+    # the parent, which holds the run's own sign, only waits
+    with group(device), signing(args.spec.parent / "train.json") if first else nullcontext():
         record = _train(args, job)
         atomic.write_json(output(args), record.model_dump(mode="json"))
         if record.status == "oom":

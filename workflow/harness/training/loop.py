@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from grass.distributed import ranks
+from harness import sign
 from harness.measuring.clock import StepClock
 from harness.measuring.energy import together
 from harness.measuring.host import free_bytes
@@ -31,6 +32,7 @@ from harness.step.run import run_step
 from harness.study.jobs import Training, digest
 from harness.study.spec import Observation
 from harness.training.batches import CalibrationBatches
+from harness.training.curves import Curves
 from harness.training.ending import Ending
 from harness.training.engagement import Period
 from harness.training.host_room import too_little_host_memory
@@ -168,6 +170,7 @@ class _Run:
         self.meters, self.clock = Meters(self.recipe.device), StepClock(self.recipe.device)
         self.log = Log()
         self.loaded: Loaded | None = None
+        self.curves: Curves | None = None
         self.load_s = 0.0
         self.ending = Ending(in_phase=self._in_phase, release=self.meters.empty_cache)
         self.checks: list[Check] = []
@@ -194,11 +197,12 @@ class _Run:
             run.batches, autocast=self.recipe.autocast, chunked=self.recipe.chunked_loss
         )
         first_step = self._resume(run, state_folder, lr=lr, seed=seed)
-        if first_step == 0:
-            if why := too_little_host_memory(run, self.recipe.device, processes=ranks(), free=free_bytes()):
-                raise CannotRunError(why)
-            self._prepare(run)
-        self._train(run, first_step, seed, state_folder, checkpoint_every)
+        with Curves(self.name, first_step=first_step, shown=folder is not None and rank() == 0) as self.curves:
+            if first_step == 0:
+                if why := too_little_host_memory(run, self.recipe.device, processes=ranks(), free=free_bytes()):
+                    raise CannotRunError(why)
+                self._prepare(run)
+            self._train(run, first_step, seed, state_folder, checkpoint_every, self.curves)
         if rank() != 0:
             return
         self.ending.validate(run)
@@ -248,7 +252,15 @@ class _Run:
 
     # ------------------------------------------------------------ steps
 
-    def _train(self, run: Loaded, first_step: int, seed: int, state_folder: Path | None, checkpoint_every: int) -> None:
+    def _train(
+        self,
+        run: Loaded,
+        first_step: int,
+        seed: int,
+        state_folder: Path | None,
+        checkpoint_every: int,
+        curves: Curves,
+    ) -> None:
         """Run all optimizer steps, with the observer and the engagement watch between them."""
         steps = self.recipe.steps if run.method.TRAINS else 0
         period = run.promise.period_steps or max(1, self.recipe.steps // FALLBACK_PERIODS)
@@ -273,7 +285,8 @@ class _Run:
                 if state_folder is not None and due and first:
                     self._save(run, state_folder, done)
                 if first:
-                    progress.advance(f"loss {loss:.3f}")
+                    curves.step(self.log.steps[-1])
+                    progress.advance(f"loss {loss:.3f}", tokens=self.log.steps[-1]["tokens"])
                 if asked:
                     gathered(None)  # nobody leaves before the state is whole
                     termination.leave(asked, f"{self.name}, after step {done}", tell=first)
@@ -337,6 +350,8 @@ class _Run:
                 )
             row = {"step": done, "gradient_rms": rms, "batches": len(run.observed), "validation_loss": loss}
             self.log.observed.append(row)
+            assert self.curves is not None
+            self.curves.observed(row)
 
     def _save(self, run: Loaded, folder: Path, done: int) -> None:
         frozen = run.own_parameters if run.promise.base_frozen else []
@@ -358,5 +373,6 @@ class _Run:
     def _in_phase(self, name: str) -> Iterator[None]:
         """Attribute the block's memory peaks and errors to the phase `name`."""
         self.current_phase = name
+        sign.tell(phase="steps" if name in ("first_step", "steady") else name)
         with self.meters.phase(name):
             yield

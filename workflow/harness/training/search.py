@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import sign
 from harness.progress import say
 from harness.records import atomic
 from harness.records.claim import claim, with_code
@@ -90,6 +91,9 @@ def _trial(job: SearchJob, lr: float, seed: int, attempt: Attempt, *, extension:
         return read(path, Trial)
     label = f"{job.training.rows.label} {job.training.label} lr {lr:g} seed {seed}"
     state = path.with_suffix("")
+    number, seeds = 1 + sum(1 for _ in folder.glob("lr*-seed*.json")), len(job.search.seeds)
+    # trials of an extension are not known beforehand
+    sign.tell(trial=number, trials=max(len(job.search.grid) * seeds, -(-number // seeds) * seeds))
     record = attempt(name=label, lr=lr, seed=seed, state_folder=state)
     trial = Trial(
         lr=lr,

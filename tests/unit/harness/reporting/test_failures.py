@@ -16,8 +16,9 @@ from harness.records.code import ROWS as ROOTS
 from harness.records.provenance import provenance
 from harness.records.run import ModelRecord, RowsRecord
 from harness.reporting import collecting
-from harness.reporting.failures import failed_runs, status_of
+from harness.reporting.failures import failed_runs
 from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN
+from harness.study.last_words import status_of
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
 from study_files import load, written
