@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the figures")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes last."""
+    out: Path = args.out
+    return out.with_suffix(".json")
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the figures; 0."""
     write_figures(read_frames(args.frames), load_study(args.config, inputs_needed=False), args.out)

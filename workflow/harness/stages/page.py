@@ -22,6 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="the html file")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    out: Path = args.out
+    return out
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the page; 0."""
     write_page(read_frames(args.frames), load_study(args.config, inputs_needed=False), args.frames, args.out)

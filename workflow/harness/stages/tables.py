@@ -17,6 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
 
 
+def output(args: argparse.Namespace) -> Path:
+    """What the job writes."""
+    out: Path = args.out
+    return out
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the tables; 0."""
     write_tables(read_frames(args.frames), load_study(args.config, inputs_needed=False), args.out)

@@ -84,8 +84,10 @@ def open_study(path: Path, paths: Paths, *, dry_run: bool = False) -> Plan:
     if not dry_run:
         _check_mirror(plan, paths, config=path)
         write_specs(plan, paths)
-        for output in outputs(plan, paths):
-            remove_left(output.path)
+        report = paths.study(plan.study.study)
+        of_report = [report / name for name in ("tables", "figures.json", "report.html")]
+        for file in [*(output.path for output in outputs(plan, paths)), *of_report]:
+            remove_left(file)
     return plan
 
 
