@@ -88,6 +88,7 @@ class House:
             WORKERS: "doors",
         }
         self.owner: Any = None
+        self.started: list[subprocess.Popen[str]] = []
 
     def serve(self) -> None:
         command = [sys.executable, "-m", "harness.workers.server", "doors", STAGE]
@@ -95,6 +96,10 @@ class House:
         assert self.owner.wait() == 0
 
     def close(self) -> None:
+        """End all that a failed test may have left at work."""
+        for client in self.started:
+            client.kill()
+            client.wait()
         if self.owner is not None:
             self.owner.stdin.close()
 
@@ -104,7 +109,8 @@ class House:
 
     def begin(self, *words: str, warm: bool = True, **options: Any) -> subprocess.Popen[str]:
         given = {"cwd": self.folder, "env": self.environment, "text": True, **options}
-        return subprocess.Popen(self.command(*words, warm=warm), **given)
+        self.started.append(subprocess.Popen(self.command(*words, warm=warm), **given))
+        return self.started[-1]
 
     def run(self, *words: str, warm: bool = True, **options: Any) -> subprocess.CompletedProcess[str]:
         given = {"cwd": self.folder, "env": self.environment, "text": True, "capture_output": True, **options}
@@ -253,7 +259,7 @@ def test_a_server_ends_with_its_owner_when_its_jobs_are_done(house: House) -> No
     client = house.begin("work")
     (worker,) = house.begun()
     server = psutil.Process(house.told()[0]["parent"])
-    house.close()
+    house.owner.stdin.close()
     # it takes no more jobs, and keeps the one that it has
     assert house.run("end", "0").returncode == 0
     assert not gone(worker)
