@@ -107,6 +107,8 @@ def main() -> int:
     )  # fmt: skip
     (study,) = small.glob("*.yaml")
     environment.pop("MIRROR")
+    sittings = folder / "sittings.json"
+    before = json.loads(sittings.read_text(encoding="utf-8")) if sittings.is_file() else []
     started = time.monotonic()
     code = subprocess.run(
         [
@@ -116,8 +118,49 @@ def main() -> int:
         ],
         **run,
     ).returncode  # fmt: skip
-    print(f"rc {code} after {(time.monotonic() - started) / 60:.1f} minutes")
+    minutes = [*before, round((time.monotonic() - started) / 60, 1)]
+    sittings.write_text(json.dumps(minutes), encoding="utf-8")
+    print(f"rc {code} after {minutes[-1]} minutes")
+    if code == 0:
+        text = report(folder / "results" / study.stem, minutes=minutes, cores=given.cores)
+        (folder / "rehearsal.md").write_text(text, encoding="utf-8")
+        print(text)
     return code
+
+
+def report(made: Path, *, minutes: list[float], cores: str) -> str:
+    """What came of it, as a page: rows by outcome, reasons of those that are not ok, what was written."""
+    import pandas as pd
+
+    runs = pd.read_parquet(made / "runs.parquet")
+    tables = sorted(path.stem for path in (made / "tables").glob("*.md"))
+    figures = sorted(path.stem for path in (made / "figures").glob("*.svg"))
+    first = json.loads(next(iter(sorted((made.parent / "runs").glob("*/train.json")))).read_text(encoding="utf-8"))
+    counted = runs.groupby(["model", "task", "status"]).size().reset_index(name="runs")
+    strange = runs[runs["status"] != "ok"].groupby(["method", "status", "status_why"], dropna=False).size()
+    scores = pd.read_parquet(made / "scores.parquet")
+    lines = [
+        f"# Rehearsal of {made.name.removesuffix('-rehearsal')}",
+        "",
+        f"Made by `python -m tests.rehearsal` at commit {first['provenance']['git_commit'][:7]} on {cores} cores, without "
+        f"a GPU and without a hub, in {' + '.join(map(str, minutes))} minutes from prefetch to page. Models are random, of "
+        "at most 6 layers: no number here says anything about a method.",
+        "",
+        f"- {len(runs)} runs, {scores['run'].nunique()} scored, {len(scores)} scores of suites",
+        f"- {len(tables)} tables: {', '.join(tables)}",
+        f"- {len(figures)} figures: {', '.join(figures)}",
+        "",
+        "| model | task | outcome | runs |",
+        "| --- | --- | --- | --- |",
+        *(f"| {row.model} | {row.task} | {row.status} | {row.runs} |" for row in counted.itertuples()),
+        "",
+        "## Rows that are not ok",
+        "",
+        *(f"- {method}: {status}, {n} runs: {why}" for (method, status, why), n in strange.items()),
+        *(["None."] if strange.empty else []),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
