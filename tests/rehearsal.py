@@ -135,16 +135,17 @@ def report(made: Path, *, minutes: list[float], cores: str) -> str:
     runs = pd.read_parquet(made / "runs.parquet")
     tables = sorted(path.stem for path in (made / "tables").glob("*.md"))
     figures = sorted(path.stem for path in (made / "figures").glob("*.svg"))
-    first = json.loads(next(iter(sorted((made.parent / "runs").glob("*/train.json")))).read_text(encoding="utf-8"))
+    record = next(iter(sorted((made.parent / "runs").glob("*/train.json"))))
+    commit = json.loads(record.read_text(encoding="utf-8"))["provenance"]["git_commit"]
     counted = runs.groupby(["model", "task", "status"]).size().reset_index(name="runs")
     strange = runs[runs["status"] != "ok"].groupby(["method", "status", "status_why"], dropna=False).size()
     scores = pd.read_parquet(made / "scores.parquet")
     lines = [
         f"# Rehearsal of {made.name.removesuffix('-rehearsal')}",
         "",
-        f"Made by `python -m tests.rehearsal` at commit {first['provenance']['git_commit'][:7]} on {cores} cores, without "
-        f"a GPU and without a hub, in {' + '.join(map(str, minutes))} minutes from prefetch to page. Models are random, of "
-        "at most 6 layers: no number here says anything about a method.",
+        f"Made by `python -m tests.rehearsal` at commit {commit[:7]} on {cores} cores without a GPU and a hub, "
+        f"in {' + '.join(map(str, minutes))} minutes from prefetch to page. Models are random, of at most 6 layers: no "
+        "number here says anything about a method.",
         "",
         f"- {len(runs)} runs, {scores['run'].nunique()} scored, {len(scores)} scores of suites",
         f"- {len(tables)} tables: {', '.join(tables)}",

@@ -23,7 +23,15 @@ from harness.reporting.layout import (
     other_outcomes,
     trained,
 )
-from harness.reporting.stats import Difference, judge, pair_documents, paired_difference, seed_difference, summarise
+from harness.reporting.stats import (
+    Difference,
+    detectable,
+    judge,
+    pair_documents,
+    paired_difference,
+    seed_difference,
+    summarise,
+)
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number, signed
 from harness.study.spec import Study
 
@@ -232,6 +240,10 @@ VERDICT_RULE = (
     "Seeds and documents are resampled together; with a few seeds the bootstrap interval alone is too narrow, "
     "the t interval (one degree of freedom less than seeds) carries the noise between seeds."
 )
+DETECTABLE = (
+    "Detectable: the least true difference that as many seeds and documents would show in 80 % of cases, if they "
+    "scatter as these did. Where there is no claim, a smaller one may be there all the same."
+)
 SEEDS_ALONE = (
     "On validation rows, whose losses are not kept one by one, the t interval alone decides: "
     "it takes those rows as given."
@@ -256,6 +268,7 @@ def difference_table(frames: Frames, study: Study, measure: Measure) -> Table:
                 shown = {"rival": method_name(study, frames, rival, notes)}
                 display.append(keys | shown | _difference_text(result, measure, notes))
     notes.add(VERDICT_RULE)
+    notes.add(DETECTABLE)
     if any(suite == VALIDATION for _, suite in measure.cells(study)):
         notes.add(SEEDS_ALONE)
     unit = "percentage points" if measure.is_share else measure.unit
@@ -292,6 +305,7 @@ def _difference_numbers(result: Difference, measure: Measure) -> dict[str, Any]:
         f"seed_t_high_{unit}": seed_t[1],
         "p": result.p,
         "p_holm": result.p_holm,
+        f"detectable_{unit}": detectable(result),
         "seeds": result.seeds,
         "documents": result.documents,
         "verdict": result.verdict,
@@ -306,12 +320,13 @@ def _difference_text(result: Difference, measure: Measure, notes: Footnotes) -> 
             return UNKNOWN + notes.mark("not defined: fewer than 2 seeds in common, or no spread between them.")
         return " to ".join(signed(end * measure.scale, measure.digits) for end in ends)
 
-    mean = None if result.mean is None else result.mean * measure.scale
+    mean, least = None if result.mean is None else result.mean * measure.scale, detectable(result)
     return {
         "difference": signed(mean, measure.digits),
         "bootstrap interval": interval(result.bootstrap),
         "seed-level t interval": interval(result.seed_t),
         "p (Holm)": number(result.p_holm, 3),
+        "detectable": number(None if least is None else least * measure.scale, measure.digits),
         "seeds × documents": f"{result.seeds} × {UNKNOWN if result.seeds_alone else result.documents}",
         "verdict": result.verdict,
     }

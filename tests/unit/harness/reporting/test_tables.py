@@ -143,6 +143,19 @@ def test_paired_difference(frames: Frames, folder: Path) -> None:
     assert few["verdict"] == "no claim (2 seeds in common, 3 are needed)"
 
 
+def test_beside_every_difference_stands_the_least_that_could_have_been_seen(folder: Path) -> None:
+    open_rows = 0
+    for row in rows(folder, "difference_accuracy", suite="three-step"):
+        low, high = float(row["seed_t_low_share"]), float(row["seed_t_high_share"])
+        # at least the half interval: what covers 0 by chance half of the time is not seen in four of five cases
+        assert float(row["detectable_share"]) > (high - low) / 2
+        open_rows += row["verdict"].startswith("no claim")
+    assert open_rows
+    (few,) = rows(folder, "difference_accuracy", suite="held-out", rival="lora")
+    assert few["detectable_share"] == ""
+    assert "Detectable: the least true difference" in (folder / "difference_accuracy.md").read_text(encoding="utf-8")
+
+
 def test_learning_rates(frames: Frames, folder: Path) -> None:
     losses = [
         t["validation_loss"] for t in raw(frames, "trials")
