@@ -221,7 +221,7 @@ def test_no_storage_has_an_entry_for_every_word_and_token_with_the_chunked_loss(
 
 def test_a_loss_that_is_not_chunked_shows_as_a_difference() -> None:
     real = forecast(large("full", "lean"), tensors="real")
-    with patch("harness.step.cell.chunked_token_loss", token_loss):
+    with patch("harness.step.loss.chunked_token_loss", token_loss):
         defect = forecast(large("full", "lean"))
     assert defect.largest_elements >= LOGITS > real.largest_elements
     assert (defect.peak_bytes, defect.by_kind["loss"]) > (real.peak_bytes, real.by_kind["loss"])

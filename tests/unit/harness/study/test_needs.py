@@ -103,7 +103,7 @@ def test_every_rule_has_a_log_that_its_stage_writes_and_says_what_it_takes() -> 
         assert f"results/logs/{name}/" in rule
         assert "--log {log}" in rule
         # both are paths of the user's, and may have spaces; all other paths are relative and made of labels
-        assert '"{PYTHON:q} -m harness' in rule
+        assert '"{PYTHON:q} -m harness ' in rule or '"{HARNESS} ' in rule
         assert "{CONFIG}" not in rule
         assert "mem_mb=" in rule
         assert "runtime=" in rule
