@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from harness.step.observer import Observer
 from harness.study.identity import files_of, known_model
 from harness.study.jobs import MODEL, ROWS, ProbeJob, Training
 from harness.study.paths import Paths, resolve
-from harness.study.spec import Observation
+from harness.study.spec import Observation, PromptName
 from harness.training.batches import Batches, fixed_batches
 from harness.training.engagement import Watch
 from harness.training.ranks import rank
@@ -84,6 +85,40 @@ class Loaded(Attached):
     """What is worth a line in the run's record."""
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """What a run reads besides its model."""
+
+    tokenizer: Any
+    rows: list[Encoded]
+    held: list[Encoded]
+    data: DataUse
+
+
+def _texts(training: Training, inputs: Inputs) -> _Texts:
+    """Tokenizer and rows; the next trial of a search finds them read, if it is known by hashes what they are."""
+    made_from = tuple(sorted(inputs.made_from.items()))
+    read_texts = _read_texts if made_from else _read_texts.__wrapped__
+    recipe = training.recipe
+    return read_texts(inputs.model, inputs.rows, made_from, training.prompt, recipe.max_length, recipe.loss_on)
+
+
+@lru_cache(maxsize=1)
+def _read_texts(
+    model: Path,
+    rows: Path,
+    made_from: tuple[tuple[str, str], ...],
+    prompt: PromptName,
+    max_length: int,
+    loss_on: Literal["answer", "all"],
+) -> _Texts:
+    tokenizer = load_tokenizer(model)
+    asked = Prompt(prompt, tokenizer)
+    trained, data = encode_rows(asked, read_rows(rows / "train.json"), max_length=max_length, loss_on=loss_on)
+    held, _ = encode_rows(asked, read_rows(rows / "validation.json"), max_length=max_length, loss_on="answer")
+    return _Texts(tokenizer, trained, held, data)
+
+
 def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, observation: Observation | None) -> Loaded:
     """Load model and rows, attach the method.
 
@@ -94,10 +129,8 @@ def load(training: Training, *, lr: float | None, seed: int, inputs: Inputs, obs
     """
     recipe = training.recipe
     method = new_method(training.module, training.options, recipe=recipe, lr=lr, seed=seed)
-    tokenizer = load_tokenizer(inputs.model)
-    prompt, cut = Prompt(training.prompt, tokenizer), {"max_length": recipe.max_length}
-    rows, data = encode_rows(prompt, read_rows(inputs.rows / "train.json"), loss_on=recipe.loss_on, **cut)
-    held, _ = encode_rows(prompt, read_rows(inputs.rows / "validation.json"), loss_on="answer", **cut)
+    texts = _texts(training, inputs)
+    tokenizer, rows, held, data = texts.tokenizer, texts.rows, texts.held, texts.data
     model = load_model(inputs.model, weight_dtype=recipe.weight_dtype)
     check_length(model, recipe.max_length, what="recipe.max_length")
     ids = (row.input_ids for row in (*rows, *held))
