@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from harness.errors import OWN_FAULT
@@ -14,6 +15,9 @@ FAILED, NOT_RUN = "failed", "not run"
 
 _RULES = {ROWS.name: "prefetch_rows", SUITE.name: "prefetch_suite"}
 """Of kinds whose rule is called otherwise, see `workflow/rules`."""
+
+
+_WARNING = re.compile(r":\d+: \w*Warning: ")
 
 
 def status_of(why: str) -> str:
@@ -37,8 +41,14 @@ def reason(paths: Paths, rule: str, job: str) -> str:
 def _lines(log: Path) -> list[str]:
     if not log.is_file():
         return []
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-    return [line for line in lines if line]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # of Python's warnings not the line of code that stands below each: it says nothing
+    said = [
+        line.strip()
+        for before, line in zip(["", *lines], lines, strict=False)
+        if not (_WARNING.search(before) and line.startswith("  "))
+    ]
+    return [line for line in said if line and not _WARNING.search(line)] or [line for line in said if line]
 
 
 def log_of(paths: Paths, rule: str, job: str) -> Path:

@@ -18,7 +18,7 @@ from harness.records.run import ModelRecord, RowsRecord
 from harness.reporting import collecting
 from harness.reporting.failures import failed_runs
 from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN
-from harness.study.last_words import status_of
+from harness.study.last_words import reason, status_of
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
 from study_files import load, written
@@ -38,6 +38,23 @@ def there(plan: Plan, paths: Paths) -> None:
     for name in plan.rows:
         rows = RowsRecord(name=name, files_sha256={}, rows={}, provenance=made)
         atomic.write_json(paths.output(ROWS, name), rows.model_dump(mode="json"))
+
+
+def test_a_line_of_code_below_a_warning_is_not_taken_for_the_reason(tmp_path: Path) -> None:
+    paths = Paths(tmp_path / "results")
+    warned = (
+        "[ 3%] search full: trial 2 of 6",
+        "loop.py:242: UserWarning: layers are near uniform",
+        "  method.prepare()",
+    )
+    log(paths, "search", "a", *warned)
+    assert reason(paths, "search", "a").startswith("search did not finish: [ 3%] search full: trial 2 of 6 (")
+    log(paths, "search", "b", *warned[1:])
+    assert "UserWarning: layers are near uniform" in reason(paths, "search", "b")
+    log(
+        paths, "search", "c", "Traceback (most recent call last):", '  File "x.py", line 1', "    f()", "ValueError: no"
+    )
+    assert reason(paths, "search", "c").startswith("search did not finish: ValueError: no (")
 
 
 def test_the_first_job_without_output_is_the_reason(tmp_path: Path) -> None:
