@@ -18,7 +18,7 @@ from harness.reporting.figures import write_figures
 from harness.reporting.frames import Frames, write_frames
 from harness.reporting.importance_figures import active_spans, agreement_curves, importance_map
 from harness.reporting.page import flagged_runs, write_page
-from harness.reporting.style import looks, styled
+from harness.reporting.style import Drawing, looks, styled
 from harness.reporting.tables import write_tables
 from harness.reporting.training_figures import smoothed, window_steps
 from matplotlib import pyplot as plt
@@ -223,9 +223,8 @@ def test_a_sampler_that_collapses_after_a_refresh_is_noted(frames: Frames) -> No
     assert len(after) == len(before) + 1
 
 
-def test_a_caption_names_the_papers_figure_that_is_measured_anew(frames: Frames, tmp_path: Path) -> None:
-    write_figures(frames, STUDY.model_copy(update={"figures": {"loss": "Figure 9"}}), tmp_path / "figures")
-    captions = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    named = {name for name, texts in captions.items() if "of the paper, measured anew" in texts["caption"]}
-    assert named == {"loss--tiny"}
-    assert captions["loss--tiny"]["caption"].startswith("Figure 9 of the paper, measured anew. ")
+def test_a_caption_names_the_papers_figure_that_is_measured_anew() -> None:
+    drawings = [Drawing(name=f"{kind}--tiny", caption="Losses.", alt="a", figure=None) for kind in ("loss", "results")]
+    captions = [drawing.texts({"loss": "Figure 9"})["caption"] for drawing in drawings]
+    assert captions == ["Figure 9 of the paper, measured anew. Losses.", "Losses."]
+    assert drawings[0].texts()["caption"] == "Losses."
