@@ -71,7 +71,8 @@ def accuracy_and_memory(frames: Frames, study: Study, model: str) -> Drawing | N
         panel.set_title(_title(task, of_task), loc="left")
         panel.set_xlabel(name)
     axes[0][0].set_ylabel("accuracy (%)")
-    legend_below(figure, list(shown.values()), list(shown))
+    drawn = [method for method in trained(study) if method in shown]
+    legend_below(figure, [shown[method] for method in drawn], drawn)
     return Drawing(
         name=f"accuracy-and-memory--{model}",
         caption=f"Accuracy against memory, model {model}: the plain mean over a task's suites, and {name}, the largest "
