@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from harness.study.config import load_study
     from harness.study.paths import resolve
     from harness.study.rehearsal import Cut, rehearsal_of, stand_in_of
-    from harness.study.spec import HubModel, LocalModel
+    from harness.study.spec import HubModel, PretrainedHere
 
     study = load_study(args.config)
     cut = Cut(
@@ -54,14 +54,11 @@ def run(args: argparse.Namespace) -> int:
     mirror, models = args.out / "mirror", args.out / "models"
     for label, source in study.models.items():
         target = stand_in_of(source, label, mirror=mirror, models=models)
-        if isinstance(source, HubModel):
-            folder = find_without_weights(source)
-        elif isinstance(source, LocalModel):
-            folder = resolve(source.path)
-        if target is None:
+        if isinstance(source, PretrainedHere) or target is None:
             print(f"{label}: pretrained by the study itself, as it is")
-        else:
-            print(f"{label}: {write_stand_in(folder, target):,} parameters, random, in {target}")
+            continue
+        folder = find_without_weights(source) if isinstance(source, HubModel) else resolve(source.path)
+        print(f"{label}: {write_stand_in(folder, target):,} parameters, random, in {target}")
     made = rehearsal_of(study, cut, models=models)
     file = args.out / f"{made['study']}.yaml"
     write_text(file, yaml.safe_dump(made, sort_keys=False, allow_unicode=True, width=120))
