@@ -2,8 +2,9 @@
 
 `torch.optim.AdamW` keeps its moments in the parameter's dtype. A bf16 second moment with beta2 = 0.999 never decays
 (0.999 v rounds back to v), so bf16 weights need fp32 moments or stochastic rounding. With moments in the weights' dtype
-and no stochastic rounding, the update equals torch's bit for bit. Moments may be packed in 8 bits (`grass.quantised`).
-Working in pieces keeps temporaries small, whatever the size of a matrix.
+and no stochastic rounding, torch's own fused kernel does the arithmetic, and the update equals that of
+`torch.optim.AdamW(fused=True)` bit for bit. Moments may be packed in 8 bits (`grass.quantised`). Working in pieces keeps
+temporaries small, whatever the size of a matrix.
 """
 
 from __future__ import annotations
@@ -76,9 +77,39 @@ def update_piece(
         second: second moments (`exp_avg_sq`), same shape and dtype as `first`.
         step: number of this parameter's step, counted from 1.
         group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
-        generator: random bits. If given, the arithmetic is in fp32, and bf16 weights and second moments are rounded
-            stochastically. If None, the arithmetic is in the moments' dtype, rounded to nearest; in fp32 if they are
-            packed.
+        generator: random bits. If given, bf16 weights and second moments are rounded stochastically.
+    """
+    if generator is None and _one_dtype(weight, gradient, first, second):
+        beta1, beta2 = group["betas"]
+        torch.ops.aten._fused_adamw_(
+            [weight], [gradient], [first], [second], [], [torch.full((), float(step), device=weight.device)],
+            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+            amsgrad=False, maximize=False,
+        )  # fmt: skip
+        return
+    update_by_operations(weight, gradient, first, second, step=step, group=group, generator=generator)
+
+
+def _one_dtype(*tensors: Tensor) -> bool:
+    """Whether torch's fused kernel serves these tensors: it reads all of them as one dtype, in the order of memory."""
+    one = tensors[0]
+    return one.device.type in ("cpu", "cuda") and all(t.dtype == one.dtype and t.is_contiguous() for t in tensors)
+
+
+def update_by_operations(
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    *,
+    step: int,
+    group: dict[str, Any],
+    generator: torch.Generator | None = None,
+) -> None:
+    """The same as `update_piece`, operation by operation: for dtypes that differ, packed moments and random rounding.
+
+    In one dtype it equals `torch.optim.AdamW(foreach=False)` bit for bit. If there is a generator, or if moments are
+    packed, the arithmetic is in fp32, otherwise in the moments' dtype, rounded to nearest.
     """
     beta1, beta2 = group["betas"]
     packed = first.dtype == PACKED

@@ -43,7 +43,7 @@ def package_by_hand(order: str, dtype: torch.dtype, steps: int, *, extras: bool 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = llama(dtype=dtype).train()
-        base = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, foreach=False)
+        base = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, fused=True)
         options = {"include_embedding": extras, "include_lm_head": extras}
         with redirect_stdout(io.StringIO()):
             optimizer = badam.BlockOptimizer(

@@ -94,7 +94,7 @@ def test_fifty_steps_are_those_of_peft_and_torchs_adamw_to_the_last_bit() -> Non
 
     def adamw(module: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, foreach=False)
+        return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, fused=True)
 
     assert same(weights(driven.module), peft_by_hand(adamw, clip=0.05, steps=50, use_dora=True))
 

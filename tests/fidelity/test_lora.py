@@ -119,7 +119,7 @@ def test_fifty_steps_are_those_of_peft_and_torchs_adamw_to_the_last_bit() -> Non
 
     def adamw(module: Any) -> torch.optim.Optimizer:
         trained = [p for p in module.parameters() if p.requires_grad]
-        return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, foreach=False)
+        return torch.optim.AdamW(trained, lr=LR, weight_decay=0.01, fused=True)
 
     assert same(weights(driven.module), peft_by_hand(adamw, clip=0.05, steps=50))
 
@@ -133,7 +133,7 @@ def lora_plus_differs(method_class: type[Lora]) -> str | None:
 
     def plus(module: Any) -> torch.optim.Optimizer:
         return create_loraplus_optimizer(
-            module, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=16.0, weight_decay=0.0, foreach=False
+            module, torch.optim.AdamW, lr=LR, loraplus_lr_ratio=16.0, weight_decay=0.0, fused=True
         )
 
     by_hand = peft_by_hand(plus, clip=None, steps=50)

@@ -251,4 +251,4 @@ def our_adamw(setting: Setting) -> Callable[[list[nn.Parameter]], AdamW]:
 
 
 def torchs_adamw(parameters: list[nn.Parameter]) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, foreach=False)
+    return torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1, fused=True)

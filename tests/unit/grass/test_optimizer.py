@@ -21,14 +21,21 @@ def with_gradients(parameters: list[nn.Parameter], seed: int) -> None:
         )
 
 
+@pytest.mark.parametrize("form", [{"fused": True}, {"foreach": False}], ids=["kernel", "operations"])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
-def test_our_adamw_is_torchs_to_the_last_bit(decay: float, betas: tuple[float, float]) -> None:
+def test_our_adamw_is_torchs_to_the_last_bit(
+    monkeypatch: pytest.MonkeyPatch, decay: float, betas: tuple[float, float], form: dict[str, bool]
+) -> None:
+    """In pieces of 64 entries, with rests of every kind behind them."""
+    monkeypatch.setattr("grass.host.Host.piece_elements", lambda host, device: 64)
+    if "foreach" in form:
+        monkeypatch.setattr("grass.adamw._one_dtype", lambda *tensors: False)
     torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(3))]
+    ours = [nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(43, 11))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
     options: dict[str, Any] = {"lr": 1e-2, "betas": betas, "eps": 1e-6, "weight_decay": decay}
-    mine, torchs = AdamW(ours, **options), torch.optim.AdamW(theirs, **options, foreach=False)
+    mine, torchs = AdamW(ours, **options), torch.optim.AdamW(theirs, **options, **form)
     for step in range(20):
         with_gradients(ours, step)
         with_gradients(theirs, step)
@@ -46,7 +53,7 @@ def test_with_all_layers_awake_grass_is_full_fine_tuning_to_the_last_bit(sampler
     """AdamW of torch, clipping of torch, a schedule of torch on both sides; clipping bites."""
     mine, theirs = llama(tied=tied), llama(tied=tied)
     opt = grass_of(mine, active_layers=4, sampler=sampler, weight_decay=0.1, max_grad_norm=0.5)
-    full = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, foreach=False)
+    full = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
 
     def warm(step: int) -> float:
         return min(1, (step + 1) / 4) * 0.9**step

@@ -77,7 +77,7 @@ def test_with_moments_in_the_weights_dtype_it_is_torchs_adamw_bit_for_bit(dtype:
     name: Any = "fp32" if dtype == torch.float32 else "bf16"
     opt = grass_of(mine, sampler="uniform", state_dtype=name, weight_decay=0.1)
     train(mine, opt, 0, 9)
-    reference_run(theirs, opt, torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, foreach=False), 9)
+    reference_run(theirs, opt, torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, fused=True), 9)
     assert same(weights(mine), weights(theirs))
 
 

@@ -141,7 +141,7 @@ def test_uniform_is_lisa_with_kept_state_bit_for_bit() -> None:
     """LISA by hand: AdamW over everything, gradients only where drawn, moments never dropped (LMFlow's behaviour)."""
     mine, theirs = llama(), llama()
     opt = Grass(mine, lr=1e-2, active_layers=2, sample_every=3, sampler="uniform", seed=5)
-    lisa = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+    lisa = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(5)
     from grass.sampling import draw_layers
 

@@ -28,8 +28,7 @@ MOST_BOOKKEEPING = 0.01
 """Target: measuring and recording importance take at most this share of a whole step."""
 
 ADAMW: dict[str, dict[str, Any]] = {"foreach=False": {"foreach": False}, "default": {}, "fused": {"fused": True}}
-"""Forms of `torch.optim.AdamW`. The target is against the first two; GRASS has the very bits of the first, which the
-fused kernel rounds otherwise (its ratio is for information)."""
+"""Forms of `torch.optim.AdamW`. GRASS has the very bits of the fused one, which rounds otherwise than the others."""
 
 GEOMETRY = Geometry(
     architecture="llama",
@@ -106,7 +105,7 @@ def measure_host(rounds: int) -> HostPart:
     steps = step_costs(rounds, "as found")
     if keep_freed_memory():
         steps += step_costs(rounds, "kept")
-    print(f"  target: at most {MOST_STEP_RATIO:.2f} of foreach=False and default", flush=True)
+    print(f"  target: at most {MOST_STEP_RATIO:.2f} of each", flush=True)
     return HostPart(
         geometry=GEOMETRY,
         shape=SHAPE,

@@ -87,7 +87,7 @@ def test_it_prints_a_ratio_for_every_situation_beside_the_targets(ran: tuple[lis
     for active, clip in itertools.product((4, 2), ("off", "on")):
         (line,) = [a for a in lines if f"step, {active} of 4 layers, clipping {clip}, freed memory as found" in a]
         assert "over AdamW foreach=False" in line
-    for words in ("target: at most 1.10 of foreach=False and default", "importance / uniform", "a batch of a probe / "):
+    for words in ("target: at most 1.10 of each", "importance / uniform", "a batch of a probe / "):
         assert sum(words in line for line in lines) == 1
     (line,) = [line for line in lines if "bookkeeping, share of a step of 256 tokens" in line]
     assert line.endswith("; target 1%")
