@@ -109,6 +109,8 @@ def main() -> int:
     environment.pop("MIRROR")
     sittings = folder / "sittings.json"
     before = json.loads(sittings.read_text(encoding="utf-8")) if sittings.is_file() else []
+    # until this sitting ends, and for ever if it is killed, nobody knows how long it took
+    sittings.write_text(json.dumps([*before, None]), encoding="utf-8")
     started = time.monotonic()
     code = subprocess.run(
         [
@@ -118,7 +120,7 @@ def main() -> int:
         ],
         **run,
     ).returncode  # fmt: skip
-    minutes = [*before, round((time.monotonic() - started) / 60, 1)]
+    minutes: list[float | None] = [*before, round((time.monotonic() - started) / 60, 1)]
     sittings.write_text(json.dumps(minutes), encoding="utf-8")
     print(f"rc {code} after {minutes[-1]} minutes")
     if code == 0:
@@ -128,7 +130,7 @@ def main() -> int:
     return code
 
 
-def report(made: Path, *, minutes: list[float], cores: str) -> str:
+def report(made: Path, *, minutes: list[float | None], cores: str) -> str:
     """What came of it, as a page: rows by outcome, reasons of those that are not ok, what was written."""
     import pandas as pd
 
@@ -137,15 +139,17 @@ def report(made: Path, *, minutes: list[float], cores: str) -> str:
     figures = sorted(path.stem for path in (made / "figures").glob("*.svg"))
     record = next(iter(sorted((made.parent / "runs").glob("*/train.json"))))
     commit = json.loads(record.read_text(encoding="utf-8"))["provenance"]["git_commit"]
+    broken = minutes.count(None)
     counted = runs.groupby(["model", "task", "status"]).size().reset_index(name="runs")
     strange = runs[runs["status"] != "ok"].groupby(["method", "status", "status_why"], dropna=False).size()
     scores = pd.read_parquet(made / "scores.parquet")
     lines = [
         f"# Rehearsal of {made.name.removesuffix('-rehearsal')}",
         "",
-        f"Made by `python -m tests.rehearsal` at commit {commit[:7]} on {cores} cores without a GPU and a hub, "
-        f"in {' + '.join(map(str, minutes))} minutes from prefetch to page. Models are random, of at most 6 layers: no "
-        "number here says anything about a method.",
+        f"Made by `python -m tests.rehearsal` at {f'commit {commit[:7]}' if commit else 'no commit'} on {cores} cores "
+        f"without a GPU and a hub, in {' + '.join(str(m) for m in minutes if m is not None)} minutes "
+        f"{f'and {broken} sittings that were broken off, ' * bool(broken)}from prefetch to page. Models are random, of "
+        "at most 6 layers: no number here says anything about a method.",
         "",
         f"- {len(runs)} runs, {scores['run'].nunique()} scored, {len(scores)} scores of suites",
         f"- {len(tables)} tables: {', '.join(tables)}",
