@@ -3,14 +3,14 @@
 `torch.optim.AdamW` keeps its moments in the parameter's dtype. A bf16 second moment with beta2 = 0.999 never decays
 (0.999 v rounds back to v), so bf16 weights need fp32 moments or stochastic rounding. With moments in the weights' dtype
 and no stochastic rounding, torch's own fused kernel does the arithmetic, and the update equals that of
-`torch.optim.AdamW(fused=True)` bit for bit. Moments may be packed in 8 bits (`grass.quantised`). Working in pieces keeps
-temporaries small, whatever the size of a matrix.
+`torch.optim.AdamW(fused=True)` bit for bit. Moments may be packed in 8 bits (`grass.quantised`). Working in pieces
+keeps temporaries small, whatever the size of a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,61 +56,73 @@ class Rounding:
         return generator.manual_seed(mixed)
 
 
-def update_piece(
-    weight: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    *,
-    step: int,
-    group: dict[str, Any],
-    generator: torch.Generator | None = None,
-) -> None:
-    """One AdamW step of some entries of one parameter, in place (Loshchilov and Hutter 2019, algorithm 2).
+class Piece(NamedTuple):
+    """Some entries of one parameter, to be updated in place."""
 
-    Call it under `torch.no_grad()`: entering that context for every piece would cost too much.
+    weight: Tensor
+    """Any shape."""
+    gradient: Tensor
+    """Same shape."""
+    first: Tensor
+    """First moments (`exp_avg`), same shape, the moments' dtype; or packed, whole records."""
+    second: Tensor
+    """Second moments (`exp_avg_sq`), same shape and dtype as `first`."""
+    step: int
+    """Number of this parameter's step, counted from 1."""
+    generator: torch.Generator | None = None
+    """Random bits; if given, bf16 weights and second moments are rounded stochastically."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight, gradient and moments."""
+        return self[:4]
+
+    @property
+    def fits_kernel(self) -> bool:
+        """Whether torch's fused kernel serves it: it takes one dtype, rounds to nearest and reads memory in order."""
+        one = self.weight
+        return (
+            self.generator is None
+            and one.device.type in ("cpu", "cuda")
+            and all(t.dtype == one.dtype and t.is_contiguous() for t in self.tensors)
+        )
+
+
+def update_pieces(pieces: Iterable[Piece], group: dict[str, Any]) -> None:
+    """One AdamW step of all pieces (Loshchilov and Hutter 2019, algorithm 2).
+
+    Pieces that fit torch's fused kernel go to it together, at the end; every other one is updated before the next is
+    taken. How a parameter is split changes no bit. Call it under `torch.no_grad()`: entering that context for every
+    piece would cost too much.
 
     Args:
-        weight: entries to update, any shape.
-        gradient: their gradients, same shape.
-        first: first moments (`exp_avg`), same shape, the moments' dtype; or packed, whole records.
-        second: second moments (`exp_avg_sq`), same shape and dtype as `first`.
-        step: number of this parameter's step, counted from 1.
+        pieces: of any parameters on one device.
         group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
-        generator: random bits. If given, bf16 weights and second moments are rounded stochastically.
     """
-    if generator is None and _one_dtype(weight, gradient, first, second):
-        beta1, beta2 = group["betas"]
+    alike: dict[tuple[torch.dtype, int], list[Piece]] = {}
+    for piece in pieces:
+        if piece.fits_kernel:
+            alike.setdefault((piece.weight.dtype, piece.step), []).append(piece)
+        else:
+            update_by_operations(piece, group)
+    for (_, step), together in alike.items():
+        weights, gradients, firsts, seconds = (list(t) for t in zip(*(p.tensors for p in together), strict=True))
+        # the kernel wants the number of each step on the device; one tensor for all of them is one launch
+        steps = list(torch.full((len(weights),), float(step), device=weights[0].device).unbind())
         torch.ops.aten._fused_adamw_(
-            [weight], [gradient], [first], [second], [], [torch.full((), float(step), device=weight.device)],
-            lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-            amsgrad=False, maximize=False,
+            weights, gradients, firsts, seconds, [], steps,
+            lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            weight_decay=group["weight_decay"], amsgrad=False, maximize=False,
         )  # fmt: skip
-        return
-    update_by_operations(weight, gradient, first, second, step=step, group=group, generator=generator)
 
 
-def _one_dtype(*tensors: Tensor) -> bool:
-    """Whether torch's fused kernel serves these tensors: it reads all of them as one dtype, in the order of memory."""
-    one = tensors[0]
-    return one.device.type in ("cpu", "cuda") and all(t.dtype == one.dtype and t.is_contiguous() for t in tensors)
-
-
-def update_by_operations(
-    weight: Tensor,
-    gradient: Tensor,
-    first: Tensor,
-    second: Tensor,
-    *,
-    step: int,
-    group: dict[str, Any],
-    generator: torch.Generator | None = None,
-) -> None:
-    """The same as `update_piece`, operation by operation: for dtypes that differ, packed moments and random rounding.
+def update_by_operations(piece: Piece, group: dict[str, Any]) -> None:
+    """The same, operation by operation: for dtypes that differ, packed moments and random rounding.
 
     In one dtype it equals `torch.optim.AdamW(foreach=False)` bit for bit. If there is a generator, or if moments are
     packed, the arithmetic is in fp32, otherwise in the moments' dtype, rounded to nearest.
     """
+    weight, gradient, first, second, step, generator = piece
     beta1, beta2 = group["betas"]
     packed = first.dtype == PACKED
     dtype = torch.float32 if packed or generator is not None else first.dtype
@@ -200,31 +212,29 @@ class AdamW(Optimizer):
                 loss = closure()
         number = 0
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    if not self.state[parameter]:
-                        self.state[parameter] = new_moments(parameter, self.state_dtype)
-                    self._update(parameter, self.state[parameter], group, number)
-                number += 1
+            update_pieces(self._pieces(group["params"], number), group)
+            number += len(group["params"])
         return loss
 
-    def _update(self, parameter: nn.Parameter, moments: Moments, group: dict[str, Any], number: int) -> None:
-        assert parameter.grad is not None
-        moments["step"] += 1
-        step = moments["step"]
-        first, second = moments["exp_avg"], moments["exp_avg_sq"]
-        if not parameter.is_contiguous():
-            # a non-contiguous parameter has no flat view to split, so it is one piece
-            bits = self._bits(parameter, number, step, 0)
-            update_piece(parameter, parameter.grad, first, second, step=step, group=group, generator=bits)
-            return
-        weight, gradient, first, second = (flat(t) for t in (parameter, parameter.grad, first, second))
-        for start, end in pieces_of(parameter, first.dtype):
-            piece, moment = slice(start, end), part_of_moment(first.dtype, start, end)
-            bits = self._bits(parameter, number, step, start)
-            update_piece(
-                weight[piece], gradient[piece], first[moment], second[moment], step=step, group=group, generator=bits
-            )
+    def _pieces(self, parameters: Sequence[nn.Parameter], number: int) -> Iterator[Piece]:
+        """Pieces of all parameters that have a gradient, of which the first one is parameter `number`."""
+        for place, parameter in enumerate(parameters, start=number):
+            if parameter.grad is None:
+                continue
+            if not self.state[parameter]:
+                self.state[parameter] = new_moments(parameter, self.state_dtype)
+            moments = self.state[parameter]
+            moments["step"] += 1
+            step, first, second = moments["step"], moments["exp_avg"], moments["exp_avg_sq"]
+            if not parameter.is_contiguous():
+                # a non-contiguous parameter has no flat view to split, so it is one piece
+                yield Piece(parameter, parameter.grad, first, second, step, self._bits(parameter, place, step, 0))
+                continue
+            weight, gradient, first, second = (flat(t) for t in (parameter, parameter.grad, first, second))
+            for start, end in pieces_of(parameter, first.dtype):
+                piece, moment = slice(start, end), part_of_moment(first.dtype, start, end)
+                bits = self._bits(parameter, place, step, start)
+                yield Piece(weight[piece], gradient[piece], first[moment], second[moment], step, bits)
 
     def _bits(self, parameter: nn.Parameter, number: int, step: int, start: int) -> torch.Generator | None:
         if self.rounding is None:

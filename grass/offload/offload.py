@@ -33,8 +33,8 @@ RING = 4
 FREE_TO_STAY = 1.25
 """`auto`: states stay resident if this many times their bytes are free at peak; the surplus is for fragmentation."""
 TEMPORARY_BYTES = 25
-"""Temporary bytes of the update per entry of the current piece: five fp32 numbers in `grass.adamw.update_piece`, and
-what `grass.rounding.round_stochastically` needs."""
+"""Temporary bytes of the update per entry of the current piece, at most: five fp32 numbers in
+`grass.adamw.update_by_operations`, and what `grass.rounding.round_stochastically` needs."""
 
 UpdateChunk = Callable[[Block, Chunk, Tensor], None]
 """Updates the pieces of a chunk with the moments in the given buffer, shape (2, elements of the chunk)."""

@@ -7,14 +7,14 @@ own step count: layers that trained at different times have different bias corre
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grass.adamw import Rounding, flat, update_piece
+from grass.adamw import Piece, Rounding, flat, update_pieces
 from grass.offload.blocks import Block, Chunk
 from grass.offload.hooks import LayerHooks
 from grass.offload.offload import StateOffload
@@ -119,7 +119,10 @@ class LayerStates:
         return moved, offload.streams.exposed()
 
     def _update_chunk(self, block: Block, chunk: Chunk, moments: Tensor) -> None:
-        group = self._optimizer.param_groups[block.index]
+        update_pieces(self._pieces(block, chunk, moments), self._optimizer.param_groups[block.index])
+
+    def _pieces(self, block: Block, chunk: Chunk, moments: Tensor) -> Iterator[Piece]:
+        """Pieces of a chunk whose parameters have gradients, with the moments in its buffer."""
         for piece in chunk.pieces:
             p = block.parameters[piece.parameter]
             if p.grad is None:
@@ -130,7 +133,7 @@ class LayerStates:
             step, bits = self._optimizer.state[p]["step"], None
             if self._rounding is not None:
                 bits = self._rounding.generator(p.device, parameter=self._number[p], step=step, start=piece.start)
-            update_piece(weight, gradient, first, second, step=step, group=group, generator=bits)
+            yield Piece(weight, gradient, first, second, step, bits)
 
     def _new_offload(self) -> StateOffload:
         devices = {p.device for block in self.blocks for p in block.parameters}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import quantiles
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from harness.measuring.clock import StepClock
 from harness.records.device import StrictRecord
@@ -30,8 +30,12 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], *, warmup: int, 
 
 
 @contextmanager
-def timed_calls(owner: object, names: Sequence[str]) -> Iterator[dict[str, float]]:
+def timed_calls(
+    owner: object, names: Sequence[str], *, device: Literal["cpu", "cuda"] = "cpu"
+) -> Iterator[dict[str, float]]:
     """Yields the seconds spent inside these methods of an object while the block lasts, by name.
+
+    On CUDA they are the stream's, and each call is waited for.
 
     Raises:
         AttributeError: the object has no such method, as after a change of its name.
@@ -40,7 +44,7 @@ def timed_calls(owner: object, names: Sequence[str]) -> Iterator[dict[str, float
 
     def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
-            clock = StepClock("cpu")
+            clock = StepClock(device)
             clock.start()
             result = method(*arguments, **named)
             seconds[name] += clock.stop()

@@ -5,7 +5,6 @@ Ratios of times, each pair measured by turns in this one run. Nothing is asserte
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 
@@ -13,9 +12,8 @@ from harness.efficiency.budget import Budget
 from harness.efficiency.overhead_host import HostPart, measure_host
 from harness.efficiency.overhead_offload import OffloadBench, OffloadPart, variant_runs
 from harness.efficiency.spec import EfficiencyStudy
-from harness.efficiency.store import MeasureOptions, slug
+from harness.efficiency.store import MeasureOptions, write_session
 from harness.measuring.meters import Meters
-from harness.records import atomic
 from harness.records.code import measurement
 from harness.records.device import DeviceRecord, StrictRecord
 from harness.records.provenance import provenance
@@ -74,8 +72,6 @@ def measure_overhead(
             device=device.name,
         ),
     )
-    when = re.sub(r"[^0-9]", "", record.provenance.started_utc)[:14]
-    path = folder / "overhead" / f"{slug(device.name)}--{when}.json"
-    atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
+    path = write_session(record, folder / "overhead")
     print(f"all of it, units in the keys: {path}")
     return record

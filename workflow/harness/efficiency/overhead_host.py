@@ -5,7 +5,6 @@ Weights, gradients and moments are fp32. Nothing here moves states: device memor
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from grass.host import current
 from grass.sampling import Sampler
 from harness.efficiency.arithmetic import PERIOD
 from harness.efficiency.by_turns import Spread, interleaved, ratios, timed_calls
+from harness.measuring.freed_memory import keep_freed_memory
 from harness.records.device import StrictRecord
 from harness.step.cell import CellRun
 from harness.step.draws import ForcedDraws, Policy, bottom_and_top
@@ -113,20 +113,6 @@ def measure_host(rounds: int) -> HostPart:
         steps=tuple(steps),
         bookkeeping=bookkeeping(rounds),
     )
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep memory that is freed, from here on; False where it cannot be told to (it is not glibc).
-
-    glibc gives a freed temporary of some MiB back to the system or keeps it, by what else happened to be allocated.
-    Where it gives it back, every page of the next one is faulted in anew: the same step of torch's AdamW then takes
-    twice as long, or not, from one process to the next.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is None:
-        return False
-    # malloc.h: M_MMAP_THRESHOLD is -3, at most 32 MiB; M_TRIM_THRESHOLD is -1
-    return bool(mallopt(-3, 32 * 2**20)) and bool(mallopt(-1, 2**30))
 
 
 def _run(

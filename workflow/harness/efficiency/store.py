@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Protocol, TypeVar, get_args
 
 from harness.efficiency.jobs import Reply
 from harness.efficiency.plan import Entry, Unit
@@ -26,6 +26,7 @@ from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
+from harness.records.run import Provenance
 from harness.step.spec import Cell
 
 R = TypeVar("R", CellRecord, ForecastRecord)
@@ -47,6 +48,16 @@ def cell_sha256(cell: Cell, **more: Any) -> str:
     """Hash of a cell and of the measuring options in `more`."""
     asked = {"cell": cell.model_dump(mode="json"), **more}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+class Session(Protocol):
+    """The record of a session that measures everything anew."""
+
+    device: DeviceRecord
+    provenance: Provenance
+
+    def model_dump_json(self, *, indent: int) -> str:
+        """Itself as text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +259,14 @@ def _before_error(record: CellRecord) -> CellRecord:
         return record
     missing = {f"{block}_why": None if getattr(record, block) else NOT_YET for block in get_args(Block)}
     return record.model_copy(update={"status": "ok", "status_why": None, **missing})
+
+
+def write_session(record: Session, folder: Path) -> Path:
+    """Write the record of a whole session in a file of its own, named by device and time; returns the path."""
+    when = re.sub(r"[^0-9]", "", record.provenance.started_utc)[:14]
+    path = folder / f"{slug(record.device.name)}--{when}.json"
+    atomic.write_text(path, record.model_dump_json(indent=2) + "\n")
+    return path
 
 
 def slug(text: str) -> str:

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Size of every distinct storage behind `tensors`, by address."""
     found = {}
     for tensor in (plain for given in tensors for plain in plain_tensors(given)):
-        if tensor.layout is torch.strided and tensor.device.type != "meta":
+        # a compiler may leave fake tensors behind, which hold nothing
+        if tensor.layout is torch.strided and tensor.device.type != "meta" and type(tensor) is not FakeTensor:
             storage = tensor.untyped_storage()
             if storage.nbytes():
                 found[storage.data_ptr()] = storage.nbytes()

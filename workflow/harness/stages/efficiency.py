@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--forecast", action="store_true", help="no device: forecast memory, and report")
     instead.add_argument("--overhead", action="store_true", help="what GRASS costs beside AdamW, and moving its states")
+    instead.add_argument("--peers", action="store_true", help="our methods beside other people's code for the same")
     instead.add_argument("--report", action="store_true", help="tables and figures of the records in --out alone")
     parser.add_argument("--cores", type=int, default=2, help="forecasts side by side")
 
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     study, store = load_efficiency(args.config), Store(args.out)
     if args.overhead:
         return _overhead(args, study)
+    if args.peers:
+        return _peers(args)
     report = _reporter(args, study, store)
     if args.report:
         if not (args.out / "records").is_dir():
@@ -80,6 +83,24 @@ def _overhead(args: argparse.Namespace, study: EfficiencyStudy) -> int:
             measure_overhead(study, meters, asked, budget, config=args.config, folder=args.out)
     except NoGpuError as error:
         raise UserError(f"{error}; or rehearse on the tiny model (--device cpu)") from error
+    return 0
+
+
+def _peers(args: argparse.Namespace) -> int:
+    from harness.efficiency.budget import Budget
+    from harness.efficiency.store import write_session
+    from harness.measuring.gpu import NoGpuError, lease_for
+    from harness.measuring.meters import Meters
+    from harness.progress import say
+
+    try:
+        with lease_for(args.device), closing(Meters(args.device)) as meters:
+            from harness.efficiency.peers.measure import measure_peers
+
+            record = measure_peers(meters, Budget(args.budget), least=args.steps, most=3 * args.steps, only=args.only)
+    except NoGpuError as error:
+        raise UserError(f"{error}; or measure on this machine's processor (--device cpu)") from error
+    say(f"all of it, units in the keys: {write_session(record, args.out / 'peers')}")
     return 0
 
 
