@@ -82,7 +82,8 @@ rule page:
         ancient(STUDY / "figures.json"),
         ancient(STUDY / "tables"),
     output:
-        report(STUDY / "report.html", caption="../report/page.rst", category="Page"),
+        page=report(STUDY / "report.html", caption="../report/page.rst", category="Page"),
+        text=STUDY / "report.txt",
     log:
         f"results/logs/page/{PLAN.study.study}.log",
     resources:
@@ -91,7 +92,7 @@ rule page:
     params:
         frames=STUDY,
     shell:
-        "{HARNESS} page --config {AS_BEGUN:q} --frames {params.frames} --out {output} --log {log}"
+        "{HARNESS} page --config {AS_BEGUN:q} --frames {params.frames} --out {output.page} --log {log}"
 
 
 # One failed job must not take the other runs' tables with it. They go to a folder of their own, since Snakemake must

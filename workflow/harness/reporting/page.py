@@ -41,7 +41,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         frames: the study's tables.
         study: its config.
         folder: holds the parquet files, `tables/` and `figures/`.
-        out: the html file.
+        out: the html file. What it says first is beside it as plain text, with the suffix `.txt`.
 
     Raises:
         UserError: tables or figures have not been made.
@@ -63,10 +63,11 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
     )  # fmt: skip
     answered = answer(frames, study)
     compared = {measure: folder / "tables" / f"difference_{measure.name}.csv" for measure in verdicts}
+    short = in_short(frames, compared, answered=None if answered is None else answered.short)
     text = environment.get_template("page.html.j2").render(
         study=study,
         answer=answered,
-        short=in_short(frames, compared, answered=None if answered is None else answered.short),
+        short=short,
         status=status_summary(frames),
         reasons=outcome_reasons(frames),
         flags=flagged_runs(frames),
@@ -80,6 +81,7 @@ def write_page(frames: Frames, study: Study, folder: Path, out: Path) -> None:
         task_recipes={task: entry.recipe for task, entry in study.tasks.items() if entry.recipe},
         provenance=_provenance(frames, folder),
     )
+    write_text(out.with_suffix(".txt"), "".join(f"- {line}\n" for line in short))
     write_text(out, text)
 
 

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="a CPU rehearses on the tiny model")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="GLOB", help="model/method/settings/shape; may be given again"
+        "--only",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="model/method/settings/shape, or with --peers one of our methods; may be given again",
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each cell")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a repeat, a multiple of 5")

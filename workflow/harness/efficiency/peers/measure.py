@@ -24,7 +24,7 @@ from harness.efficiency.peers.contenders import Bench, Contender
 from harness.efficiency.peers.pairs import PAIRS, Pair, Peer
 from harness.efficiency.peers.record import PeerRow, PeersRecord, Side
 from harness.efficiency.steady import BOUND, Timed, until_steady
-from harness.errors import first_line
+from harness.errors import UserError, first_line
 from harness.measuring.alone import in_a_fork
 from harness.measuring.census import begin_census, live_bytes_outside
 from harness.measuring.meters import Meters
@@ -61,7 +61,14 @@ def measure_peers(meters: Meters, budget: Budget, *, least: int, most: int, only
         least: rounds in which every loop of a method takes one step, at least.
         most: at most.
         only: names of our methods; empty takes all.
+
+    Raises:
+        UserError: there is no method of such a name.
     """
+    known = [pair.ours for pair in PAIRS]
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name}: no such method; there are {', '.join(known)}")
     bench = Bench(geometry=GEOMETRY, shape=SHAPE, device=meters.device)
     if meters.device == "cpu":
         torch.set_num_threads(1)
@@ -167,8 +174,8 @@ def line(row: PeerRow) -> str:
         wide = "" if row.speed_half_width is None else f" ± {row.speed_half_width:.1%}"
         speed = f"tokens/s {row.speed_ratio.median:.3f}{wide}{'' if row.steady else ' (not steady)'}"
     parts = {"update": row.update_ratio, "peak": row.peak_ratio, "state": row.state_ratio}
-    known = (f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
-    return f"{named}{speed}, {', '.join(known)}, loss {row.our_side.loss} and {row.peer_side.loss}"
+    shown = (f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
+    return f"{named}{speed}, {', '.join(shown)}, loss {row.our_side.loss} and {row.peer_side.loss}"
 
 
 def _alone(make: Callable[[Bench], Contender], bench: Bench) -> Side:
