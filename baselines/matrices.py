@@ -143,7 +143,7 @@ def adam_direction(low: Tensor, state: dict[str, Any], group: dict[str, Any], *,
     """
     import torch
 
-    from grass.adamw import Piece, update_pieces
+    from grass.adamw import Entries, update_pieces
 
     if "step" not in state:
         state |= {"step": 0, "exp_avg": torch.zeros_like(low, dtype=state_dtype)}
@@ -151,7 +151,7 @@ def adam_direction(low: Tensor, state: dict[str, Any], group: dict[str, Any], *,
     state["step"] += 1
     move = torch.zeros_like(state["exp_avg"])
     undecayed = {**group, "weight_decay": 0.0}
-    update_pieces([Piece(move, low, state["exp_avg"], state["exp_avg_sq"], state["step"])], undecayed)
+    update_pieces([Entries(move, low, state["exp_avg"], state["exp_avg_sq"], state["step"])], undecayed)
     return move
 
 

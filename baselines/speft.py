@@ -149,7 +149,7 @@ class Speft(Method):
         """Clip and update the chosen entries."""
         import torch
 
-        from grass.adamw import Piece, flat, update_pieces
+        from grass.adamw import Entries, flat, update_pieces
 
         assert self.optimizer is not None
         gradients, self._gradients = self._gradients, {}
@@ -163,7 +163,7 @@ class Speft(Method):
                 state["step"] += 1
                 entries = flat(weight).index_select(0, state["index"])
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                update_pieces([Piece(entries, gradient, *moments, state["step"])], group)
+                update_pieces([Entries(entries, gradient, *moments, state["step"])], group)
                 weight.view(-1).index_copy_(0, state["index"].long(), entries)
         # drop gradients from backward passes other than `backward`
         self.optimizer.zero_grad(set_to_none=True)

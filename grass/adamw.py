@@ -56,7 +56,7 @@ class Rounding:
         return generator.manual_seed(mixed)
 
 
-class Piece(NamedTuple):
+class Entries(NamedTuple):
     """Some entries of one parameter, to be updated in place."""
 
     weight: Tensor
@@ -88,7 +88,7 @@ class Piece(NamedTuple):
         )
 
 
-def update_pieces(pieces: Iterable[Piece], group: dict[str, Any]) -> None:
+def update_pieces(pieces: Iterable[Entries], group: dict[str, Any]) -> None:
     """One AdamW step of all pieces (Loshchilov and Hutter 2019, algorithm 2).
 
     Pieces that fit torch's fused kernel go to it together, at the end; every other one is updated before the next is
@@ -99,7 +99,7 @@ def update_pieces(pieces: Iterable[Piece], group: dict[str, Any]) -> None:
         pieces: of any parameters on one device.
         group: the parameter group, with `lr`, `betas`, `eps`, `weight_decay`.
     """
-    alike: dict[tuple[torch.dtype, int], list[Piece]] = {}
+    alike: dict[tuple[torch.dtype, int], list[Entries]] = {}
     for piece in pieces:
         if piece.fits_kernel:
             alike.setdefault((piece.weight.dtype, piece.step), []).append(piece)
@@ -116,7 +116,7 @@ def update_pieces(pieces: Iterable[Piece], group: dict[str, Any]) -> None:
         )  # fmt: skip
 
 
-def update_by_operations(piece: Piece, group: dict[str, Any]) -> None:
+def update_by_operations(piece: Entries, group: dict[str, Any]) -> None:
     """The same, operation by operation: for dtypes that differ, packed moments and random rounding.
 
     In one dtype it equals `torch.optim.AdamW(foreach=False)` bit for bit. If there is a generator, or if moments are
@@ -216,7 +216,7 @@ class AdamW(Optimizer):
             number += len(group["params"])
         return loss
 
-    def _pieces(self, parameters: Sequence[nn.Parameter], number: int) -> Iterator[Piece]:
+    def _pieces(self, parameters: Sequence[nn.Parameter], number: int) -> Iterator[Entries]:
         """Pieces of all parameters that have a gradient, of which the first one is parameter `number`."""
         for place, parameter in enumerate(parameters, start=number):
             if parameter.grad is None:
@@ -228,13 +228,17 @@ class AdamW(Optimizer):
             step, first, second = moments["step"], moments["exp_avg"], moments["exp_avg_sq"]
             if not parameter.is_contiguous():
                 # a non-contiguous parameter has no flat view to split, so it is one piece
-                yield Piece(parameter, parameter.grad, first, second, step, self._bits(parameter, place, step, 0))
+                yield Entries(parameter, parameter.grad, first, second, step, self._bits(parameter, place, step, 0))
                 continue
             weight, gradient, first, second = (flat(t) for t in (parameter, parameter.grad, first, second))
+            whole = Entries(weight, gradient, first, second, step)
+            if self.rounding is None and whole.fits_kernel:
+                yield whole  # no temporaries
+                continue
             for start, end in pieces_of(parameter, first.dtype):
                 piece, moment = slice(start, end), part_of_moment(first.dtype, start, end)
                 bits = self._bits(parameter, place, step, start)
-                yield Piece(weight[piece], gradient[piece], first[moment], second[moment], step, bits)
+                yield Entries(weight[piece], gradient[piece], first[moment], second[moment], step, bits)
 
     def _bits(self, parameter: nn.Parameter, number: int, step: int, start: int) -> torch.Generator | None:
         if self.rounding is None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -49,6 +51,12 @@ class Chunk:
     def elements(self) -> int:
         """Length of its rows."""
         return self.end - self.start
+
+    @cached_property
+    def whole(self) -> tuple[Piece, ...]:
+        """Its pieces, those of one parameter joined: for an update that has no temporaries."""
+        joined = (list(pieces) for _, pieces in groupby(self.pieces, key=lambda piece: piece.parameter))
+        return tuple(replace(own[0], end=own[-1].end, elements=sum(piece.elements for piece in own)) for own in joined)
 
 
 class Block:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from grass.adamw import Piece, Rounding, flat, update_pieces
+from grass.adamw import Entries, Rounding, flat, update_pieces
 from grass.offload.blocks import Block, Chunk
 from grass.offload.hooks import LayerHooks
 from grass.offload.offload import StateOffload
@@ -121,9 +121,11 @@ class LayerStates:
     def _update_chunk(self, block: Block, chunk: Chunk, moments: Tensor) -> None:
         update_pieces(self._pieces(block, chunk, moments), self._optimizer.param_groups[block.index])
 
-    def _pieces(self, block: Block, chunk: Chunk, moments: Tensor) -> Iterator[Piece]:
+    def _pieces(self, block: Block, chunk: Chunk, moments: Tensor) -> Iterator[Entries]:
         """Pieces of a chunk whose parameters have gradients, with the moments in its buffer."""
-        for piece in chunk.pieces:
+        # the kernel that serves one dtype has no temporaries
+        whole = self._rounding is None and all(p.dtype == block.dtype for p in block.parameters)
+        for piece in chunk.whole if whole else chunk.pieces:
             p = block.parameters[piece.parameter]
             if p.grad is None:
                 continue
@@ -133,7 +135,7 @@ class LayerStates:
             step, bits = self._optimizer.state[p]["step"], None
             if self._rounding is not None:
                 bits = self._rounding.generator(p.device, parameter=self._number[p], step=step, start=piece.start)
-            yield Piece(weight, gradient, first, second, step, bits)
+            yield Entries(weight, gradient, first, second, step, bits)
 
     def _new_offload(self) -> StateOffload:
         devices = {p.device for block in self.blocks for p in block.parameters}

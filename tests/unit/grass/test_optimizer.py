@@ -30,7 +30,7 @@ def test_our_adamw_is_torchs_to_the_last_bit(
     """In pieces of 64 entries, with rests of every kind behind them."""
     monkeypatch.setattr("grass.host.Host.piece_elements", lambda host, device: 64)
     if "foreach" in form:
-        monkeypatch.setattr("grass.adamw.Piece.fits_kernel", False)
+        monkeypatch.setattr("grass.adamw.Entries.fits_kernel", False)
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(7, 5)), nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(43, 11))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]

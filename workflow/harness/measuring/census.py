@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -120,12 +122,28 @@ def _word_sums(tensor: Tensor) -> Tensor:
         # a view that begins in mid-word cannot be read in words where it lies
         aligned = part if part.storage_offset() % word == 0 else part.clone()
         words = aligned.view(torch.int64)
-        place = torch.arange(1, len(words) + 1, device=flat.device) + number * _CHUNK
-        place *= 0x9E3779B97F4A7C1  # mixed, so that no sum over neighbours cancels
-        place ^= place >> 29
         plain += words.sum()
-        weighted += place.mul_(words).sum()
+        if flat.device.type == "cpu":
+            places = _first_places() if number == 0 else _places(np.arange(len(words)) + number * _CHUNK)
+            weighted += torch.dot(torch.from_numpy(places[: len(words)]), words)
+        else:  # which knows no product of integer vectors
+            place = torch.arange(len(words), device=flat.device) + number * _CHUNK
+            weighted += _places(place).mul_(words).sum()
     return torch.stack([plain, weighted])
+
+
+def _places(numbers: Any) -> Any:
+    """Factors of the words with these numbers, mixed, so that no sum over neighbours cancels; in place."""
+    numbers += 1
+    numbers *= 0x9E3779B97F4A7C1
+    numbers ^= numbers >> 29
+    return numbers
+
+
+@cache
+def _first_places() -> Any:
+    """Of the first words of any tensor; kept as an array, since a tensor would count as the method's."""
+    return _places(np.arange(_CHUNK))
 
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

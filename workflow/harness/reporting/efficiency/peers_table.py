@@ -103,7 +103,7 @@ def _speed(row: PeerRow, record: PeersRecord, notes: Footnotes) -> str:
         ""
         if row.steady
         else notes.mark(
-            f"not known to ± {100 * record.bound:.0f} % after {row.rounds} rounds and {row.disturbed_rounds} disturbed ones."
+            f"not known to ± {100 * record.bound:.0f} % after {row.rounds} rounds ({row.disturbed_rounds} disturbed)."
         )
     )
     return f"{number(row.speed_ratio.median, 3)}{wide}{missed}"
