@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ class Hoards(Loop):
     def step(self, number: int) -> None:
         super().step(number)
         self.kept = torch.ones(16 * 2**20)
+        time.sleep(0.01)  # long enough to be looked at
 
 
 def test_a_loop_that_hoards_is_seen() -> None:

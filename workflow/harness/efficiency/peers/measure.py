@@ -180,12 +180,18 @@ def line(row: PeerRow) -> str:
 
 def _alone(make: Callable[[Bench], Contender], bench: Bench) -> Side:
     """Memory and loss of a loop that has a process, or the device, to itself."""
-    with _quiet():
-        make(bench).step(0)  # imports, and what a package compiles or looks for, are no part of its memory
+
+    def warm() -> None:
+        # imports, and what a package compiles or looks for, are no part of its memory
+        with _quiet():
+            make(bench).step(0)
+
     _clean()
     if bench.device == "cpu":
-        (state, loss), peak = in_a_fork(lambda: _state_and_loss(make, bench))
+        (state, loss), peak = in_a_fork(lambda: _state_and_loss(make, bench), first=warm)
     else:
+        warm()
+        _clean()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         state, loss = _state_and_loss(make, bench)
