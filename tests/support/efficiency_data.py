@@ -300,10 +300,9 @@ from harness.efficiency.worker import main
 
 def execute(job):
     print("noise that a library makes")
+    timing = Reply.model_validate_json({timing!r}.replace('"repeat":0', '"repeat":%d' % job.repeat))
     {body}
-    if job.do == "memory":
-        return Reply.model_validate_json({memory!r})
-    return Reply.model_validate_json({timing!r}.replace('"repeat":0', '"repeat":%d' % job.repeat))
+    return Reply.model_validate_json({memory!r}) if job.do == "memory" else timing
 
 sys.exit(main(lambda device: (Hello.model_validate_json({hello!r}), execute)))
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 
 from harness.efficiency.record import TimingBlock
 
@@ -27,6 +27,15 @@ def mean_step_s(step_s: Sequence[float], period: int | None) -> float:
     first, last = step_s[::PERIOD], step_s[PERIOD - 1 :: PERIOD]
     between = [seconds for place, seconds in enumerate(step_s) if place % PERIOD not in (0, PERIOD - 1)]
     return (fmean(first) + fmean(last) + (period - 2) * fmean(between)) / period
+
+
+WANTED_ERROR = 0.01
+"""Largest standard error of a cell's mean tokens/s over its repeats, as a share of it: above it, it is timed again."""
+
+
+def relative_error(values: Sequence[float]) -> float | None:
+    """Standard error of the values' mean, as a share of it; None of fewer than two."""
+    return stdev(values) / len(values) ** 0.5 / fmean(values) if len(values) > 1 else None
 
 
 def percentile(values: Sequence[float], share: float) -> float:

@@ -6,7 +6,7 @@ that drifting clocks or temperature affect all of them equally.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -134,6 +134,22 @@ def units(groups: Iterable[Group], repeats: int) -> Iterator[Unit]:
                     yield Unit(entry, "memory")
                 if group.timed:
                     yield Unit(entry, "timing", repeat)
+
+
+def once_more(groups: Iterable[Group], repeats: int, unsure: Callable[[Entry], bool]) -> Iterator[Unit]:
+    """Further repeats, at most as many again, of groups in which a cell's speed is not known well enough.
+
+    The whole group is timed again, since ratios are taken repeat by repeat.
+
+    Args:
+        groups: the plan.
+        repeats: of every cell, made before.
+        unsure: whether a cell's speed is not known well enough yet; asked before each further repeat.
+    """
+    for repeat in range(repeats, 2 * repeats):
+        for group in groups:
+            if group.timed and any(unsure(entry) for entry in group.entries):
+                yield from (Unit(entry, "timing", repeat) for entry in group.entries)
 
 
 def _groups(study: EfficiencyStudy, line: Line, anchor: str) -> Iterator[Group]:

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+from harness.efficiency.arithmetic import WANTED_ERROR, relative_error
 from harness.efficiency.budget import Budget, Estimates
 from harness.efficiency.forecasts import fill_forecasts
 from harness.efficiency.jobs import Job
-from harness.efficiency.plan import Group, Unit, cells, units
+from harness.efficiency.plan import Entry, Group, Unit, cells, once_more, units
 from harness.efficiency.process import TimeIsUpError, Worker
 from harness.efficiency.record import CellRecord
 from harness.efficiency.store import MeasureOptions, Store, is_done
@@ -114,27 +116,37 @@ def measure_all(
     """
     outcome, estimates = Outcome(), estimates or Estimates()
     failed: set[str] = set()
+
+    def unsure(entry: Entry) -> bool:
+        record = store.current(entry, asked, worker.device)
+        if record is None or record.status != "ok":
+            return False
+        error = relative_error([block.tokens_per_s for block in record.timing])
+        return error is not None and error > WANTED_ERROR
+
     planned = list(units(groups, asked.repeats))
     if budget.allows(0.0) and not all(is_done(unit, store.current(unit.entry, asked)) for unit in planned):
         with suppress(TimeIsUpError):  # all blocks are then missing for lack of time
             worker.start(budget.left())  # only the worker knows the card; records of another card do not count
-    for unit in planned:
-        entry = unit.entry
+    for unit in chain(planned, once_more(groups, asked.repeats, unsure)):
+        entry, further = unit.entry, unit.repeat >= asked.repeats
         record = store.current(entry, asked, worker.device)
-        if entry.named.name in failed:
+        if entry.named.name in failed and not further:
             outcome.missing.append((unit, "an error in an earlier block of this cell"))
             continue
         if is_done(unit, record):
             outcome.kept += 1
             continue
         if not budget.allows(estimates.of(unit)):
-            outcome.missing.append((unit, NO_TIME))
+            if not further:
+                outcome.missing.append((unit, NO_TIME))
             continue
         began = now()
         try:
             reply = worker.run(job_of(unit, asked), budget.left())
         except TimeIsUpError:
-            outcome.missing.append((unit, f"{NO_TIME} while it ran"))
+            if not further:
+                outcome.missing.append((unit, f"{NO_TIME} while it ran"))
             continue
         assert worker.device is not None
         outcome.device = worker.device.name
@@ -168,7 +180,11 @@ def _of(budget: Budget) -> str:
 
 def block_words(unit: Unit, asked: MeasureOptions) -> str:
     """A block, for people."""
-    return "memory" if unit.do == "memory" else f"timing {unit.repeat + 1} of {asked.repeats}"
+    if unit.do == "memory":
+        return "memory"
+    if unit.repeat >= asked.repeats:
+        return f"timing {unit.repeat + 1}, since repeats differ"
+    return f"timing {unit.repeat + 1} of {asked.repeats}"
 
 
 def _said(unit: Unit, record: CellRecord) -> str:

@@ -33,11 +33,14 @@ def nth_set(layers: int, count: int, number: int) -> tuple[int, ...]:
 def stratified_sets(
     layers: int, count: int, *, draws: int, repeat: int, repeats: int, seed: int
 ) -> list[tuple[int, ...]]:
-    """The active sets of one repeat: every `repeats`-th of `draws * repeats` strata, in random order."""
+    """The active sets of one repeat: every `repeats`-th of `draws * repeats` strata, in random order.
+
+    Repeats beyond `repeats` have the sets of an earlier one, in another order.
+    """
     sets, stretches = math.comb(layers, count), draws * repeats
     generator = random.Random(seed)
     numbers = [int((stretch + generator.random()) / stretches * sets) for stretch in range(stretches)]
-    mine = [nth_set(layers, count, min(number, sets - 1)) for number in numbers[repeat::repeats]]
+    mine = [nth_set(layers, count, min(number, sets - 1)) for number in numbers[repeat % repeats :: repeats]]
     random.Random(seed * 1_000 + repeat).shuffle(mine)
     return mine
 

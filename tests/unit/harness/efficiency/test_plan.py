@@ -148,6 +148,11 @@ def test_draws_of_all_repeats_together_are_spread_over_all_sets() -> None:
     assert expected_reach(32, 2) == pytest.approx(0.6875)
 
 
+def test_a_further_repeat_has_the_sets_of_an_earlier_one() -> None:
+    first, *_, again = (stratified_sets(32, 2, draws=4, repeat=r, repeats=3, seed=0) for r in range(4))
+    assert sorted(again) == sorted(first)
+
+
 def test_each_draw_is_uniform_over_seeds() -> None:
     """Any layer is in a draw with probability 2/5; 2,000 draws put the count within four standard deviations."""
     counted = Counter(

@@ -50,6 +50,42 @@ def test_every_block_is_measured_once_and_kept(tmp_path: Path) -> None:
         assert (record.memory_why, record.timing_why) == (None, None)
 
 
+UNEVEN = (
+    "if job.cell.module == 'lora':\n"
+    "        timing.timing.__dict__['tokens_per_s'] = {0: 900.0, 1: 1100.0}.get(job.repeat, 1000.0)"
+)
+
+
+def test_a_group_whose_repeats_differ_is_timed_again_until_the_mean_is_known_or_twice_over(tmp_path: Path) -> None:
+    """900 and 1,100 tokens/s: after two more repeats of 1,000 the mean's standard error is 4 %, and patience ends."""
+    outcome = session(tmp_path, UNEVEN)
+    repeats = {record.cell.label: [b.repeat for b in record.timing] for record in Store(tmp_path).records()}
+    # lora's neighbours in its group too, so that every repeat has a ratio; the other group is as it was
+    assert repeats == {
+        "lora": [0, 1, 2, 3],
+        "grass-decoder": [0, 1, 2, 3],
+        "grass-decoder+offload=resident": [0, 1, 2, 3],
+        "grass-decoder+active_layers=4": [0, 1],
+    }
+    assert (outcome.measured, outcome.missing) == (12 + 6, [])
+    assert session(tmp_path, UNEVEN).measured == 0
+
+
+class ForThirteen(Budget):
+    """Allows the start, the twelve planned blocks and nothing more."""
+
+    asked = 0
+
+    def allows(self, estimate_s: float) -> bool:
+        self.asked += 1
+        return self.asked <= 1 + 12
+
+
+def test_what_a_budget_leaves_out_of_further_repeats_is_not_missing(tmp_path: Path) -> None:
+    outcome = session(tmp_path, UNEVEN, budget=ForThirteen(None))
+    assert (outcome.measured, outcome.missing) == (12, [])
+
+
 def test_a_crash_is_an_error_row_and_the_others_still_run(tmp_path: Path) -> None:
     outcome = session(tmp_path, "job.cell.module == 'lora' and os.abort()")
     assert statuses(tmp_path) == {

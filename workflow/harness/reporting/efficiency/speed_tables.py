@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
-from harness.efficiency.arithmetic import PERIOD, pool
+from harness.efficiency.arithmetic import PERIOD, WANTED_ERROR, pool, relative_error
 from harness.efficiency.record import MFU_FORMULA
 from harness.efficiency.uniform_draws import expected_reach
 from harness.measuring.energy import COUNTS, OLDER
@@ -66,7 +66,7 @@ def throughput_table(rows: Rows) -> Table:
             shown_labels(row)
             | {
                 "tokens/s": number(row.speed, 0) + caveats(row, notes, missing=False),
-                "spread": _span(speeds, 0),
+                "spread": _span(speeds, 0) + _unsure(speeds, notes),
                 **{f"to {rows.study.name(other)}": _with_span(found) for other, found in ratios.items()},
                 "J/1,000 tokens": _with_span(energy, 1) + (notes.mark(f"{energy_why}.") if energy_why else ""),
                 "step, ms (median, p95)": f"{number(1000 * steps.median_s, 1)}, {number(1000 * steps.p95_s, 1)}",
@@ -93,6 +93,13 @@ def throughput_table(rows: Rows) -> Table:
     )
     where = f" on a GPU ({_devices(rows)})" if raw else f": {NOT_MEASURED}"
     return table_of_rows("throughput", f"Tokens per second of training steps{where}.", raw, display, notes)
+
+
+def _unsure(speeds: Sequence[float], notes: Footnotes) -> str:
+    error = relative_error(speeds)
+    if error is None or error <= WANTED_ERROR:
+        return ""
+    return notes.mark(f"the standard error of the mean over repeats stayed above {percent(WANTED_ERROR)}.")
 
 
 def offload_table(rows: Rows) -> Table:
