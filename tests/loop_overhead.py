@@ -1,4 +1,4 @@
-"""What the harness's training loop costs beside a bare one: `python -m tests.loop_overhead [--rounds 5] [--out FILE]`.
+"""What the harness's training loop costs beside a bare one: `python -m tests.loop_overhead [--rounds 3] [--out FILE]`.
 
 Both train the same random Llama of about 30 M parameters on the same batches, by AdamW with clipping and a linear
 schedule, on one thread; whole loops take turns in one process. The harness's is `harness.training.loop.train` itself,
@@ -38,7 +38,7 @@ from harness.training.loading import Inputs, load  # noqa: E402
 from harness.training.schedule import lr_factor  # noqa: E402
 
 WIDTH, LAYERS, LR = 512, 10, 3e-4
-ROWS, STEPS, CHECKPOINT = 4, 30, 15
+ROWS, STEPS, CHECKPOINT = 4, 60, 30
 OBSERVED = Observation(every_steps=25, rows=4)
 """As config/quick.yaml has it: a step's rows, at every 25th step."""
 ALLOWED = 1.02
@@ -173,7 +173,7 @@ def measure(rounds: int, folder: Path) -> str:
 def main() -> int:
     """Measure, print, and write where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

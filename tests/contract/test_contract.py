@@ -90,7 +90,12 @@ PRECISIONS: list[dict[str, Any]] = [
     {"state_dtype": "int8", "weight_dtype": "bf16", "stochastic_rounding": True},
     {"state_dtype": "bf16", "weight_dtype": "bf16", "stochastic_rounding": True},
 ]
-ADAMW = [number for number in EVERY if find_method(CASES[number][0]).ADAMW]
+ADAMW = [
+    number
+    for number in EVERY
+    # of the others, those that do something else with moments: all samplers treat them alike
+    if find_method(CASES[number][0]).ADAMW and (number in FIRST or "state" in CASES[number][1])
+]
 
 
 @pytest.mark.parametrize(

@@ -59,18 +59,6 @@ def proportional_set(proc: Path = PROC) -> Reading:
         return None, f"the kernel gives no smaps_rollup here ({type(error).__name__})"
 
 
-def resident_data(proc: Path = PROC) -> int | None:
-    """Bytes that a process holds now and that are no file's, counted page by page; None where the kernel does not say.
-
-    A fork maps its parent's libraries anew as it touches them: that is no data.
-    """
-    try:
-        file = proc / "smaps_rollup"
-        return _kilobytes(file, "Anonymous:") + _kilobytes(file, "Pss_Shmem:")
-    except (OSError, LookupError):
-        return None
-
-
 def cgroup_peak(proc: Path = PROC, root: Path = CGROUPS) -> Reading:
     """Highest memory of the process's control group since it was made, version 2 or 1 of the interface.
 

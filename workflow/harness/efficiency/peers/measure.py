@@ -48,6 +48,8 @@ SHAPE = Shape(batch=1, length=128)
 """Few tokens, so that the optimizer's share of a step is large; on a GPU the host's share."""
 STEPS = 30
 """Before the loss is looked at."""
+WARMUP = 2 * PERIOD
+"""Rounds that are not timed: those in which the first layers' states are allocated."""
 UPDATES = 2 * PERIOD
 """Steps in which the update is timed, apart from the others: its clock waits for the device."""
 
@@ -230,7 +232,7 @@ def _timed(
             numbers[name] += 1
 
         turns = {name: partial(step, name) for name in loops}
-        timed = until_steady(turns, device=bench.device, warmup=2 * PERIOD, least=least, most=most)
+        timed = until_steady(turns, device=bench.device, warmup=WARMUP, least=least, most=most)
         inside: dict[str, list[float]] = {name: [] for name in loops}
 
         def watched(name: str) -> None:

@@ -19,7 +19,7 @@ class Side(StrictRecord):
         description="clipping, the optimizer's step, dropping gradients; null: they are in backward"
     )
     peak_bytes: int | None = Field(
-        description="from before the model was built to its highest; resident data of a process of its own, on CUDA "
+        description="from before the model was built to its highest; resident memory of a process of its own, on CUDA "
         "what the allocator gave; null where the kernel does not say"
     )
     state_bytes: int = Field(description="alive between two steps after the last one, without weights")
