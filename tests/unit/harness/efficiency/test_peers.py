@@ -36,7 +36,7 @@ BY_NAME = {pair.ours: pair for pair in PAIRS}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, steps in (("STEPS", 6), ("WARMUP", 1), ("UPDATES", 1)):
+    for name, steps in (("STEPS", 6), ("WARMUP", 1), ("UPDATES", 1), ("FORKS", 1)):
         monkeypatch.setattr(measure, name, steps)
 
 
