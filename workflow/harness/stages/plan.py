@@ -96,7 +96,7 @@ def _to_come(plan: Plan, paths: Paths, *, cores: int | None, config: Path) -> It
     if hours.by_pace or hours.by_arithmetic:
         how = [
             f"{hours.by_pace} at the pace of finished ones" * bool(hours.by_pace),
-            f"{hours.by_arithmetic} by arithmetic of slow machines: an upper bound, which finished runs will replace"
+            f"{hours.by_arithmetic} by arithmetic of usual machines: a guess, which finished runs will replace"
             * bool(hours.by_arithmetic),
         ]
         at_once = f", {duration(hours.seconds / jobs)} with {jobs} at once" if jobs > 1 else ""

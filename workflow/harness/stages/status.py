@@ -121,10 +121,10 @@ class _Shown:
         text = "time to come: not known"
         if hours is not None:
             how = (
-                "at the pace of finished ones" if not hours.by_arithmetic else "an upper bound: no such job is done yet"
+                "at the pace of finished ones" if not hours.by_arithmetic else "a guess: no such job is done yet"
             )
             if hours.by_arithmetic and hours.by_pace:
-                how = f"{hours.by_arithmetic} of {hours.by_arithmetic + hours.by_pace} jobs by an upper bound"
+                how = f"{hours.by_arithmetic} of {hours.by_arithmetic + hours.by_pace} jobs by a guess"
             text = f"roughly {duration(hours.seconds / at_once)} to come with {at_once} at once ({how})"
         work = {True: "", False: "; no Snakemake works in this folder", None: ""}[self._snakemake]
         return text + work

@@ -1,6 +1,6 @@
 """Time that a study's jobs will still take: arithmetic, corrected by how long finished jobs took. Imports no torch.
 
-Arithmetic (`harness.study.needs`) takes rates of slow machines, and is an upper bound. Where jobs of the same kind on
+Arithmetic (`harness.study.needs`) takes rates of usual machines, and is a guess. Where jobs of the same kind on
 the same model are done, it is scaled by their time over their arithmetic: by those of the same method and task, if
 there are any, else of the method, of the task, of the model.
 """
@@ -20,8 +20,8 @@ from harness.study.jobs import EVALUATE, MODEL, OVERLAP, PROBE, SEARCH, TRAIN
 from harness.study.paths import Paths
 from harness.study.plan import Output, Plan, outputs
 
-START_S = 15.0
-"""Of a job: a process with torch and transformers."""
+START_S = 5.0
+"""Of a job: a process with torch and transformers, and a model from a disk."""
 
 Key = tuple[str, ...]
 
@@ -34,7 +34,7 @@ class Hours:
     by_pace: int
     """Jobs whose time is taken from finished ones."""
     by_arithmetic: int
-    """Jobs whose time is an upper bound."""
+    """Jobs whose time is a guess."""
 
 
 class _Timing(BaseModel):
@@ -105,14 +105,16 @@ def _arithmetic(plan: Plan, output: Output, paths: Paths) -> float | None:
     """Seconds of a job by arithmetic; None for jobs of minutes."""
     job: Any = output.job
     if output.kind is MODEL:
-        return needs.of_model(job, paths).seconds
+        return needs.of_model(job, paths, pace=needs.USUAL).seconds
     if output.kind is PROBE:
-        return needs.of_probe(job, paths).seconds
+        return needs.of_probe(job, paths, pace=needs.USUAL).seconds
     if output.kind is SEARCH:
-        return needs.of_training(job.trial, paths, runs=len(job.search.grid) * len(job.search.seeds)).seconds
+        return needs.of_training(
+            job.trial, paths, runs=len(job.search.grid) * len(job.search.seeds), pace=needs.USUAL
+        ).seconds
     if output.kind is TRAIN:
-        return needs.of_training(job.training, paths).seconds
+        return needs.of_training(job.training, paths, pace=needs.USUAL).seconds
     if output.kind is EVALUATE:
         training, batch = plan.runs[output.name].training, plan.study.runtime.eval_batch_size
-        return needs.of_evaluation(job, training, paths, batch_size=batch).seconds
+        return needs.of_evaluation(job, training, paths, batch_size=batch, pace=needs.USUAL).seconds
     return None

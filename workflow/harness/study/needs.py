@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +29,6 @@ BASE_BYTES = 8 * GIB
 that they train on a CPU."""
 START_S = 900.0
 """Imports, loading weights from a slow disk, saving them again."""
-STEP_S = 0.2
-"""Overhead of one optimizer step beyond its arithmetic: launches, copies, logs; also of one generated token."""
 UNKNOWN_PARAMETERS = 9_000_000_000
 """Assumed for a hub model that has not been fetched yet and whose name has no size: the 8B class. A larger model needs
 more."""
@@ -51,13 +49,36 @@ VOCABULARY = 1_000
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2}
 MOMENT_BYTES = {**WEIGHT_BYTES, "int8": 1.1}
 """With int8, codes and scales are 1.02; tensors too small for them are few in a model that fills memory."""
-_FLOP_PER_S = {("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13}
-"""By device and weight dtype: one slow core; on a GPU half of an A100's peak without TF32, and a fifth of its peak in
-bf16."""
 _FETCHED_BYTES_PER_S, _READ_BYTES_PER_S = 2e7, 2e8
 """Of a model's files, over the network and from a disk."""
 _TRAIN_FLOP, _READ_FLOP = 8.0, 2.0
 """FLOP per parameter and token: forward, recomputed forward and backward; and forward alone."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast a machine is."""
+
+    step_s: float
+    """Overhead of one optimizer step beyond its arithmetic: launches, copies, logs; also of one generated token."""
+    flop_per_s: Mapping[tuple[str, str], float]
+    """By device and weight dtype."""
+
+    def of(self, recipe: Recipe) -> float:
+        """FLOP per second of a run."""
+        return self.flop_per_s[recipe.device, recipe.compute_dtype or recipe.weight_dtype]
+
+
+SLOW = Pace(
+    step_s=0.2,
+    flop_per_s={("cpu", "fp32"): 3e9, ("cpu", "bf16"): 1e9, ("cuda", "fp32"): 1e13, ("cuda", "bf16"): 6e13},
+)
+"""One slow core; on a GPU half of an A100's peak without TF32, and a fifth of its peak in bf16: an upper bound."""
+USUAL = Pace(
+    step_s=0.03,
+    flop_per_s={("cpu", "fp32"): 3e10, ("cpu", "bf16"): 1e10, ("cuda", "fp32"): 1.5e13, ("cuda", "bf16"): 1.5e14},
+)
+"""One core of today; on a GPU three quarters of an A100's peak without TF32, and half of its peak in bf16: a guess."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +100,7 @@ SHORT_MINUTES = 60
 """Most minutes of a scoring that a cluster is given in a group with others."""
 
 
-def of_model(job: ModelJob, paths: Paths) -> Needs:
+def of_model(job: ModelJob, paths: Paths, *, pace: Pace = SLOW) -> Needs:
     """Pretraining, hashing or fetching a model."""
     source = job.source
     if not isinstance(source, PretrainedHere):
@@ -87,11 +108,11 @@ def of_model(job: ModelJob, paths: Paths) -> Needs:
         seconds = 2 * parameters(job, paths) / (_FETCHED_BYTES_PER_S if fetched else _READ_BYTES_PER_S)
         return Needs(mem_mb=SMALL.mem_mb, minutes=120 if fetched else 60, seconds=seconds)
     count = parameters(job, paths)
-    step_s = STEP_S + _TRAIN_FLOP * count * source.rows * source.length / _FLOP_PER_S["cpu", "fp32"]
+    step_s = pace.step_s + _TRAIN_FLOP * count * source.rows * source.length / pace.flop_per_s["cpu", "fp32"]
     return _needs(held_bytes=20 * count, seconds=source.steps * step_s)
 
 
-def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: int = 1) -> Needs:
+def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: int = 1, pace: Pace = SLOW) -> Needs:
     """Training runs one after the other, each in one process or in several that share its steps.
 
     The host holds at most: the weights while they are loaded and saved, their gradients if training runs on the CPU,
@@ -100,7 +121,7 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: i
     recipe = training.recipe
     count = parameters(training.model, paths)
     weight, state = WEIGHT_BYTES[recipe.weight_dtype], MOMENT_BYTES[recipe.state_dtype]
-    step_s = STEP_S + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / _rate(recipe)
+    step_s = pace.step_s + _TRAIN_FLOP * count * recipe.batch_size * recipe.max_length / pace.of(recipe)
     return _needs(
         held_bytes=processes * (3 * weight + 2 * state) * count + (processes - 1) * BASE_BYTES,
         seconds=runs * recipe.steps * step_s if find_method(training.module).TRAINS else 0.0,
@@ -108,12 +129,11 @@ def of_training(training: Training, paths: Paths, *, runs: int = 1, processes: i
     )
 
 
-def of_probe(job: ProbeJob, paths: Paths) -> Needs:
+def of_probe(job: ProbeJob, paths: Paths, *, pace: Pace = SLOW) -> Needs:
     """Forward and backward passes of a probe; at most one gradient is alive at a time."""
     count = parameters(job.model, paths)
-    batch_s = (
-        STEP_S + _TRAIN_FLOP * count * job.probes.rows * job.max_length / _FLOP_PER_S[job.device, job.weight_dtype]
-    )
+    flop = _TRAIN_FLOP * count * job.probes.rows * job.max_length
+    batch_s = pace.step_s + flop / pace.flop_per_s[job.device, job.weight_dtype]
     return _needs(
         held_bytes=2 * WEIGHT_BYTES[job.weight_dtype] * count,
         seconds=job.probes.batches * batch_s,
@@ -127,24 +147,24 @@ def of_search(search: SearchJob, paths: Paths) -> Needs:
     return of_training(search.trial, paths, runs=trials)
 
 
-def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size: int) -> Needs:
+def of_evaluation(job: EvalJob, training: Training, paths: Paths, *, batch_size: int, pace: Pace = SLOW) -> Needs:
     """Scoring of every suite: each row is read twice, for its answer and for the loss, and answered token by token."""
     recipe = training.recipe
     count = parameters(training.model, paths)
-    token_s = _READ_FLOP * count / _rate(recipe)
-    seconds = sum(_suite_seconds(suite, job.max_length, token_s, batch_size) for suite in job.all_suites)
+    token_s = _READ_FLOP * count / pace.of(recipe)
+    seconds = sum(_suite_seconds(suite, job.max_length, token_s, pace.step_s, batch_size) for suite in job.all_suites)
     return _needs(
         held_bytes=2 * WEIGHT_BYTES[recipe.weight_dtype] * count, seconds=seconds, gpus=int(recipe.device == "cuda")
     )
 
 
-def _suite_seconds(suite: SuiteJob, max_length: int, token_s: float, batch_size: int) -> float:
+def _suite_seconds(suite: SuiteJob, max_length: int, token_s: float, step_s: float, batch_size: int) -> float:
     source = suite.source
     rows = source.rows if isinstance(source, GeneratedSuite) else source.limit or UNKNOWN_ROWS
     written = UNKNOWN_TOKENS if isinstance(source, LmEvalSuite) else source.max_new_tokens
     if written is None:  # by likelihood: each row is read once for each of its answers
         return MOST_CHOICES * rows * max_length * token_s
-    return 2 * rows * max_length * token_s + math.ceil(rows / batch_size) * written * (STEP_S + batch_size * token_s)
+    return 2 * rows * max_length * token_s + math.ceil(rows / batch_size) * written * (step_s + batch_size * token_s)
 
 
 def weight_bytes(training: Training, paths: Paths) -> int:
@@ -195,10 +215,6 @@ def _parameters_of_files(text: str) -> int:
 
 def _file_bytes(found: Iterable[Iterable[Path]]) -> int:
     return sum(file.stat().st_size for files in found for file in files)
-
-
-def _rate(recipe: Recipe) -> float:
-    return _FLOP_PER_S[recipe.device, recipe.compute_dtype or recipe.weight_dtype]
 
 
 def _needs(*, held_bytes: float, seconds: float, gpus: int = 0) -> Needs:

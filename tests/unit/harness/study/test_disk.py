@@ -153,16 +153,23 @@ def took(plan: Plan, paths: Paths, name: str, seconds: float) -> None:
 
 def test_without_finished_jobs_time_is_arithmetic(plan: Plan, paths: Paths) -> None:
     found = hours_to_come(plan, paths)
-    trainings = sum(needs.of_training(run.training, paths).seconds for run in plan.runs.values())
+    trainings = sum(needs.of_training(run.training, paths, pace=needs.USUAL).seconds for run in plan.runs.values())
     jobs = [o for o in outputs(plan, paths) if o.kind in (TRAIN, SEARCH, EVALUATE)]
     assert (found.by_pace, found.by_arithmetic) == (0, len(jobs) + 1)  # and the model
     assert found.seconds > trainings + START_S * len(jobs)
 
 
+def test_a_guess_is_below_what_a_cluster_is_asked_for(plan: Plan, paths: Paths) -> None:
+    """A scheduler kills what takes longer than it asked for; `plan` says what it is likely to take."""
+    for run in plan.runs.values():
+        likely = needs.of_training(run.training, paths, pace=needs.USUAL).seconds
+        assert likely < needs.of_training(run.training, paths).seconds / 5
+
+
 def test_finished_jobs_set_the_pace_of_the_others_the_nearest_first(plan: Plan, paths: Paths) -> None:
     full, lora = ([n for n in plan.runs if f"--{label}--" in n] for label in ("full", "lora"))
     before = hours_to_come(plan, paths)
-    one = needs.of_training(plan.runs[full[0]].training, paths).seconds
+    one = needs.of_training(plan.runs[full[0]].training, paths, pace=needs.USUAL).seconds
     took(plan, paths, full[0], one / 10)
     took(plan, paths, lora[0], one / 2)
     found = hours_to_come(plan, paths)
@@ -186,7 +193,7 @@ def test_plan_prints_disk_and_hours(
     assert main(["plan", "--config", str(written(tmp_path)), "--cores", "2"]) == 0
     out = capsys.readouterr().out
     assert "to come  up to 0.0 GiB of disk (6 exported models that stay 0.0 GiB, resume state, 2 runs at once" in out
-    assert "by arithmetic of slow machines: an upper bound" in out
+    assert "by arithmetic of usual machines: a guess" in out
     monkeypatch.setattr(disk, "free_bytes", lambda _: 1)
     assert main(["plan", "--config", str(written(tmp_path)), "--cores", "2"]) == 0
     assert "too little disk: snakemake will refuse: up to 0.0 GiB to come (" in capsys.readouterr().out
