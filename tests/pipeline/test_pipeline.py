@@ -194,13 +194,16 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
 
 
 def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, tmp_path: Path) -> None:
-    """Of every probe, search, run and score: the command that Snakemake's jobs are, without the client before it."""
-    fresh = tmp_path / "results"
+    """Of a probe, a search, two runs and a score: the command that Snakemake's jobs are, without the client before it."""
+    fresh, warm = tmp_path / "results", tmp_path / "warm"
+    shutil.copytree(study.folder / "results", warm)
+    for other in (run for label in ("base", "full") for run in warm.glob(f"runs/*--{label}--*")):
+        shutil.rmtree(other)
     shutil.copytree(study.folder / "results" / "inputs", fresh / "inputs")
     shutil.copytree(study.folder / "results" / "evals", fresh / "evals")
-    for spec in study.folder.glob("results/*/*/spec.json"):
-        (fresh / spec.relative_to(study.folder / "results")).parent.mkdir(parents=True)
-        shutil.copy(spec, fresh / spec.relative_to(study.folder / "results"))
+    for spec in warm.glob("*/*/spec.json"):
+        (fresh / spec.relative_to(warm)).parent.mkdir(parents=True)
+        shutil.copy(spec, fresh / spec.relative_to(warm))
     threads, every = ["--threads", "1"], ["--checkpoint-every", "3"]
     jobs = [["probe", "--spec", spec, *threads] for spec in fresh.glob("probes/*/spec.json")]
     jobs += [["search", "--spec", spec, *threads, *every] for spec in fresh.glob("searches/*/spec.json")]
@@ -213,14 +216,14 @@ def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, 
         # paths as Snakemake gives them: a record names its model relative to where the job works
         words = [str(word.relative_to(tmp_path)) if isinstance(word, Path) else word for word in job]
         subprocess.run([sys.executable, "-m", "harness", *words], cwd=tmp_path, check=True)
-    assert differences(fresh, study.folder / "results") == []
-    for folder, process in ((study.folder / "results", "worker"), (fresh, "fresh")):
+    assert differences(fresh, warm) == []
+    for folder, process in ((warm, "worker"), (fresh, "fresh")):
         records = [*folder.glob("*/*/train.json"), *folder.glob("*/*/search.json"), *folder.glob("*/*/probe.json")]
         records += folder.glob("runs/*/eval/*.json")
-        assert len(records) == len(jobs) == 10
+        assert len(records) == len(jobs) == 6
         assert {json.loads(file.read_text())["provenance"]["process"] for file in records} == {process}
     for run in fresh.glob("runs/*"):
-        peaks = [_host_peak(folder / "runs" / run.name) for folder in (fresh, study.folder / "results")]
+        peaks = [_host_peak(folder / "runs" / run.name) for folder in (fresh, warm)]
         assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,14 +80,20 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     (folder / "profile").mkdir()
     (folder / "profile" / "config.yaml").write_text(profile, encoding="utf-8")
     environment = install(folder / "slurm", refusing=True)
-    said = subprocess.run(
-        [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--profile",
-         str(folder / "profile"), "--retries", "0",
-         "--config", f"STUDY={config}", f"CARDS={folder / 'cards.yaml'}"],
-        capture_output=True, text=True, env=environment, cwd=ROOT,
-    )  # fmt: skip
+    said = folder / "said"
+    with said.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--profile",
+             str(folder / "profile"), "--retries", "0",
+             "--config", f"STUDY={config}", f"CARDS={folder / 'cards.yaml'}"],
+            stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
+        )  # fmt: skip
+    while process.poll() is None and "Exiting because a job execution failed" not in said.read_text():
+        time.sleep(0.2)
+    process.kill()  # it would sleep for a minute before it looked at jobs that were never taken
+    process.wait()
     found = jobs(folder / "slurm" / "queue")
-    assert found, said.stderr[-3000:]
+    assert len(found) == 4, said.read_text()[-3000:]
     return Asked(folder, config, plan, paths, environment, [job.options for job in found])
 
 
