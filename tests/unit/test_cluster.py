@@ -84,7 +84,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     with said.open("w") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--directory", str(folder), "--profile",
-             str(folder / "profile"), "--retries", "0",
+             str(folder / "profile"), "--retries", "0", "--slurm-init-seconds-before-status-checks", "1",
              "--config", f"STUDY={config}", f"CARDS={folder / 'cards.yaml'}"],
             stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=ROOT,
         )  # fmt: skip
