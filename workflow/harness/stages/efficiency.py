@@ -105,6 +105,14 @@ def _peers(args: argparse.Namespace) -> int:
     except NoGpuError as error:
         raise UserError(f"{error}; or measure on this machine's processor (--device cpu)") from error
     say(f"all of it, units in the keys: {write_session(record, args.out / 'peers')}")
+    try:
+        from harness.reporting.efficiency.peers_table import write_peers
+    except ModuleNotFoundError as error:
+        if missing_package(error) is None:
+            raise
+        say("no table here (run `python -m harness efficiency --report` where pandas is)")
+        return 0
+    write_peers(args.out / "peers")
     return 0
 
 

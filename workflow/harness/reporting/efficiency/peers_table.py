@@ -16,6 +16,12 @@ CAPTION = (
 )
 
 
+def write_peers(folder: Path) -> None:
+    """Write the tables of the records in `folder` beside them."""
+    for table in peers_tables(folder):
+        table.write(folder)
+
+
 def peers_tables(folder: Path) -> Iterator[Table]:
     """A table for each device that has a record in `folder`; none where there is no such folder."""
     newest: dict[str, PeersRecord] = {}

@@ -11,7 +11,7 @@ from harness.records import atomic
 from harness.reporting.efficiency.length_figure import memory_by_length
 from harness.reporting.efficiency.memory_figures import memory_stack
 from harness.reporting.efficiency.memory_table import memory_table
-from harness.reporting.efficiency.peers_table import peers_tables
+from harness.reporting.efficiency.peers_table import write_peers
 from harness.reporting.efficiency.published_table import published_table
 from harness.reporting.efficiency.rows import Rows, read_rows
 from harness.reporting.efficiency.speed_figures import is_timed, speed_and_memory, speeds_by_corner, throughput_bars
@@ -29,9 +29,9 @@ def write_report(study: EfficiencyStudy, store: Store, published: Published) -> 
         tables.append(published_table(rows, study.published, published))
     if any(row.rehearsed is not None for row in rows):
         tables.append(rehearsal_table(rows))
-    tables += peers_tables(store.folder / "peers")
     for table in tables:
         table.write(store.folder / "tables")
+    write_peers(store.folder / "peers")
     captions = {}
     with styled():
         for drawing in draw(rows, published):
