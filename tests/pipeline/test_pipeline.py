@@ -194,7 +194,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_pa
 
 
 def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, tmp_path: Path) -> None:
-    """A probe, a search, two runs, their scores: the command that Snakemake's jobs are, without the client before it."""
+    """A probe, a search, two runs and their scores: the command of a job, without the client before it."""
     fresh, warm = tmp_path / "results", tmp_path / "warm"
     shutil.copytree(study.folder / "results", warm)
     for other in (run for label in ("base", "full") for run in warm.glob(f"runs/*--{label}--*")):
