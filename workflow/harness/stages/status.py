@@ -120,9 +120,7 @@ class _Shown:
         hours, at_once = self._hours_to_come(), max(1, len(self.now.running))
         text = "time to come: not known"
         if hours is not None:
-            how = (
-                "at the pace of finished ones" if not hours.by_arithmetic else "a guess: no such job is done yet"
-            )
+            how = "at the pace of finished ones" if not hours.by_arithmetic else "a guess: no such job is done yet"
             if hours.by_arithmetic and hours.by_pace:
                 how = f"{hours.by_arithmetic} of {hours.by_arithmetic + hours.by_pace} jobs by a guess"
             text = f"roughly {duration(hours.seconds / at_once)} to come with {at_once} at once ({how})"

@@ -36,7 +36,7 @@ BY_NAME = {pair.ours: pair for pair in PAIRS}
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, steps in (("STEPS", 6), ("WARMUP", 1), ("UPDATES", 1), ("FORKS", 1)):
+    for name, steps in (("STEPS", 6), ("WARMUP", 1), ("UPDATES", 1)):
         monkeypatch.setattr(measure, name, steps)
 
 
@@ -46,7 +46,7 @@ def small(pair: Pair) -> Pair:
 
 
 def rows_of(pair: Pair) -> list[Any]:
-    return list(measure._rows(pair, BENCH, least=1, most=1))
+    return list(measure._rows(pair, measure._memory(pair, BENCH), BENCH, least=1, most=1))
 
 
 def losses(contender: Any, steps: int = 17) -> list[float]:

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -48,8 +49,6 @@ SHAPE = Shape(batch=1, length=128)
 """Few tokens, so that the optimizer's share of a step is large; on a GPU the host's share."""
 STEPS = 30
 """Before the loss is looked at."""
-FORKS = 2
-"""Times that memory is measured, the lesser counts: a resident set may have pages of others in it, never too few."""
 WARMUP = 2 * PERIOD
 """Rounds that are not timed: those in which the first layers' states are allocated."""
 UPDATES = 2 * PERIOD
@@ -76,14 +75,15 @@ def measure_peers(meters: Meters, budget: Budget, *, least: int, most: int, only
     bench = Bench(geometry=GEOMETRY, shape=SHAPE, device=meters.device)
     if meters.device == "cpu":
         torch.set_num_threads(1)
+    chosen = [pair for pair in PAIRS if not only or pair.ours in only]
+    # memory first, in forks of a process that has trained nothing: what it had freed would be in theirs
+    memory = [_memory(pair, bench) if budget.left() > 0 else None for pair in chosen]
     rows: list[PeerRow] = []
-    for pair in PAIRS:
-        if only and pair.ours not in only:
-            continue
-        if budget.left() <= 0:
+    for pair, found in zip(chosen, memory, strict=True):
+        if found is None or budget.left() <= 0:
             rows += [_missing(pair, peer, "the budget was used up") for peer in pair.peers]
             continue
-        for row in _rows(pair, bench, least=least, most=most):
+        for row in _rows(pair, found, bench, least=least, most=most):
             print(line(row), flush=True)
             rows.append(row)
     device = meters.describe()
@@ -106,17 +106,32 @@ def measure_peers(meters: Meters, budget: Budget, *, least: int, most: int, only
     )
 
 
-def _rows(pair: Pair, bench: Bench, *, least: int, most: int) -> Iterator[PeerRow]:
-    alone = {"ours": _alone(pair.make, bench)}
-    missing: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Found:
+    """Memory and loss of the loops of a pair, `ours` and by the peer's name; and why others have none."""
+
+    alone: dict[str, Side]
+    missing: dict[str, str]
+
+
+def _memory(pair: Pair, bench: Bench) -> _Found:
+    found = _Found({"ours": _alone(pair.make, bench)}, {})
     for peer in pair.peers:
         try:
-            alone[peer.name] = _alone(peer.make, bench)
+            found.alone[peer.name] = _alone(peer.make, bench)
         except (ImportError, RuntimeError, ValueError, AttributeError) as error:
             # other people's code: its failure is a row, not an end
-            version = _package(peer)
-            why = f"does not run here: {first_line(error)}" if version or not peer.package else _install(peer.package)
-            missing[peer.name] = why
+            there = _package(peer) or not peer.package
+            found.missing[peer.name] = (
+                f"does not run here: {first_line(error)}"
+                if there
+                else f"not installed (pip install --no-deps {peer.package})"
+            )
+    return found
+
+
+def _rows(pair: Pair, found: _Found, bench: Bench, *, least: int, most: int) -> Iterator[PeerRow]:
+    alone, missing = found.alone, found.missing
     able = [peer for peer in pair.peers if peer.name not in missing]
     if able:
         timed, updates = _timed(pair, able, bench, least=least, most=most)
@@ -192,8 +207,7 @@ def _alone(make: Callable[[Bench], Contender], bench: Bench) -> Side:
 
     _clean()
     if bench.device == "cpu":
-        found = [in_a_fork(lambda: _state_and_loss(make, bench), first=warm) for _ in range(FORKS)]
-        (state, loss), peak = min(found, key=lambda one: one[1] or 0)
+        (state, loss), peak = in_a_fork(lambda: _state_and_loss(make, bench), first=warm)
     else:
         warm()
         _clean()
@@ -253,10 +267,6 @@ def _timed(
 
 def _missing(pair: Pair, peer: Peer, why: str) -> PeerRow:
     return PeerRow(ours=pair.ours, peer=peer.name, package=_package(peer), note=peer.note, missing_why=why)
-
-
-def _install(package: str) -> str:
-    return f"not installed (pip install --no-deps {package})"
 
 
 def _package(peer: Peer) -> str | None:
