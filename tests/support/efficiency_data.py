@@ -18,6 +18,7 @@ from harness.records.provenance import provenance
 from harness.records.units import GIB
 from harness.reporting.efficiency.rows import Rows, read_rows
 from harness.reporting.published import Published, load_published
+from harness.step.spec import Geometry
 from house import ROOT
 
 CARD = "Test GPU"
@@ -291,6 +292,20 @@ def measure_methods(store: Store, settings: str, shape: str, factor: float = 1.0
 
 
 # ---------------------------------------------------------------- a worker that computes nothing
+
+NO_TIME = Geometry(
+    architecture="llama",
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    vocab_size=64,
+    tie_word_embeddings=False,
+    parameters=35104,
+)
+"""A model that takes no time."""
 
 _SCRIPT = """\
 import os, sys, time

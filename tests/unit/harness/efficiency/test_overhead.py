@@ -14,6 +14,7 @@ import efficiency_data as data
 import pytest
 import torch
 from bare_machine import modules_beside, without
+from efficiency_data import NO_TIME as TINY
 from harness.__main__ import main
 from harness.efficiency import overhead_host, overhead_offload
 from harness.efficiency.budget import Budget
@@ -27,23 +28,11 @@ from harness.efficiency.serial import SerialHost
 from harness.errors import UserError
 from harness.measuring.gpu import NoGpuError
 from harness.measuring.meters import Meters
-from harness.step.spec import Geometry, Shape
+from harness.step.spec import Shape
 from house import ROOT
 
 from grass.host import current
 
-TINY = Geometry(
-    architecture="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    vocab_size=64,
-    tie_word_embeddings=False,
-    parameters=35104,
-)
 CODE = f"""
 import sys
 from harness.__main__ import main

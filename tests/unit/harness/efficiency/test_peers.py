@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from efficiency_data import NO_TIME as TINY
 from harness.__main__ import main
 from harness.efficiency.peers import contenders, loops, measure
 from harness.efficiency.peers.contenders import Bench, Loop, Ours
@@ -16,20 +17,8 @@ from harness.efficiency.peers.pairs import PAIRS, Pair, Peer
 from harness.efficiency.peers.record import PeersRecord
 from harness.records.reading import read
 from harness.reporting.efficiency.peers_table import peers_tables
-from harness.step.spec import Geometry, Shape
+from harness.step.spec import Shape
 
-TINY = Geometry(
-    architecture="llama",
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=4,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    head_dim=16,
-    vocab_size=64,
-    tie_word_embeddings=False,
-    parameters=35104,
-)
 BENCH = Bench(geometry=TINY, shape=Shape(batch=1, length=16), device="cpu")
 BY_NAME = {pair.ours: pair for pair in PAIRS}
 
