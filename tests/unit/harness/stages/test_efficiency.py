@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -83,15 +84,19 @@ def test_a_killed_run_loses_the_block_in_progress_and_the_next_one_finishes(tmp_
 
     second = subprocess.run(command(tmp_path), env=env, capture_output=True, text=True, timeout=300, check=False)
     assert second.returncode == 0, second.stderr
-    assert f"{6 - blocks} blocks measured in" in second.stderr
-    assert f"s, {blocks} needed none, 0 not measured" in second.stderr
+    found = re.search(r"(\d+) blocks measured in \d+ s, (\d+) needed none, 0 not measured", second.stderr)
+    assert found is not None
+    # these are real times: where they differ, both cells are timed again, twice at most
+    further = int(found[1]) - (6 - blocks)
+    assert further in (0, 2, 4)
+    assert int(found[2]) == blocks
     after = records(tmp_path)
     assert after.keys() == {"lora", "grass-decoder"}
     for label, record in before.items():
         assert after[label].memory == record.memory
         assert after[label].timing[: len(record.timing)] == record.timing
     for record in after.values():
-        assert (record.status, record.device.kind, len(record.timing)) == ("ok", "cpu", 2)
+        assert (record.status, record.device.kind, len(record.timing)) == ("ok", "cpu", 2 + further // 2)
         assert record.memory is not None
         assert record.memory.allocated_peak_bytes is None
         assert record.predicted is not None
