@@ -85,7 +85,7 @@ def _raw(row: PeerRow) -> dict[str, object]:
 
 def _shown(row: PeerRow, record: PeersRecord, notes: Footnotes) -> dict[str, str]:
     mark = notes.mark(row.note) if row.note else ""
-    shown = {"ours": row.ours, "peer": (row.package or row.peer) + mark}
+    shown = {"ours": row.ours, "peer": row.peer + (f" ({row.package})" if row.package else "") + mark}
     ours, peer = row.our_side, row.peer_side
     if ours is None or peer is None:
         unknown = dict.fromkeys(("tokens/s", "update", "peak", "state", "loss"), UNKNOWN)
