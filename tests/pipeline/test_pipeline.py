@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import os
 import re
@@ -65,6 +66,9 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_the_study_ends_in_a_page_with_tables_and_figures(study: Study) -> None:
     out = study.folder / "results" / "micro"
     page = (out / "report.html").read_text(encoding="utf-8")
+    first = (out / "report.txt").read_text(encoding="utf-8").splitlines()
+    assert first
+    assert all(line.removeprefix("- ") in html.unescape(page) for line in first)
     assert "accuracy" in page.lower()
     # self-contained: nothing is fetched when it is opened
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)

@@ -62,8 +62,7 @@ def test_the_loops_do_the_same_to_the_last_bit(ours: str, peer: str) -> None:
 
 
 def test_a_loop_that_draws_other_layers_is_seen_by_its_loss() -> None:
-    other = replace(BENCH, seed=BENCH.seed)
-    object.__setattr__(other, "active_layers", 3)
+    other = replace(BENCH, active_layers=3)
     assert losses(BY_NAME["lisa, moments kept"].make(BENCH)) != losses(loops.lisa(other, clip=1.0, fused=True))
 
 

@@ -18,6 +18,7 @@ from statistics import median
 
 import torch
 
+from harness.efficiency import overhead_host
 from harness.efficiency.arithmetic import PERIOD
 from harness.efficiency.budget import Budget
 from harness.efficiency.by_turns import Spread, interleaved, ratios, timed_calls
@@ -31,20 +32,9 @@ from harness.measuring.census import begin_census, live_bytes_outside
 from harness.measuring.meters import Meters
 from harness.records.code import measurement
 from harness.records.provenance import provenance
-from harness.step.spec import Geometry, Shape
+from harness.step.spec import Shape
 
-GEOMETRY = Geometry(
-    architecture="llama",
-    hidden_size=512,
-    intermediate_size=1376,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    num_key_value_heads=8,
-    head_dim=64,
-    vocab_size=8192,
-    tie_word_embeddings=False,
-    parameters=33_694_208,
-)
+GEOMETRY = overhead_host.GEOMETRY.model_copy(update={"vocab_size": 8192, "parameters": 33_694_208})
 SHAPE = Shape(batch=1, length=128)
 """Few tokens, so that the optimizer's share of a step is large; on a GPU the host's share."""
 STEPS = 30
