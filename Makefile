@@ -6,6 +6,7 @@ CORES ?= 2
 WORKERS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet
 READY := $(VENV)/.ready
 OFFICIAL := $(VENV)/.official
 
@@ -60,14 +61,17 @@ format: $(READY)
 	$(BIN)/snakefmt -l 120 Snakefile workflow/rules
 	$(BIN)/python -m harness schema
 
+# The pip that Python comes with takes twice as long to resolve as today's. Files are compiled as they are imported: most
+# never are. setuptools warns of every editable package beside other folders.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP) --constraint constraints.txt --upgrade pip
+	PYTHONWARNINGS=ignore $(PIP) --no-compile --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 # without their dependencies: two of them ask for bitsandbytes, which no test needs
 $(OFFICIAL): tests/fidelity/packages.txt $(READY)
-	$(BIN)/python -m pip install --quiet --no-deps --requirement tests/fidelity/packages.txt
+	$(PIP) --no-compile --no-deps --requirement tests/fidelity/packages.txt
 	@touch $@
 
 ## remove the environment and every cache; results stay
