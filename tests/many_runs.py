@@ -1,7 +1,7 @@
 """What a study of many finished runs costs: `python -m tests.many_runs [--runs 500 2000 10000] [--out FILE]`.
 
 A study of 2 models, 5 tasks and 5 methods with a learning-rate search each is written with as many seeds as give the
-number of runs, and every job gets a record that the models of `harness.records.run` made. Each stage then runs in a
+number of runs, and every job gets a record that the models of `harness.records` made. Each stage then runs in a
 process of its own, as a user starts it. Shown are processor seconds and peak resident memory, and their growth from one
 number of runs to the next. The 10,000 take tens of minutes; the files lie below the temporary folder.
 """
@@ -31,22 +31,11 @@ from harness.records.atomic import sealed
 from harness.records.code import Roots
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.held import hashes
+from harness.records.inputs import ModelRecord, OverlapRecord, RowsRecord, SuiteOverlap
+from harness.records.measured import Memory, Timing
 from harness.records.provenance import provenance
-from harness.records.run import (
-    DataUse,
-    EvalRecord,
-    Memory,
-    ModelRecord,
-    OverlapRecord,
-    Provenance,
-    RowsRecord,
-    SearchRecord,
-    SuiteOverlap,
-    SuiteScore,
-    Timing,
-    TrainRecord,
-    Trial,
-)
+from harness.records.record import Provenance
+from harness.records.run import DataUse, EvalRecord, SearchRecord, SuiteScore, TrainRecord, Trial
 from harness.study import progress
 from harness.study.config import load_study
 from harness.study.jobs import EVALUATE, MODEL, OVERLAP, ROWS, SEARCH, SUITE, TRAIN, Job, Kind, RunJob, SearchJob

@@ -17,8 +17,9 @@ import yaml
 from harness.efficiency.plan import every_group
 from harness.efficiency.record import ForecastRecord
 from harness.efficiency.spec import load_efficiency
+from harness.records.inputs import ModelRecord, RowsRecord
 from harness.records.reading import Stamp, read, read_json, read_jsonl
-from harness.records.run import EvalRecord, ModelRecord, ProbeRecord, RowsRecord, SearchRecord, TrainRecord
+from harness.records.run import EvalRecord, ProbeRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import read_table
 from harness.reporting.published import load_published, published_table
 from harness.study.config import load_study

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from harness.records.atomic import write_json
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord, RunForecast
+from harness.records.run import RunForecast
 from harness.records.units import GIB
 from harness.study.config import load_study
 from harness.study.jobs import FORECAST, MODEL, ROWS, SUITE, TRAIN

@@ -10,9 +10,9 @@ from harness import __main__ as door
 from harness.errors import LONGEST, UserError, first_line, letters, without_secrets
 from harness.records.atomic import write_record
 from harness.records.code import EVALUATION
+from harness.records.inputs import RowsRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import RowsRecord
 from harness.stderr import copied_stderr
 from harness.step.outcomes import CannotRunError, DivergedError, out_of_memory_why, outcome_of
 

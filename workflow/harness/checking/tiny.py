@@ -12,7 +12,7 @@ from baselines.method import Recipe
 from harness.inputs.generated import training_rows
 from harness.inputs.tokenizer import build_tokenizer
 from harness.study.jobs import ModelJob, RowsJob, Training
-from harness.study.spec import FileRows, LocalModel
+from harness.study.sources import FileRows, LocalModel
 from harness.training.loading import Inputs
 
 LAYERS = 4

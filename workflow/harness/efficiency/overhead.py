@@ -17,7 +17,7 @@ from harness.measuring.meters import Meters
 from harness.records.code import measurement
 from harness.records.device import DeviceRecord, StrictRecord
 from harness.records.provenance import provenance
-from harness.records.run import Provenance
+from harness.records.record import Provenance
 
 
 class OverheadRecord(StrictRecord):

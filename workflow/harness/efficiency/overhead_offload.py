@@ -26,7 +26,7 @@ from harness.efficiency.spec import EfficiencyStudy, OffloadCell, cell_of, varia
 from harness.efficiency.store import MeasureOptions
 from harness.measuring.meters import Meters
 from harness.records.device import DeviceKind, DeviceRecord, StrictRecord
-from harness.records.run import TransferRates
+from harness.records.measured import TransferRates
 from harness.records.units import GIB
 from harness.step.spec import Shape
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from harness.records.device import DeviceRecord, StrictRecord
-from harness.records.run import GpuState, Memory, Provenance
+from harness.records.measured import GpuState, Memory
+from harness.records.record import Provenance
 from harness.step.spec import Numerics, Settings, Shape
 
 Block = Literal["memory", "timing"]

@@ -26,7 +26,7 @@ from harness.records.code import code_of, measurement, step_forecast
 from harness.records.device import DeviceKind, DeviceRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import Provenance
+from harness.records.record import Provenance
 from harness.step.spec import Cell
 
 R = TypeVar("R", CellRecord, ForecastRecord)

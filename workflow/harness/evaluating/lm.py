@@ -22,7 +22,7 @@ from harness.evaluating.asking import Asking
 from harness.inputs.choices import question
 from harness.inputs.prompts import Row
 from harness.step.architecture import attention_of, positions_of
-from harness.study.spec import Choices, Scoring
+from harness.study.sources import Choices, Scoring
 from harness.tasks.protocol import extract, kept_text
 
 TASKS = Path(__file__).parents[1] / "tasks"

@@ -38,12 +38,13 @@ from harness.records.code import EVALUATION
 from harness.records.columns import DOCUMENT_COLUMNS, LM_EVAL_SAMPLE_COLUMNS
 from harness.records.held import hashes
 from harness.records.provenance import provenance
-from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, Provenance, SuiteScore, TrainRecord
+from harness.records.record import Provenance
+from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, LmEvalScore, SuiteScore, TrainRecord
 from harness.step.architecture import check_length
 from harness.step.outcomes import CannotRunError, is_out_of_memory, out_of_memory_why
 from harness.study.jobs import EvalJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import LmEvalSuite
+from harness.study.sources import LmEvalSuite
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from harness.inputs.prompts import Prompt, Row
 from harness.inputs.tokens import check_ids
 from harness.records.run import LmEvalScore
 from harness.study.jobs import SuiteJob
-from harness.study.spec import LmEvalSuite
+from harness.study.sources import LmEvalSuite
 
 BOOTSTRAP_ITERATIONS = 1000
 """For standard errors that have no formula; lm-eval's default, 100,000, takes longer than scoring does."""

@@ -21,12 +21,12 @@ from harness.errors import UserError, first_line
 from harness.inputs.hub_rows import in_mirror, why_not
 from harness.records.atomic import sha256, write_json, write_record
 from harness.records.code import STOCK_SUITE
+from harness.records.inputs import RowsRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read_json
-from harness.records.run import RowsRecord
 from harness.study.jobs import SuiteJob
 from harness.study.lm_eval_names import tasks_folder, unknown_task
-from harness.study.spec import LmEvalSuite
+from harness.study.sources import LmEvalSuite
 
 INDEX = "tasks.json"
 """In the suite's folder: which of lm-eval's folders hold its tasks, and which data set lies where."""

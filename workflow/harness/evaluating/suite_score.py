@@ -18,7 +18,7 @@ from harness.inputs.prompts import Row, user_text
 from harness.inputs.rows import read_rows
 from harness.records.run import SuiteScore
 from harness.study.jobs import SuiteJob
-from harness.study.spec import Choices, FileScoring, LmEvalSuite, ReadSuite
+from harness.study.sources import Choices, FileScoring, LmEvalSuite, ReadSuite
 from harness.tasks.protocol import check_row
 
 CHANCE: dict[FileScoring, float | None] = {

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harness.inputs.prompts import Row
-from harness.study.spec import Choices
+from harness.study.sources import Choices
 
 TRAINED = "the correct answer is "
 """What the published training rows write before the label."""

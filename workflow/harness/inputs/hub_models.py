@@ -27,9 +27,9 @@ from huggingface_hub.hf_api import RepoFile
 
 from harness.errors import UserError, first_line
 from harness.records.atomic import sha256
-from harness.records.run import CameFrom
+from harness.records.inputs import CameFrom
 from harness.study.paths import MIRROR, mirrored, missing_in_mirror, resolve
-from harness.study.spec import HubModel
+from harness.study.sources import HubModel
 
 _WEIGHTS = ("model*.safetensors", "*.safetensors", "pytorch_model*.bin")
 """Of these, the first that a repository has: many hold the same weights in several formats."""

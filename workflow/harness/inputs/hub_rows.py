@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.errors import UserError, first_line
 from harness.study.paths import MIRROR
-from harness.study.spec import HubData
+from harness.study.sources import HubData
 
 
 def read_data_set(source: HubData) -> tuple[list[tuple[str, Any]], list[Path]]:

@@ -13,15 +13,16 @@ from harness.inputs.hub_models import find_model
 from harness.inputs.models import load_tokenizer
 from harness.records.atomic import sha256, write_record
 from harness.records.code import FOUND_MODEL
+from harness.records.inputs import CameFrom, ModelRecord
 from harness.records.provenance import provenance
-from harness.records.run import CameFrom, ModelRecord, Provenance
+from harness.records.record import Provenance
 from harness.step.architecture import attention_of
 from harness.step.facts import layers_of, unreached_as_buffers
 from harness.step.outcomes import CannotRunError
 from harness.study.identity import WEIGHTS, files_of, stamp_files
 from harness.study.jobs import ModelJob
 from harness.study.paths import resolve
-from harness.study.spec import HubModel, PretrainedHere
+from harness.study.sources import HubModel, PretrainedHere
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 

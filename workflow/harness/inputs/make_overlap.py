@@ -11,8 +11,8 @@ from harness.inputs.prompts import Row, user_text
 from harness.inputs.rows import read_rows
 from harness.records.atomic import write_record
 from harness.records.code import OVERLAP
+from harness.records.inputs import OverlapRecord, SuiteOverlap
 from harness.records.provenance import provenance
-from harness.records.run import OverlapRecord, SuiteOverlap
 from harness.study.jobs import OverlapJob
 from harness.study.paths import Paths
 

@@ -17,11 +17,11 @@ from harness.inputs.hub_rows import read_data_set
 from harness.inputs.rows import Row, fits, rows_of
 from harness.records.atomic import sha256, write_json, write_record
 from harness.records.code import ROWS
+from harness.records.inputs import RowsRecord
 from harness.records.provenance import provenance
-from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import (
+from harness.study.sources import (
     Columns,
     FileRows,
     FileSuite,

@@ -24,12 +24,12 @@ from harness.progress import Progress, say
 from harness.records.atomic import whole_folder
 from harness.records.claim import claim, with_code
 from harness.records.code import PRETRAINED_MODEL
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord
 from harness.step import resume
 from harness.step.model_classes import LlamaConfig, LlamaForCausalLM
 from harness.study.jobs import ModelJob
-from harness.study.spec import Corpus, PretrainedHere
+from harness.study.sources import Corpus, PretrainedHere
 
 _POSITIONS = 512
 """Longest text the model takes; rotary positions cost nothing."""

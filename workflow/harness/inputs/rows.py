@@ -12,7 +12,7 @@ from harness.errors import UserError
 from harness.inputs.chat import Message
 from harness.inputs.files import read_values
 from harness.inputs.prompts import Row, user_text
-from harness.study.spec import Columns
+from harness.study.sources import Columns
 
 __all__ = ["Row", "fits", "read_rows", "rows_of"]
 

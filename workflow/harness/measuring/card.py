@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
-from harness.records.run import GpuRecord, GpuState
+from harness.records.measured import GpuRecord, GpuState
 
 T = TypeVar("T")
 

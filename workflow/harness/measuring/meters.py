@@ -19,7 +19,7 @@ from harness.measuring.host import HostMeter, cgroup_peak, proportional_set
 from harness.measuring.nvml import NvmlMeter
 from harness.measuring.rates import transfer_rates
 from harness.records.device import DeviceKind, DeviceRecord
-from harness.records.run import EVALUATION, GpuRecord, GpuState, Memory, largest
+from harness.records.measured import EVALUATION, GpuRecord, GpuState, Memory, largest
 
 LEFTOVER_BYTES = 16 * 2**20
 """Memory that may stay allocated after a job has released the device: handles and small constants of libraries."""

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from harness.measuring.card import Card, cuda_is_initialised
 from harness.measuring.device import ON_THE_CPU
 from harness.measuring.energy import EnergyMeter
-from harness.records.run import GpuRecord
+from harness.records.measured import GpuRecord
 from harness.records.units import GIB
 
 POLL_S = 0.1

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any
 
 from harness.measuring.device import ON_THE_CPU
-from harness.records.run import TrainRecord, TransferRates
+from harness.records.measured import TransferRates
+from harness.records.run import TrainRecord
 
 COPY_BYTES = 256 * 2**20
 REPEATS = 5

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.records.code import code_of, training
-from harness.records.run import EVALUATION, Check, TrainRecord, largest
+from harness.records.measured import EVALUATION, largest
+from harness.records.run import Check, TrainRecord
 
 
 @dataclass(frozen=True)

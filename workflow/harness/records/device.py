@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field
 
-from harness.records.run import GpuRecord, Record, TransferRates
+from harness.records.measured import GpuRecord, TransferRates
+from harness.records.record import Record
 
 DeviceKind = Literal["cuda", "cpu"]
 

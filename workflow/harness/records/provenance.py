@@ -14,7 +14,7 @@ from typing import Literal
 
 from harness.records.atomic import sha256
 from harness.records.code import Roots, code_of
-from harness.records.run import Provenance
+from harness.records.record import Provenance
 
 process: Literal["fresh", "worker"] = "fresh"
 """How this process was born; `harness.workers.server` says so in a worker."""

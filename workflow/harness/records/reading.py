@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from harness.errors import UserError, first_line
-from harness.records.run import SCHEMA_VERSION
+from harness.records.record import SCHEMA_VERSION
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -14,18 +14,10 @@ from harness.errors import UserError
 from harness.progress import say
 from harness.records.columns import FRAMES, LEFT_OUT, NOT_SCORED, RUNS
 from harness.records.held import check_files
+from harness.records.inputs import ModelRecord, OverlapRecord, RowsRecord
 from harness.records.reading import read, read_jsonl
-from harness.records.run import (
-    LM_EVAL_SAMPLES,
-    EvalRecord,
-    ModelRecord,
-    OverlapRecord,
-    ProbeRecord,
-    Provenance,
-    RowsRecord,
-    SearchRecord,
-    TrainRecord,
-)
+from harness.records.record import Provenance
+from harness.records.run import LM_EVAL_SAMPLES, EvalRecord, ProbeRecord, SearchRecord, TrainRecord
 from harness.reporting.frames import Frames, read_table, rows_to_frame, table_to_frame
 from harness.reporting.record_rows import (
     believed_rows,
@@ -44,7 +36,7 @@ from harness.study.jobs import MODEL, ROWS, RunJob
 from harness.study.last_words import reason, status_of
 from harness.study.paths import Paths
 from harness.study.plan import Plan
-from harness.study.spec import LmEvalSuite
+from harness.study.sources import LmEvalSuite
 
 PART_ROWS = 100_000
 """Rows that are held as Python objects before they become part of a table, which takes a tenth of the memory."""

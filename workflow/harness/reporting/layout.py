@@ -11,7 +11,8 @@ from pandas import DataFrame
 
 from harness.reporting.frames import Frames
 from harness.reporting.table import Footnotes
-from harness.study.spec import UNTRAINED, LmEvalSuite, ReadSuite, Study, SuiteSource
+from harness.study.sources import LmEvalSuite, ReadSuite, SuiteSource
+from harness.study.spec import UNTRAINED, Study
 
 SUBJECT = "grass"
 """Label of the method that the paired differences are about."""

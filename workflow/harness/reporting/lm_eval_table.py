@@ -10,7 +10,8 @@ from harness.reporting.frames import Frames
 from harness.reporting.layout import cells, method_name, of_method, other_outcomes
 from harness.reporting.stats import summarise
 from harness.reporting.table import UNKNOWN, Footnotes, Table, number
-from harness.study.spec import LmEvalSuite, Study
+from harness.study.sources import LmEvalSuite
+from harness.study.spec import Study
 
 DIGITS = 4
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from harness.records.code import PROBE, code_of
 from harness.records.columns import ALL, STEP_COLUMNS
-from harness.records.run import LmEvalScore, OverlapRecord, ProbeRecord, SearchRecord
+from harness.records.inputs import OverlapRecord
+from harness.records.run import LmEvalScore, ProbeRecord, SearchRecord
 
 KINDS_OF_OVERLAP = ("exact", "masked", "ngram")
 

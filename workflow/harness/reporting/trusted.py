@@ -16,7 +16,7 @@ from pyarrow import Table
 from harness.errors import UserError
 from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.study.jobs import EvalJob, RunJob, SearchJob
-from harness.study.spec import LmEvalSuite
+from harness.study.sources import LmEvalSuite
 
 LOSS_TOLERANCE = 1e-6
 """Largest relative difference of a mean loss and the same mean taken here: sums of floats in another order."""

@@ -58,8 +58,8 @@ def _evaluate(args: argparse.Namespace, train_record: TrainRecord) -> int:
 
     from harness.evaluating.score import evaluate
     from harness.records.held import check_files
+    from harness.records.inputs import RowsRecord
     from harness.records.reading import read
-    from harness.records.run import RowsRecord
     from harness.records.units import gib
     from harness.study.jobs import ROWS, SUITE, EvalJob, RunJob, read_job
     from harness.study.keep import remove_unneeded

@@ -119,8 +119,8 @@ def _prompts(plan: Plan, paths: Paths) -> Iterator[str]:
     """
     from harness.inputs.prompts import Prompt, Row
     from harness.inputs.rows import read_rows
+    from harness.records.inputs import ModelRecord
     from harness.records.reading import read
-    from harness.records.run import ModelRecord
     from harness.study.jobs import MODEL
 
     for job in plan.rows.values():

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
         make_rows(read_job(args.spec, RowsJob, folder.name), folder)
     elif args.kind == "suite":
-        from harness.study.spec import LmEvalSuite
+        from harness.study.sources import LmEvalSuite
 
         suite = read_job(args.spec, SuiteJob, folder.name)
         if isinstance(suite.source, LmEvalSuite):

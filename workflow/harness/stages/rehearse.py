@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from harness.study.config import load_study
     from harness.study.paths import resolve
     from harness.study.rehearsal import Cut, rehearsal_of, stand_in_of
-    from harness.study.spec import HubModel, PretrainedHere
+    from harness.study.sources import HubModel, PretrainedHere
 
     study = load_study(args.config)
     cut = Cut(

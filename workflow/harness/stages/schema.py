@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """One schema a model that is written or read as a file."""
     from harness.efficiency.spec import EfficiencyStudy
-    from harness.records import atomic
+    from harness.records import atomic, inputs
     from harness.records import run as record
     from harness.study import jobs, spec
 
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
         "efficiency-study": EfficiencyStudy,
         "run-spec": jobs.RunJob,
         "train-record": record.TrainRecord,
-        "overlap-record": record.OverlapRecord,
+        "overlap-record": inputs.OverlapRecord,
         "probe-record": record.ProbeRecord,
         "eval-record": record.EvalRecord,
         "search-record": record.SearchRecord,

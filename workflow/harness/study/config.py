@@ -11,7 +11,7 @@ from typing import Any
 from baselines import find_method
 from baselines.method import Method, Recipe
 from harness.errors import UserError
-from harness.study import spec
+from harness.study import sources, spec
 from harness.study.lm_eval_names import task_names, unknown_task
 from harness.study.paths import RESERVED, resolve
 from harness.study.strict_yaml import KeyPath, Source, read_yaml, validate
@@ -101,13 +101,13 @@ def recipe_of(study: spec.Study, task: str, label: str, source: Source | None = 
 def _check_paths(study: spec.Study, source: Source) -> None:
     wanted: list[tuple[KeyPath, str]] = []
     for label, model in study.models.items():
-        wanted += [(("models", label, "path"), model.path)] if isinstance(model, spec.LocalModel) else []
+        wanted += [(("models", label, "path"), model.path)] if isinstance(model, sources.LocalModel) else []
     for label, task in study.tasks.items():
-        if isinstance(task.train, spec.FileRows):
+        if isinstance(task.train, sources.FileRows):
             wanted += [(("tasks", label, "train", "paths", i), p) for i, (p, _) in enumerate(task.train.files)]
-        if isinstance(task.train, spec.ReadRows):
+        if isinstance(task.train, sources.ReadRows):
             wanted += [(("tasks", label, "train", "without", i), p) for i, p in enumerate(task.train.without)]
-    wanted += [((*key, "path"), suite.path) for key, suite in _suites(study) if isinstance(suite, spec.FileSuite)]
+    wanted += [((*key, "path"), suite.path) for key, suite in _suites(study) if isinstance(suite, sources.FileSuite)]
     for key, text in wanted:
         try:
             path = resolve(text)
@@ -121,7 +121,7 @@ def _check_paths(study: spec.Study, source: Source) -> None:
 
 def _check_lm_eval(study: spec.Study, source: Source) -> None:
     for key, suite in _suites(study):
-        if isinstance(suite, spec.LmEvalSuite) and (known := task_names()) and suite.task not in known:
+        if isinstance(suite, sources.LmEvalSuite) and (known := task_names()) and suite.task not in known:
             raise source.error((*key, "task"), unknown_task(suite.task, known))
 
 
@@ -135,7 +135,7 @@ def _check_chat(study: spec.Study, source: Source) -> None:
     asked += [
         ((*key, "apply_chat_template"), "write false")
         for key, suite in _suites(study)
-        if isinstance(suite, spec.LmEvalSuite) and suite.apply_chat_template
+        if isinstance(suite, sources.LmEvalSuite) and suite.apply_chat_template
     ]
     for label, model in study.models.items() if asked else ():
         if _has_no_chat_template(model):
@@ -143,11 +143,11 @@ def _check_chat(study: spec.Study, source: Source) -> None:
             raise source.error(key, f"model {label} has no chat template: {mend}")
 
 
-def _has_no_chat_template(model: spec.ModelSource) -> bool:
-    if isinstance(model, spec.PretrainedHere):
+def _has_no_chat_template(model: sources.ModelSource) -> bool:
+    if isinstance(model, sources.PretrainedHere):
         return True
     mirror = os.environ.get("MIRROR")
-    folder = resolve(model.path) if isinstance(model, spec.LocalModel) else Path(mirror or "") / model.repo
+    folder = resolve(model.path) if isinstance(model, sources.LocalModel) else Path(mirror or "") / model.repo
     settings = folder / "tokenizer_config.json"
     if not settings.is_file():
         return False
@@ -155,7 +155,7 @@ def _has_no_chat_template(model: spec.ModelSource) -> bool:
     return not inside and not any(folder.glob("chat_template.*"))
 
 
-def _suites(study: spec.Study) -> Iterator[tuple[KeyPath, spec.SuiteSource]]:
+def _suites(study: spec.Study) -> Iterator[tuple[KeyPath, sources.SuiteSource]]:
     """Every suite with its key."""
     for task, entry in study.tasks.items():
         yield from ((("tasks", task, "suites", label), suite) for label, suite in entry.suites.items())

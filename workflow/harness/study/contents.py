@@ -10,7 +10,7 @@ from functools import cache
 from harness.errors import UserError
 from harness.records.atomic import sha256
 from harness.study.paths import resolve
-from harness.study.spec import FileRows, FileSuite, ReadRows, RowSource, SuiteSource
+from harness.study.sources import FileRows, FileSuite, ReadRows, RowSource, SuiteSource
 
 
 def of_rows(source: RowSource) -> list[str | None]:

@@ -16,7 +16,7 @@ from harness.study import keep, needs
 from harness.study.jobs import MODEL, TRAIN
 from harness.study.paths import Paths, mirrored
 from harness.study.plan import Plan, folder_bytes
-from harness.study.spec import HubModel
+from harness.study.sources import HubModel
 
 STATES_OF_A_JOB = 2
 """Resume states of a run at one moment: the last two are kept, and the older one goes before the next is written."""

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.records.atomic import sha256, write_json
+from harness.records.inputs import ModelRecord
 from harness.records.reading import read
-from harness.records.run import ModelRecord
 from harness.study.paths import resolve
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")

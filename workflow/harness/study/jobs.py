@@ -1,4 +1,8 @@
-"""Jobs of a study: their resolved specs, and what differs between their kinds, one object per kind."""
+"""Jobs of a study: their resolved specs, and what differs between their kinds, one object per kind.
+
+A job's name ends in the first 8 digits of the sha256 of its resolved spec, so a changed entry makes a new job beside
+the old one, and studies share equal jobs.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +21,8 @@ from harness.records import code
 from harness.records.code import Roots
 from harness.records.reading import read
 from harness.study.labels import Label
-from harness.study.spec import (
-    LmEvalSuite,
-    ModelSource,
-    Observation,
-    PretrainedHere,
-    Probes,
-    PromptName,
-    RowSource,
-    Search,
-    SuiteSource,
-)
+from harness.study.sources import LmEvalSuite, ModelSource, PretrainedHere, RowSource, SuiteSource
+from harness.study.spec import Observation, Probes, PromptName, Search
 
 # ---------------------------------------------------------------- resolved specs: one per job
 

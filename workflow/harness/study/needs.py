@@ -17,12 +17,12 @@ from pathlib import Path
 from baselines import find_method
 from baselines.method import Recipe
 from harness.errors import UserError
+from harness.records.inputs import ModelRecord
 from harness.records.reading import read
-from harness.records.run import ModelRecord
 from harness.records.units import GIB
 from harness.study.jobs import MODEL, EvalJob, ModelJob, ProbeJob, SearchJob, SuiteJob, Training
 from harness.study.paths import Paths, mirrored, resolve
-from harness.study.spec import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
+from harness.study.sources import GeneratedSuite, HubModel, LmEvalSuite, LocalModel, PretrainedHere
 
 BASE_BYTES = 8 * GIB
 """A process with torch, transformers and a GPU's context (3 to 4 GiB), rows, and the activations of models so small

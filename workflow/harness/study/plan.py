@@ -34,7 +34,8 @@ from harness.study.jobs import (
     Training,
 )
 from harness.study.paths import Paths, mirrored, missing_in_mirror, resolve
-from harness.study.spec import UNTRAINED, HubModel, LmEvalSuite, PretrainedHere, Probes, Study, SuiteSource
+from harness.study.sources import HubModel, LmEvalSuite, PretrainedHere, SuiteSource
+from harness.study.spec import UNTRAINED, Probes, Study
 
 
 @dataclass(frozen=True)

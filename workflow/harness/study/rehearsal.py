@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from baselines import find_method
-from harness.study.spec import HubModel, LocalModel, ModelSource, Study
+from harness.study.sources import HubModel, LocalModel, ModelSource
+from harness.study.spec import Study
 
 ENDING = "-rehearsal"
 _IN_STEPS = re.compile(r"_(every|steps|gap)$|^period$")

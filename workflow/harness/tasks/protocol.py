@@ -14,7 +14,7 @@ from typing import Any
 
 from harness.inputs.choices import question
 from harness.inputs.prompts import RESPONSE_MARK, Row
-from harness.study.spec import LmEvalSuite, ReadSuite, Scoring, SuiteSource
+from harness.study.sources import LmEvalSuite, ReadSuite, Scoring, SuiteSource
 
 TOLERANCE = 0.001
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from harness.errors import first_line
 from harness.inputs.models import load_model, load_tokenizer
 from harness.records import atomic
-from harness.records.run import EVALUATION, Check
+from harness.records.measured import EVALUATION
+from harness.records.run import Check
 from harness.step.outcomes import DivergedError, is_out_of_memory, out_of_memory_why
 from harness.training.loading import Inputs, Loaded
 from harness.training.validation import mean_loss

@@ -17,8 +17,9 @@ from harness.inputs.prompts import Prompt
 from harness.inputs.rows import read_rows
 from harness.inputs.tokens import Encoded, check_ids, encode_rows
 from harness.records.held import check_files
+from harness.records.inputs import RowsRecord
 from harness.records.reading import read
-from harness.records.run import DataUse, RowsRecord
+from harness.records.run import DataUse
 from harness.step.architecture import Attention, attention_of, check_length
 from harness.step.attach import Attached, attach, new_method, refusals
 from harness.step.facts import layers_of

@@ -14,7 +14,7 @@ from grass.importance import effective_layers
 from harness.measuring.energy import Joules, together
 from harness.measuring.processors import ProcessorTime, crowded_why
 from harness.records import atomic
-from harness.records.run import Timing
+from harness.records.measured import Timing
 from harness.training.engagement import Period
 
 WARMUP_SHARE = 0.1

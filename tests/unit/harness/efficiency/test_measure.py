@@ -16,7 +16,7 @@ from harness.efficiency.plan import Entry, plan
 from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
 from harness.measuring.meters import Meters
-from harness.records.run import largest
+from harness.records.measured import largest
 from harness.step.outcomes import is_out_of_memory, requested_bytes
 
 from baselines.lora import Lora

@@ -18,9 +18,10 @@ from harness.inputs.prompts import Row, evaluation_prompt
 from harness.records.atomic import write_record
 from harness.records.columns import DOCUMENT_COLUMNS
 from harness.records.held import hashes
+from harness.records.inputs import RowsRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import EvalRecord, RowsRecord, TrainRecord
+from harness.records.run import EvalRecord, TrainRecord
 from harness.stages import evaluate as stage
 from harness.study.jobs import EvalJob, RunJob, SuiteJob
 from learned_rows import ROWS, known_rows, learned, write_suite

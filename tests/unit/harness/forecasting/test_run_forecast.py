@@ -10,9 +10,10 @@ from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.forecasting.run_forecast import forecast_run, refusal
 from harness.records import atomic
 from harness.records.code import code_of, run_forecast
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import ModelRecord, RunForecast
+from harness.records.run import RunForecast
 from harness.study.config import load_study
 from harness.study.identity import files_of
 from harness.study.jobs import FORECAST, MODEL, ForecastJob, Training

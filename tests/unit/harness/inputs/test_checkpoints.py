@@ -15,7 +15,7 @@ from harness.inputs.make_models import make_model
 from harness.inputs.models import check_savable, generation_why, load_model, load_tokenizer
 from harness.inputs.tokens import check_ids
 from harness.study.jobs import ModelJob
-from harness.study.spec import LocalModel
+from harness.study.sources import LocalModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel

@@ -17,7 +17,7 @@ from harness.errors import UserError
 from harness.inputs.make_models import make_model
 from harness.records.atomic import sha256
 from harness.study.jobs import ModelJob
-from harness.study.spec import HubModel
+from harness.study.sources import HubModel
 from model_hub import COMMIT, Hub, running
 from safetensors.torch import load_file
 

@@ -18,7 +18,7 @@ from harness.inputs.make_rows import make_rows, make_suite
 from harness.inputs.rows import read_rows
 from harness.records.atomic import sha256
 from harness.study.jobs import RowsJob, SuiteJob
-from harness.study.spec import Columns, HubRows, HubSuite
+from harness.study.sources import Columns, HubRows, HubSuite
 
 COLUMNS = Columns(instruction="q", answer="a")
 PROGRAM = """

@@ -9,11 +9,11 @@ import pytest
 from harness.inputs.make_overlap import NGRAM, make_overlap, overlap
 from harness.inputs.make_rows import make_rows, make_suite
 from harness.inputs.rows import read_rows
+from harness.records.inputs import OverlapRecord
 from harness.records.reading import read
-from harness.records.run import OverlapRecord
 from harness.study.jobs import OverlapJob, RowsJob, SuiteJob
 from harness.study.paths import Paths
-from harness.study.spec import FileRows, FileSuite
+from harness.study.sources import FileRows, FileSuite
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real data files is not here")

@@ -14,12 +14,12 @@ from harness.inputs.make_models import make_model
 from harness.inputs.models import load_model, load_tokenizer
 from harness.inputs.pretrain import batches, make_pretrained
 from harness.inputs.tokenizer import build_tokenizer
+from harness.records.inputs import ModelRecord
 from harness.records.reading import read
-from harness.records.run import ModelRecord
 from harness.step.facts import facts_of
 from harness.study.jobs import ModelJob
 from harness.study.paths import resolve
-from harness.study.spec import Corpus, LocalModel, PretrainedHere
+from harness.study.sources import Corpus, LocalModel, PretrainedHere
 from house import SHARED
 
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared with the real model is not here")

@@ -9,7 +9,7 @@ import torch
 from harness.inputs import pretrain as module
 from harness.inputs.pretrain import pretrain
 from harness.step import resume
-from harness.study.spec import PretrainedHere
+from harness.study.sources import PretrainedHere
 from safetensors.torch import load_file
 
 SOURCE = PretrainedHere(

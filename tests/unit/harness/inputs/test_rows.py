@@ -18,11 +18,11 @@ from harness.inputs.generated import split_of
 from harness.inputs.make_rows import make_rows, make_suite
 from harness.inputs.rows import Row, read_rows
 from harness.records.atomic import sha256
+from harness.records.inputs import RowsRecord
 from harness.records.reading import read
-from harness.records.run import RowsRecord
 from harness.study.jobs import RowsJob, SuiteJob
 from harness.study.paths import resolve
-from harness.study.spec import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite
+from harness.study.sources import Columns, FileRows, FileSuite, GeneratedRows, GeneratedSuite
 from harness.tasks.protocol import check_row
 from house import SHARED
 

@@ -178,7 +178,9 @@ RUNS = {f"{kind} {m}" for kind in ("training", "search") for m in ("lora", "gras
         # what decides nothing of a record
         ("workflow/harness/progress.py", set()),
         ("workflow/harness/records/run.py", set()),
+        ("workflow/harness/records/measured.py", set()),
         ("workflow/harness/study/spec.py", set()),
+        ("workflow/harness/study/sources.py", set()),
         ("workflow/harness/reporting/page.py", set()),
         ("workflow/harness/stages/train.py", set()),
         ("grass/heatmap.py", set()),

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from harness.errors import UserError
 from harness.records.atomic import write_json, write_jsonl
+from harness.records.inputs import ModelRecord
 from harness.records.reading import Stamp, read, read_json, read_jsonl
-from harness.records.run import SCHEMA_VERSION, EvalRecord, ModelRecord, SearchRecord, TrainRecord
+from harness.records.record import SCHEMA_VERSION
+from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from house import ROOT
 
 PUBLISHED = ROOT / "results" / "published"

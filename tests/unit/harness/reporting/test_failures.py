@@ -13,8 +13,8 @@ from harness.checking.tiny import tiny_inputs
 from harness.errors import OWN_FAULT
 from harness.records import atomic
 from harness.records.code import ROWS as ROOTS
+from harness.records.inputs import ModelRecord, RowsRecord
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord, RowsRecord
 from harness.reporting import collecting
 from harness.reporting.failures import failed_runs
 from harness.study.jobs import MODEL, ROWS, SEARCH, TRAIN

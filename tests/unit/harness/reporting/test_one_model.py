@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from harness.errors import UserError
 from harness.records.atomic import write_json
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord, Provenance
+from harness.records.record import Provenance
 from harness.reporting.collecting import OneModelEach
 from harness.study.jobs import MODEL
 from harness.study.paths import Paths

@@ -12,8 +12,9 @@ import reporting_data as data
 from harness.errors import UserError
 from harness.measuring.energy import COUNTS, OLDER
 from harness.records.columns import ADDED, FRAMES
+from harness.records.measured import EVALUATION, largest
 from harness.records.reading import read
-from harness.records.run import EVALUATION, EvalRecord, SearchRecord, TrainRecord, largest
+from harness.records.run import EvalRecord, SearchRecord, TrainRecord
 from harness.reporting import record_rows
 from harness.reporting.comparison_tables import comparison_table
 from harness.reporting.frames import Frames, read_frames, rows_to_frame, write_frames

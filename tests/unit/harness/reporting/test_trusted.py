@@ -14,18 +14,10 @@ from harness.checking.tiny import tiny_inputs
 from harness.errors import UserError
 from harness.records import atomic
 from harness.records.held import hashes
+from harness.records.inputs import OverlapRecord, RowsRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import (
-    EvalRecord,
-    LmEvalScore,
-    OverlapRecord,
-    RowsRecord,
-    SearchRecord,
-    SuiteScore,
-    TrainRecord,
-    Trial,
-)
+from harness.records.run import EvalRecord, LmEvalScore, SearchRecord, SuiteScore, TrainRecord, Trial
 from harness.reporting.collecting import collect
 from harness.study.jobs import ROWS, SEARCH, TRAIN
 from harness.study.paths import Paths

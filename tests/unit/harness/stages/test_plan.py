@@ -9,8 +9,8 @@ import pytest
 from chat_tokenizer import byte_tokenizer
 from harness.records.atomic import write_json
 from harness.records.code import FOUND_MODEL
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
-from harness.records.run import ModelRecord
 from harness.stages import plan as stage
 from harness.study.config import load_study
 from harness.study.jobs import MODEL

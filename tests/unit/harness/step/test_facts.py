@@ -11,7 +11,7 @@ from harness.inputs.make_models import make_model
 from harness.step.facts import facts_of, unreached_as_buffers
 from harness.step.outcomes import CannotRunError
 from harness.study.jobs import ModelJob
-from harness.study.spec import LocalModel
+from harness.study.sources import LocalModel
 from transformers import GitConfig, GitForCausalLM
 
 from grass import find_layers

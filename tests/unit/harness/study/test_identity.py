@@ -10,9 +10,9 @@ import pytest
 from harness.__main__ import main
 from harness.errors import UserError
 from harness.records.atomic import sha256, write_json
+from harness.records.inputs import ModelRecord
 from harness.records.provenance import provenance
 from harness.records.reading import read
-from harness.records.run import ModelRecord
 from harness.study import identity
 from harness.study.identity import changed_file, files_of, known_model, replaced_models, stamp_files
 from harness.study.jobs import MODEL, TRAIN

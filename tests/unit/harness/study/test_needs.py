@@ -12,7 +12,7 @@ from harness.study.config import load_study
 from harness.study.jobs import ModelJob
 from harness.study.paths import Paths
 from harness.study.plan import Plan, resolve_study
-from harness.study.spec import HubModel, LocalModel
+from harness.study.sources import HubModel, LocalModel
 from house import ROOT
 
 

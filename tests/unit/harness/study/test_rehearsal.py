@@ -9,7 +9,8 @@ import pytest
 import yaml
 from harness.study.config import load_study, recipe_of
 from harness.study.rehearsal import Cut, rehearsal_of, stand_in_of
-from harness.study.spec import HubModel, LmEvalSuite, LocalModel, PretrainedHere, Study
+from harness.study.sources import HubModel, LmEvalSuite, LocalModel, PretrainedHere
+from harness.study.spec import Study
 
 ROOT = Path(__file__).resolve().parents[4]
 CUT = Cut(steps=12, train_rows=64, items=4, seeds=2, new_tokens=16, batch_size=4, device="cpu")

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from harness.efficiency.by_turns import Spread
 from harness.records.device import DeviceRecord, StrictRecord
-from harness.records.run import Provenance
+from harness.records.record import Provenance
 from harness.step.spec import Geometry, Shape
 
 

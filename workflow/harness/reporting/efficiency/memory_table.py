@@ -9,7 +9,7 @@ import re
 from typing import Any, get_args
 
 from harness.efficiency.spec import Stated
-from harness.records.run import Memory, largest
+from harness.records.measured import Memory, largest
 from harness.reporting.efficiency.rows import Row, Rows, Source, ratio
 from harness.reporting.table import UNKNOWN, Footnotes, Table, gib_or_unknown, number, signed, table_of_rows
 
