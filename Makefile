@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet
 READY := $(VENV)/.ready
 OFFICIAL := $(VENV)/.official
+# where an image sets this, each of hundreds of processes would compile the project's files again
+unexport PYTHONDONTWRITEBYTECODE
 
 # $(call run,<study>): run it, and show what came of it
 define run
@@ -61,17 +63,17 @@ format: $(READY)
 	$(BIN)/snakefmt -l 120 Snakefile workflow/rules
 	$(BIN)/python -m harness schema
 
-# The pip that Python comes with takes twice as long to resolve as today's. Files are compiled as they are imported: most
-# never are. setuptools warns of every editable package beside other folders.
+# The pip that Python comes with takes three times as long to resolve as today's. setuptools warns of every editable
+# package beside other folders.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --upgrade pip
-	PYTHONWARNINGS=ignore $(PIP) --no-compile --constraint constraints.txt --editable ".[dev]"
+	PYTHONWARNINGS=ignore $(PIP) --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
 # without their dependencies: two of them ask for bitsandbytes, which no test needs
 $(OFFICIAL): tests/fidelity/packages.txt $(READY)
-	$(PIP) --no-compile --no-deps --requirement tests/fidelity/packages.txt
+	$(PIP) --no-deps --requirement tests/fidelity/packages.txt
 	@touch $@
 
 ## remove the environment and every cache; results stay
