@@ -37,10 +37,12 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_small_runs() -> Iterator[None]:
-    """A third of the time of a tiny run goes into two things that only a long one needs, left out in this process.
+    """Half of the time of a tiny run goes into three things that only a long one needs, left out in this process.
 
-    One is the search for dead models of earlier runs, which may stay here; the other is waiting for the disk.
+    One is the search for dead models of earlier runs, which may stay here; another is waiting for the disk; the third
+    is the kernel's walk over all pages of this process, which holds what every test before imported.
     """
+    from harness.measuring import meters
     from harness.records import atomic
     from harness.training import engagement
 
@@ -51,6 +53,7 @@ def quick_small_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engagement, "begin_census", begin_census)
         patch.setattr(atomic, "_flush", lambda path: None)
+        patch.setattr(meters, "proportional_set", lambda: (None, "not read in tests"))
         yield
 
 

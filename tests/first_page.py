@@ -2,8 +2,8 @@
 
 Each time the project is cloned into an empty folder at one commit, is given this environment's packages, and `make`
 runs there as a newcomer's would after installation. Shown are wall time, the processor time of the whole machine
-meanwhile (other work on it counts too, and is said), and where the time went: what Snakemake's log says of its jobs,
-to its resolution of a second. Nothing is asserted.
+meanwhile (other work on it counts too), and where the time went: each job's wall time, from the first moment of its log
+to the last. Nothing is asserted.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from statistics import median, stdev
 
@@ -28,10 +26,6 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = Path(sys.prefix)
 MARK = ".ready"
 """File by which the Makefile knows that packages are installed."""
-_MOMENT = re.compile(r"\[(\w{3} \w{3} +\d+ \d\d:\d\d:\d\d \d{4})\]")
-_BEGUN = re.compile(r"(?:local)?rule (\w+):")
-_NUMBER = re.compile(r" +jobid: (\d+)")
-_ENDED = re.compile(r"Finished jobid: (\d+)")
 
 
 @dataclass
@@ -43,9 +37,11 @@ class Sitting:
     """Processor time of the whole machine meanwhile."""
     before_s: float
     """Until the first job began: Snakemake's own start."""
+    idle_s: float
+    """Of one core, from the first job's begin to the end, with no job: what waits for one that all others need."""
     jobs: Counter[str] = field(default_factory=Counter)
     """Number of jobs by rule."""
-    job_s: Counter[str] = field(default_factory=Counter)
+    job_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Their wall time, which they spend on one core each."""
 
 
@@ -59,21 +55,13 @@ def clone(commit: str, folder: Path) -> str:
     return told.stdout.decode().strip()
 
 
-def read_log(text: str) -> tuple[dict[str, tuple[str, datetime]], dict[str, datetime]]:
-    """Rule and begin of each job, and end of each, by its number in Snakemake's log."""
-    begun: dict[str, tuple[str, datetime]] = {}
-    ended: dict[str, datetime] = {}
-    moment, rule = datetime.min, ""
-    for line in text.splitlines():
-        if found := _MOMENT.match(line):
-            moment = datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y")
-        elif found := _BEGUN.match(line):
-            rule = found[1]
-        elif found := _NUMBER.match(line):
-            begun[found[1]] = rule, moment
-        elif found := _ENDED.match(line):
-            ended[found[1]] = moment
-    return begun, ended
+def read_logs(folder: Path) -> list[tuple[str, float, float]]:
+    """Rule, begin and end (s since the epoch) of each job that left a log."""
+    logs = [str(log) for log in sorted(folder.glob("*/*.log"))]
+    # Python's own stat has no moment of birth on Linux
+    told = subprocess.run(["stat", "--format", "%.3W %.3Y", *logs], check=True, capture_output=True, text=True).stdout
+    moments = [tuple(map(float, line.split())) for line in told.splitlines()]
+    return [(Path(log).parent.name, begun, ended) for log, (begun, ended) in zip(logs, moments, strict=True)]
 
 
 def busy() -> float:
@@ -87,16 +75,17 @@ def sit(folder: Path, target: str) -> Sitting:
     environment = {name: value for name, value in os.environ.items() if name not in {"MIRROR", "GRASS_DATA"}}
     # the packages of the environment are another checkout's
     environment["PYTHONPATH"] = f"{folder}:{folder / 'workflow'}"
-    before, at, clock = busy(), time.perf_counter(), datetime.now()
+    before, began = busy(), time.time()
     subprocess.run(["make", target], cwd=folder, env=environment, check=True)
-    wall_s, busy_s = time.perf_counter() - at, busy() - before
-    (log,) = (folder / ".snakemake" / "log").glob("*.snakemake.log")
-    begun, ended = read_log(log.read_text(encoding="utf-8"))
-    sitting = Sitting(wall_s, busy_s, (min(moment for _, moment in begun.values()) - clock).total_seconds())
-    for number, moment in ended.items():
-        rule, start = begun[number]
+    ended, busy_s = time.time(), busy() - before
+    jobs = read_logs(folder / "results" / "logs")
+    first = min(begin for _, begin, _ in jobs)
+    worked_s = sum(end - begin for _, begin, end in jobs)
+    cores = psutil.cpu_count() or 1
+    sitting = Sitting(ended - began, busy_s, first - began, cores * (ended - first) - worked_s)
+    for rule, begin, end in jobs:
         sitting.jobs[rule] += 1
-        sitting.job_s[rule] += (moment - start).total_seconds()
+        sitting.job_s[rule] += end - begin
     return sitting
 
 
@@ -110,7 +99,8 @@ def page(commit: str, target: str, sittings: list[Sitting]) -> str:
         "",
         f"- {', '.join(f'{wall:.0f}' for wall in walls)} s; median {median(walls):.0f} s{spread};",
         f"- processor time of the whole machine meanwhile, medians: {median(s.busy_s for s in sittings):.0f} s; "
-        f"{median(s.before_s for s in sittings):.0f} s until the first job.",
+        f"{median(s.before_s for s in sittings):.0f} s until the first job; "
+        f"{median(s.idle_s for s in sittings):.0f} core-seconds without one after that.",
         "",
         "| rule | jobs | their wall time on one core each, s (median) | share |",
         "| --- | --- | --- | --- |",
