@@ -37,8 +37,10 @@ class Sitting:
     """Processor time of the whole machine meanwhile."""
     before_s: float
     """Until the first job began: Snakemake's own start."""
-    idle_s: float
-    """Of one core, from the first job's begin to the end, with no job: what waits for one that all others need."""
+    alone_s: float
+    """From the first job's begin to the first of two that ran side by side: what all others need."""
+    report_s: float
+    """From the end of the last run's scores to the end: tables, figures, page."""
     jobs: Counter[str] = field(default_factory=Counter)
     """Number of jobs by rule."""
     job_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -80,9 +82,9 @@ def sit(folder: Path, target: str) -> Sitting:
     ended, busy_s = time.time(), busy() - before
     jobs = read_logs(folder / "results" / "logs")
     first = min(begin for _, begin, _ in jobs)
-    worked_s = sum(end - begin for _, begin, end in jobs)
-    cores = psutil.cpu_count() or 1
-    sitting = Sitting(ended - began, busy_s, first - began, cores * (ended - first) - worked_s)
+    together = min(begin for rule, begin, _ in jobs if rule in {"search", "train"})
+    scored = max(end for rule, _, end in jobs if rule == "evaluate")
+    sitting = Sitting(ended - began, busy_s, first - began, together - first, ended - scored)
     for rule, begin, end in jobs:
         sitting.jobs[rule] += 1
         sitting.job_s[rule] += end - begin
@@ -93,22 +95,30 @@ def page(commit: str, target: str, sittings: list[Sitting]) -> str:
     """Wall times, and the median time of each rule's jobs."""
     walls = [sitting.wall_s for sitting in sittings]
     spread = f", standard deviation {stdev(walls):.1f}" if len(walls) > 1 else ""
+    phases = {
+        "until the first job": [s.before_s for s in sittings],
+        "what all runs need, one core idle": [s.alone_s for s in sittings],
+        "searches, runs and scores": [s.wall_s - s.before_s - s.alone_s - s.report_s for s in sittings],
+        "tables, figures and page": [s.report_s for s in sittings],
+    }
     lines = [
         f"`make {target}` at {commit}, {len(sittings)} times in an empty clone after installation, on "
         f"{psutil.cpu_count()} cores, Python {platform.python_version()}:",
         "",
         f"- {', '.join(f'{wall:.0f}' for wall in walls)} s; median {median(walls):.0f} s{spread};",
-        f"- processor time of the whole machine meanwhile, medians: {median(s.busy_s for s in sittings):.0f} s; "
-        f"{median(s.before_s for s in sittings):.0f} s until the first job; "
-        f"{median(s.idle_s for s in sittings):.0f} core-seconds without one after that.",
+        f"- processor time of the whole machine meanwhile, median: {median(s.busy_s for s in sittings):.0f} s.",
         "",
-        "| rule | jobs | their wall time on one core each, s (median) | share |",
-        "| --- | --- | --- | --- |",
+        "| phase | wall time, s (median) |",
+        "| --- | --- |",
+        *(f"| {phase} | {median(seconds):.0f} |" for phase, seconds in phases.items()),
+        "",
+        "| jobs that say more than one line | number | their wall time on one core each, s (median) |",
+        "| --- | --- | --- |",
     ]
-    seconds = {rule: median(s.job_s[rule] for s in sittings) for rule in sittings[0].jobs}
-    for rule, spent in sorted(seconds.items(), key=lambda pair: -pair[1]):
-        lines.append(f"| {rule} | {sittings[0].jobs[rule]} | {spent:.0f} | {spent / sum(seconds.values()):.0%} |")
-    lines.append(f"| together | {sum(sittings[0].jobs.values())} | {sum(seconds.values()):.0f} | |")
+    spent = {rule: median(s.job_s[rule] for s in sittings) for rule in sittings[0].jobs}
+    for rule, seconds in sorted(spent.items(), key=lambda pair: -pair[1]):
+        if seconds >= 1:
+            lines.append(f"| {rule} | {sittings[0].jobs[rule]} | {seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
