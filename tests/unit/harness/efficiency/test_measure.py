@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import efficiency_data as data
+import harness.measuring.meters
 import pytest
 import torch
 from harness.efficiency.forecasts import make_forecast
@@ -15,6 +16,7 @@ from harness.efficiency.measure import execute
 from harness.efficiency.plan import Entry, plan
 from harness.efficiency.spec import load_efficiency
 from harness.efficiency.store import Store
+from harness.measuring.host import proportional_set
 from harness.measuring.meters import Meters
 from harness.records.measured import largest
 from harness.step.outcomes import is_out_of_memory, requested_bytes
@@ -47,8 +49,11 @@ def test_on_a_cpu_device_memory_is_null_with_the_reason(entries: dict[str, Entry
     assert reply.parameters == 35104
 
 
-def test_a_record_has_what_the_host_held(entries: dict[str, Entry], meters: Meters) -> None:
+def test_a_record_has_what_the_host_held(
+    entries: dict[str, Entry], meters: Meters, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PSS is at most the resident set; nothing is pinned on a CPU, and LoRA cannot say."""
+    monkeypatch.setattr(harness.measuring.meters, "proportional_set", proportional_set)  # other tests do without
     block, lora = (execute(data.job(entries[method]), meters).memory for method in ("grass-decoder", "lora"))
     assert block is not None
     shared, resident = largest(block.host_pss_bytes), largest(block.host_peak_bytes)
