@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -79,3 +80,16 @@ def test_the_issue_form_asks_for_what_a_row_can_be_judged_by() -> None:
     form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "report.yml").read_text(encoding="utf-8"))
     assert {"name", "description", "body"} <= form.keys()
     assert [field["id"] for field in form["body"]] == ["ran", "row", "expected", "plan", "versions"]
+
+
+def test_every_folder_of_the_project_stands_in_the_layout() -> None:
+    """What a trial leaves in the tree is noticed before it stays: weights, states, folders that no page names."""
+    told = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if told.returncode:
+        pytest.skip("no checkout of git")
+    files = [Path(line) for line in told.stdout.splitlines()]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w-]+)/", readme[readme.index("## Layout") :]))
+    folders = {file.parts[0] for file in files if len(file.parts) > 1 and not file.parts[0].startswith(".")}
+    assert folders <= named
+    assert [str(file) for file in files if file.suffix in {".safetensors", ".pt", ".pth", ".bin"}] == []
