@@ -23,12 +23,14 @@ $(BIN)/snakemake --cores $(CORES) --quiet progress rules host --config STUDY=con
 @echo "report: results/$(1)/report.html"
 endef
 
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+
 .DEFAULT_GOAL := quick
-.PHONY: help quick embedded test lint types schema format clean
+.PHONY: help quick embedded test exhaustive lint types schema format clean
 
 ## list these targets
 help:
-	@awk '/^## / { text = substr($$0, 4); next } /^[a-z]+:/ && text { split($$1, name, ":"); printf "make %-8s %s\n", name[1], text } { text = "" }' $(firstword $(MAKEFILE_LIST))
+	@awk '/^## / { text = substr($$0, 4); next } /^[a-z]+:/ && text { split($$1, name, ":"); printf "make %-10s %s\n", name[1], text } { text = "" }' $(firstword $(MAKEFILE_LIST))
 
 ## set up, run the quick study, show its accuracy and what can be claimed of it (the default)
 quick: $(READY)
@@ -38,9 +40,13 @@ quick: $(READY)
 embedded: $(READY)
 	$(call run,embedded)
 
-## set up and run all tests but those that need a GPU
+## set up and run every test but those that need a GPU
 test: $(READY) $(OFFICIAL)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	$(pytest)
+
+## the same with the further cases of tests: every method's other options, families, sizes
+exhaustive: $(READY) $(OFFICIAL)
+	$(pytest) --exhaustive
 
 ## check style and format of Python and Snakemake files
 lint: $(READY)

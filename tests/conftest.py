@@ -13,8 +13,51 @@ from typing import Any
 import pytest
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """The score of the planted defects, by which check each was caught, and how many sound scripts were let through."""
+LEFT = pytest.StashKey[int]()
+"""How many further cases were left out."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the flag of `make exhaustive`."""
+    parser.addoption("--exhaustive", action="store_true", help="with the further cases of tests (marker: exhaustive)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the further cases of a test to `make exhaustive`; some case of every test stays, or the one that was named.
+
+    Every test runs with every change, which has to take minutes; not every one with all options, families and sizes.
+    """
+    if config.getoption("exhaustive"):
+        return
+    stay = {_test(item) for item in items if not _further(item)}
+    left = [item for item in items if _further(item) and _test(item) in stay]
+    config.hook.pytest_deselected(items=left)
+    gone = set(left)
+    items[:] = [item for item in items if item not in gone]
+    config.stash[LEFT] = len(left)
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["left"] = len(left)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over from a worker what it left out: the first process collects nothing itself."""
+    node.config.stash[LEFT] = getattr(node, "workeroutput", {}).get("left", 0)
+
+
+def _further(item: pytest.Item) -> bool:
+    return item.get_closest_marker("exhaustive") is not None
+
+
+def _test(item: pytest.Item) -> tuple[Any, Any]:
+    return item.path, getattr(item, "originalname", item.name)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What was left out; the planted defects by which check each was caught; how many sound scripts were let through."""
+    if left := config.stash.get(LEFT, 0):
+        terminalreporter.section(f"{left} further cases are left to `make exhaustive`")
     calls = [
         report
         for outcome in ("passed", "failed")

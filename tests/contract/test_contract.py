@@ -13,6 +13,7 @@ from harness.checking.contract import (
     CHECKS,
     FAMILY_CHECKS,
     Case,
+    accumulation_changes_nothing,
     loss_falls,
     observer_leaves_no_trace,
     one_seed_repeats,
@@ -53,17 +54,29 @@ EVERY = range(len(CASES))
 FIRST = [number for number in EVERY if number == 0 or CASES[number - 1][0] != CASES[number][0]]
 
 
-OF_A_METHOD = {one_seed_repeats, two_seeds_differ, observer_leaves_no_trace}
-"""Checks of a method, whatever its options; that a seed repeats, resuming shows for every case."""
+DETAILED = {loss_falls, one_seed_repeats, two_seeds_differ, observer_leaves_no_trace, accumulation_changes_nothing}
+"""Checks that train once more; of a method's further options they are asked with --exhaustive alone.
+
+That a seed repeats, resuming shows for every case.
+"""
+
+
+def further(of_all: bool) -> Any:
+    """Mark of a case that needs --exhaustive unless `of_all`."""
+    return () if of_all else pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(
     ("number", "check"),
     [
-        pytest.param(number, check, id=f"{CASES[number][0]}-{number}-{check.__name__}")
+        pytest.param(
+            number,
+            check,
+            id=f"{CASES[number][0]}-{number}-{check.__name__}",
+            marks=further(number in FIRST or check not in DETAILED),
+        )
         for number in EVERY
         for check in CHECKS
-        if number in FIRST or check not in OF_A_METHOD
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")  # GRASS says that a random model's layers matter alike
@@ -71,7 +84,14 @@ def test_every_method_keeps_the_contract(number: int, check: Any, cases: Callabl
     assert check(cases(number)) is None
 
 
-@pytest.mark.parametrize("check", FAMILY_CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize(
+    "check",
+    # how a run resumes does not depend on the family
+    [
+        pytest.param(check, id=check.__name__, marks=further(check is not resume_equals_straight))
+        for check in FAMILY_CHECKS
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES[1:])
 @pytest.mark.parametrize("number", FIRST, ids=names(FIRST))
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -81,15 +101,22 @@ def test_every_method_keeps_it_on_a_tied_gemma_and_on_a_gpt2(
     assert check(cases(number, family)) is None
 
 
-RECIPES: list[dict[str, Any]] = [
+LEAN: dict[str, Any] = {"weight_dtype": "bf16", "state_dtype": "bf16", "activation_checkpointing": True}
+OTHER: dict[str, Any] = {"loss_on": "all", "max_grad_norm": None, "schedule": "cosine", "weight_decay": 0.1}
+ALONE: list[dict[str, Any]] = [
     {"weight_dtype": "bf16"},
     {"weight_dtype": "bf16", "state_dtype": "bf16"},
     {"activation_checkpointing": True},
-    {"loss_on": "all", "max_grad_norm": None, "schedule": "cosine", "weight_decay": 0.1},
 ]
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: " ".join(f"{k}={v}" for k, v in recipe.items()))
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(recipe, id=" ".join(f"{k}={v}" for k, v in recipe.items()), marks=further(recipe not in ALONE))
+        for recipe in (LEAN, OTHER, *ALONE)
+    ],
+)
 @pytest.mark.parametrize("module", MODULES)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_method_keeps_its_promises_under_every_recipe(
@@ -100,8 +127,8 @@ def test_every_method_keeps_its_promises_under_every_recipe(
 
 
 PRECISIONS: list[dict[str, Any]] = [
-    {"state_dtype": "int8"},
     {"state_dtype": "int8", "weight_dtype": "bf16", "stochastic_rounding": True},
+    {"state_dtype": "int8"},
     {"state_dtype": "bf16", "weight_dtype": "bf16", "stochastic_rounding": True},
 ]
 ADAMW = [
@@ -114,7 +141,11 @@ ADAMW = [
 
 @pytest.mark.parametrize(
     ("number", "recipe"),
-    [(number, recipe) for number in ADAMW for recipe in (PRECISIONS if number in FIRST else PRECISIONS[:1])],
+    [
+        pytest.param(number, recipe, marks=further(number in FIRST and recipe is PRECISIONS[0]))
+        for number in ADAMW
+        for recipe in (PRECISIONS if number in FIRST else PRECISIONS[1:2])
+    ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_promises_and_resume_hold_in_8_bits_and_with_stochastic_rounding(
@@ -129,7 +160,7 @@ def test_promises_and_resume_hold_in_8_bits_and_with_stochastic_rounding(
         assert check(case) is None, check.__name__
 
 
-@pytest.mark.parametrize("recipe", PRECISIONS[:1] + PRECISIONS[2:], ids=lambda recipe: recipe["state_dtype"])
+@pytest.mark.parametrize("recipe", PRECISIONS[1:], ids=lambda recipe: recipe["state_dtype"])
 @pytest.mark.parametrize("module", [name for name in MODULES if not find_method(name).ADAMW])
 def test_a_method_with_state_of_its_own_refuses_them(
     module: str, recipe: dict[str, Any], inputs: Inputs, tmp_path: Path

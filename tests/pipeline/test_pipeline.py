@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from harness.records.locks import try_lock
 from house import ROOT
-from kills import KILLS, SAID, differences
+from kills import KILLS, SAID, Kill, differences
 
 pytestmark = pytest.mark.pipeline
 
@@ -173,14 +173,19 @@ def test_a_lost_figure_is_drawn_again_and_nothing_else_is_made(study: Study) -> 
     assert changed - drawn == {"results/micro/figures.json"}
 
 
-def test_killed_again_and_again_it_ends_as_one_that_was_not(study: Study, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kills", [KILLS[1:3] + KILLS[5:], pytest.param(KILLS, marks=pytest.mark.exhaustive)], ids=["thrice", "six times"]
+)
+def test_killed_again_and_again_it_ends_as_one_that_was_not(
+    kills: tuple[Kill, ...], study: Study, tmp_path: Path
+) -> None:
     """The same command each time, nothing by hand; some jobs outlive their Snakemake, and are waited for."""
     other = Study(tmp_path)
     text = other.config.read_text()
     other.config.write_text(
         "".join(line for line in text.splitlines(True) if "module: full" not in line and "lisa" not in line)
     )
-    for kill in KILLS:
+    for kill in kills:
         assert kill.carry_out(other) is not None, (
             f"{kill}: the study ended before: {(other.folder / SAID).read_text()[-3000:]}"
         )

@@ -138,4 +138,6 @@ def save(drawing: Drawing, folder: Path) -> None:
     for suffix, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         with whole_file(folder / f"{drawing.name}.{suffix}") as temporary:
             drawing.figure.savefig(temporary, format=suffix, metadata=metadata)
+        # where everything stands is worked out once, which takes a third of the time, and is the same in both
+        drawing.figure.set_layout_engine("none")
     plt.close(drawing.figure)

@@ -98,8 +98,12 @@ def test_it_does_so_in_autocast_too(method: str) -> None:
 
 @pytest.mark.parametrize(
     ("method", "rounding"),
-    [("full", False), ("grass-move", False), ("lisa", True), ("decoder-resident", True)],
-    ids=["full", "grass-move", "stochastic-lisa", "stochastic-decoder-resident"],
+    [
+        pytest.param("grass-move", False, id="grass-move"),
+        pytest.param("lisa", True, id="stochastic-lisa"),
+        pytest.param("full", False, id="full", marks=pytest.mark.exhaustive),
+        pytest.param("decoder-resident", True, id="stochastic-decoder-resident", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_it_does_so_with_moments_in_8_bits(method: str, *, rounding: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("grass.quantised.SMALLEST", WIDTH + 1)  # all matrices are packed

@@ -14,13 +14,37 @@ from bare_machine import modules_beside, without
 from forecast_cells import SETTINGS, STUDY, small
 from harness.__main__ import main
 from harness.checking.tiny import tiny_inputs
+from harness.efficiency import forecasts
 from harness.efficiency.advice import Advice, Option
+from harness.efficiency.forecasts import make_forecast
+from harness.efficiency.jobs import Job, Reply
 from harness.efficiency.record import ForecastRecord, Named
 from harness.forecasting.needed import needed_bytes
 from harness.forecasting.snippets import snippet
 from harness.records.units import GIB
 from harness.step.spec import Cell
 from model_hub import Hub, running
+
+
+class Here:
+    """In the place of a process that makes forecasts: what a process does is tested with those that measure."""
+
+    def __init__(self, visible: str | None) -> None:
+        pass
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, job: Job, limit_s: float) -> Reply:
+        return make_forecast(job)
+
+
+@pytest.fixture(autouse=True)
+def _forecast_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecasts, "Worker", Here)
 
 
 def advise(folder: Path, capsys: pytest.CaptureFixture[str], **words: str) -> tuple[int, str, str]:
