@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 
 OPEN = "org/open"
 PROGRAM = """
-import sys
+import sys, time
 from pathlib import Path
+time.sleep = lambda seconds: None  # the client tries again at once
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1024  # of 10 MB otherwise: what is less is not kept when a download breaks off
 from harness.errors import UserError

@@ -16,6 +16,8 @@ from harness.reporting.tables import write_tables
 from harness.study.spec import Comparison, Study
 from pydantic import ValidationError
 
+pytestmark = pytest.mark.usefixtures("empty_figures")
+
 COMPARISON = Comparison(
     title="Layer-wise <methods>", methods=("lisa", "grass", "lora"), reading="They differ in how layers are drawn."
 )

@@ -22,6 +22,8 @@ from harness.study.spec import Study
 from probe_data import batches_of, with_probes
 from scipy.stats import spearmanr
 
+pytestmark = pytest.mark.usefixtures("empty_figures")
+
 TRUTH = np.exp(0.5 * np.sin(np.arange(data.LAYERS)))
 STUDY = data.study().model_copy(update={"published": None})
 

@@ -15,6 +15,8 @@ from harness.reporting.page import write_page
 from harness.reporting.tables import write_tables
 from harness.study.views import View
 
+pytestmark = pytest.mark.usefixtures("empty_figures")
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 VIEW = View(

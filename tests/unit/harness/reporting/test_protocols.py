@@ -18,6 +18,8 @@ from harness.reporting.page import write_page
 from harness.reporting.tables import write_tables
 from harness.study.spec import Study
 
+pytestmark = pytest.mark.usefixtures("empty_figures")
+
 LIKELY = {"kind": "files", "path": "x", "scoring": "likelihood"}
 KEPT = LIKELY | {"choices": "texts"}
 ITEMS = 40
