@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-
 LEFT = pytest.StashKey[int]()
 """How many further cases were left out."""
 
@@ -55,7 +54,7 @@ def _test(item: pytest.Item) -> tuple[Any, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What was left out; the planted defects by which check each was caught; how many sound scripts were let through."""
+    """What was left out; by which check each planted defect was caught; how many sound scripts were let through."""
     if left := config.stash.get(LEFT, 0):
         terminalreporter.section(f"{left} further cases are left to `make exhaustive`")
     calls = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from definition import draws_ignore_probability, draws_not_uniform, grass_differs, lisa_differs
+from further import further
 from harness.checking.contract import (
     CHECKS,
     FAMILY_CHECKS,
@@ -59,11 +60,6 @@ DETAILED = {loss_falls, one_seed_repeats, two_seeds_differ, observer_leaves_no_t
 
 That a seed repeats, resuming shows for every case.
 """
-
-
-def further(of_all: bool) -> Any:
-    """Mark of a case that needs --exhaustive unless `of_all`."""
-    return () if of_all else pytest.mark.exhaustive
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from further import a_few
 from grass_tiny import batch, llama, same, weights
 from hand_driven import LR, Driven, assert_caught, watch_backward
 
@@ -79,7 +80,7 @@ def differs_from_the_package(
     return f"{wrong[0]} differs" if wrong else None
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", a_few(["bf16", "fp32"], one_in=2))
 @pytest.mark.parametrize(("order", "extras"), [("ascending", False), ("descending", False), ("ascending", True)])
 def test_fifty_steps_are_the_packages_to_the_last_bit_but_for_its_short_first_turn(
     order: str, extras: bool, dtype: Literal["fp32", "bf16"]

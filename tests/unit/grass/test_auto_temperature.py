@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from grass_tiny import batch, grass_of, llama, same, straight_and_resumed, train, weights
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -202,7 +203,7 @@ def test_static_keeps_the_temperature_of_the_probe_and_uniform_has_none() -> Non
     assert grass_of(llama(), sampler="uniform").temperature is None
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 6, 7])
+@pytest.mark.parametrize("stop", a_few([1, 3, 4, 6, 7], one_in=3))
 def test_a_resumed_run_ends_as_if_nothing_had_happened(stop: int, tmp_path: Path) -> None:
     opt, after = straight_and_resumed(stop, tmp_path / "state.pt", "temperature", refresh_every=6, active_layers=1)
     assert (after.active, after.probability, after.temperature) == (opt.active, opt.probability, opt.temperature)

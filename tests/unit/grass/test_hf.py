@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from further import a_few
 from grass_tiny import batch, grass_of, llama, same, weights
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
@@ -76,7 +77,7 @@ def test_layers_rotate_and_the_loss_falls_under_the_trainer(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("sampler", ["importance", "static", "uniform"])
+@pytest.mark.parametrize("sampler", a_few(["importance", "static", "uniform"], one_in=3))
 def test_the_trainer_ends_in_the_weights_of_a_plain_loop(sampler: Any, accumulation: int, tmp_path: Path) -> None:
     """To the last bit; the schedule warms up and decays, clipping bites, layers are drawn three times."""
     probe = [batch(-1), batch(-2)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from further import a_few
 from grass_tiny import grass_of, llama, same, train, weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -54,10 +55,7 @@ def alike(one: Any, other: Any) -> bool:
 @pytest.mark.parametrize(
     ("killed_after", "settings"),
     [
-        (4, {}),
-        (5, {}),
-        (7, {}),
-        (9, {"bf16": True, "gradient_checkpointing": True}),
+        *a_few([(5, {}), (4, {}), (7, {}), (9, {"bf16": True, "gradient_checkpointing": True})], one_in=3),
         pytest.param(7, {"use_cpu": False}, marks=NEEDS_CUDA),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from grass_tiny import batch, grass_of, llama, same, train, weights
 
 from grass import Grass, quantised
@@ -31,17 +32,20 @@ def reference_run(model: Any, opt_of_grass: Grass, optimizer: torch.optim.Optimi
 @pytest.mark.parametrize("offload", ["resident", "move"])
 @pytest.mark.parametrize(
     ("weight", "state_dtype", "rounding"),
-    [
-        (torch.float32, "fp32", False),
-        (torch.float32, "bf16", False),
-        (BF16, "fp32", False),
-        (BF16, "bf16", False),
-        (BF16, "fp32", True),
-        (BF16, "bf16", True),
-        (torch.float32, "bf16", True),
-        (torch.float32, "int8", False),
-        (BF16, "int8", True),
-    ],
+    a_few(
+        [
+            (torch.float32, "fp32", False),
+            (torch.float32, "bf16", False),
+            (BF16, "fp32", False),
+            (BF16, "fp32", True),
+            (BF16, "bf16", True),
+            (BF16, "bf16", False),
+            (torch.float32, "bf16", True),
+            (torch.float32, "int8", False),
+            (BF16, "int8", True),
+        ],
+        one_in=4,
+    ),
 )
 def test_every_mode_and_dtype_is_adamw_on_the_active_layers_bit_for_bit(
     weight: Any, state_dtype: Any, rounding: bool, offload: Any, piece: int, monkeypatch: pytest.MonkeyPatch

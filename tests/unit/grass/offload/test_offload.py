@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_streams import RecordingStreams, Scripted, install
+from further import a_few
 from grass_tiny import batch, grass_of, llama
 from grass_tiny import train as train_llama
 from offload_calls import Calls
@@ -45,7 +46,7 @@ KEEP, RESET = Setting(), Setting(state="reset", sampler="importance")
 # -------------------------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", a_few(SEEDS, one_in=2))
 @pytest.mark.parametrize(
     ("setting", "mode"),
     # how often backward runs matters to what is fetched during it, and to nothing else
@@ -62,7 +63,7 @@ def test_every_mode_ends_with_the_same_bits_and_without_a_race(
     assert problem_at_end(opt, streams) is None
 
 
-@pytest.mark.parametrize("setting", [s for s in SETTINGS if s.accumulation == "2"], ids=str)
+@pytest.mark.parametrize("setting", a_few([s for s in SETTINGS if s.accumulation == "2"], one_in=2), ids=str)
 def test_grass_is_adamw_over_the_parameters_of_the_active_layers(setting: Setting) -> None:
     mine, active = expected(setting)
     assert len(set(active)) > 2
@@ -119,7 +120,7 @@ def interrupted(model: Any, opt: Any, seed: int) -> None:
         opt.zero_grad()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", a_few(SEEDS, one_in=2))
 @pytest.mark.parametrize("setting", [KEEP, RESET], ids=str)
 @pytest.mark.parametrize("mode", ["resident", "move"])
 def test_passes_without_a_step_leave_no_trace(

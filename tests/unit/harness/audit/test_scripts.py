@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from audited import BROKEN, DOUBTFUL, SOUND
+from further import a_few
 from harness.audit import judge
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", a_few(SOUND, one_in=3))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_sound_script_is_not_called_broken(name: str, tmp_path: Path) -> None:
     if name == "lomo":

@@ -24,6 +24,7 @@ from forecast_cells import (
     small,
     small_forecast,
 )
+from further import a_few
 from harness.forecasting.fake_device import CountingHost
 from harness.forecasting.forecast import OWN, Forecast, Looks, forecast
 from harness.forecasting.tracker import Tracker
@@ -65,13 +66,15 @@ LIKE_OTHERS = {("lora-fp32", "lean"), ("lisa", "lean"), ("grass-resident", "plai
 """Cells that add no code to what the others run."""
 
 
-@pytest.mark.parametrize(("method", "settings"), sorted({*product(METHODS, ("plain", "lean"))} - LIKE_OTHERS))
+@pytest.mark.parametrize(
+    ("method", "settings"), a_few(sorted({*product(METHODS, ("plain", "lean"))} - LIKE_OTHERS), one_in=2)
+)
 def test_a_forecast_equals_real_tensors_to_the_byte(method: str, settings: str) -> None:
     assert figures(small_forecast(method, settings)) == figures(small_forecast(method, settings, "real"))
 
 
 @pytest.mark.parametrize("settings", ["plain", "lean"])
-@pytest.mark.parametrize("method", ["full", "lora", "lisa", "decoder-move"])
+@pytest.mark.parametrize("method", a_few(["decoder-move", "full", "lora", "lisa"], one_in=4))
 def test_the_harness_needs_no_more_than_the_method_it_measures(method: str, settings: str) -> None:
     """Observer and validation, on batches of the step's own size."""
     cell, looks = small(method, settings), Looks(observed=SHAPE, evaluated=SHAPE)
@@ -85,7 +88,7 @@ def test_the_harness_needs_no_more_than_the_method_it_measures(method: str, sett
     assert weights < own["evaluate"] < own["observe"] < alone.peak_bytes
 
 
-@pytest.mark.parametrize("method", ["full", "lora-fp32", "grass-move"])
+@pytest.mark.parametrize("method", a_few(["grass-move", "full", "lora-fp32"], one_in=3))
 def test_it_does_so_in_autocast_too(method: str) -> None:
     """Copies of weights in bf16 are made, kept for backward and counted."""
     plain = small(method, "plain")

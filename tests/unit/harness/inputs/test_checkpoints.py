@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from harness.checking.tiny import FAMILIES, tiny_inputs
 from harness.errors import UserError
 from harness.inputs.make_models import make_model
@@ -93,7 +94,7 @@ def test_a_sound_checkpoint_is_taken(tmp_path: Path, family: str, old: bool) -> 
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["safetensors", "bin"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", a_few(FAMILIES, one_in=3))
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_what_does_not_fit_is_refused_at_prefetch_and_at_loading(
     tmp_path: Path, family: str, change: Callable[[Weights], Weights], message: str, old: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from further import a_few
 from harness.reporting import importance_stats
 from harness.reporting.importance_stats import (
     between_halves,
@@ -56,7 +57,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("noise_a", "noise_b"), [(0.1, 0.1), (0.1, 0.5), (0.5, 0.5)])
+@pytest.mark.parametrize(("noise_a", "noise_b"), a_few([(0.1, 0.1), (0.1, 0.5), (0.5, 0.5)], one_in=2))
 def test_the_same_order_is_called_different_in_a_twentieth_of_cases(noise_a: float, noise_b: float) -> None:
     """Another scale, other noise: neither is another order. Of 100 cases 5 are expected, 12 have a chance of 1e-3."""
     p = [
@@ -99,7 +100,7 @@ def test_the_ceiling_is_what_equal_tasks_reach_and_others_do_not() -> None:
     assert between_halves(a, odd, rank_correlations) < ceiling - 0.5
 
 
-@pytest.mark.parametrize(("shift", "noise"), [(0.0, 0.3), (0.2, 0.1), (0.2, 0.5), (0.6, 0.2)])
+@pytest.mark.parametrize(("shift", "noise"), a_few([(0.0, 0.3), (0.2, 0.1), (0.2, 0.5), (0.6, 0.2)], one_in=2))
 def test_intervals_hold_the_true_rank_correlation(shift: float, noise: float) -> None:
     """95 % are meant; below 80 of 100 would be below the 89 % that the page of the function admits."""
     held = 0

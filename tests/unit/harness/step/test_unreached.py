@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from harness.checking.contract import Case, promises_hold
 from harness.checking.tiny import tiny_inputs
 from harness.inputs.models import load_model
@@ -60,7 +61,7 @@ def test_they_are_buffers_under_the_same_key(experts: Inputs, tmp_path: Path) ->
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("module", LAYERWISE)
+@pytest.mark.parametrize("module", a_few(LAYERWISE, one_in=4))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_layerwise_method_keeps_its_promises(module: str, experts: Inputs, tmp_path: Path) -> None:
     case = Case(module, find_method(module).EXAMPLES[0], experts, tmp_path)
@@ -132,7 +133,7 @@ def test_the_towers_are_buffers_and_the_text_has_the_layers(towers: Inputs) -> N
 
 
 # of each kind one: all parameters, layers drawn, blocks, matrices, adapters, adapters in layers that are drawn
-@pytest.mark.parametrize("module", ["full", "grass", "badam", "galore", "lora", "ist"])
+@pytest.mark.parametrize("module", a_few(["grass", "lora", "full", "badam", "galore", "ist"], one_in=4))
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_methods_train_the_text_of_a_multimodal_model(module: str, towers: Inputs, tmp_path: Path) -> None:
     case = Case(module, find_method(module).EXAMPLES[0], towers, tmp_path)

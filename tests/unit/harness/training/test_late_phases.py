@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from harness.checking.tiny import LR, tiny_inputs, tiny_training
 from harness.records.reading import read_jsonl
 from harness.records.run import TrainRecord
@@ -84,7 +85,9 @@ COMPARED = "the exported model is the trained one"
 
 @pytest.mark.parametrize(
     ("module", "options"),
-    [("full", {}), ("lora", {"rank": 4, "alpha": 8}), ("grass", {"active_layers": 2, "sample_every": 3})],
+    a_few(
+        [("lora", {"rank": 4, "alpha": 8}), ("full", {}), ("grass", {"active_layers": 2, "sample_every": 3})], one_in=3
+    ),
 )
 def test_what_was_exported_is_compared_with_what_was_trained(
     module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,7 +148,8 @@ def test_without_memory_for_a_second_model_nothing_is_compared(
 
 
 @pytest.mark.parametrize(
-    ("module", "options"), [("full", {}), ("grass", {"active_layers": 2, "sample_every": 3, "probe_steps": 2})]
+    ("module", "options"),
+    a_few([("grass", {"active_layers": 2, "sample_every": 3, "probe_steps": 2}), ("full", {})], one_in=2),
 )
 def test_training_and_probe_compute_in_bf16_and_what_is_only_looked_at_in_fp32(
     module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,7 +181,9 @@ def test_training_and_probe_compute_in_bf16_and_what_is_only_looked_at_in_fp32(
     assert {w.dtype for w in weights.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("module", "options"), [("full", {}), ("grass", {"active_layers": 2, "sample_every": 4})])
+@pytest.mark.parametrize(
+    ("module", "options"), a_few([("grass", {"active_layers": 2, "sample_every": 4}), ("full", {})], one_in=2)
+)
 def test_a_loss_in_chunks_is_the_same_up_to_rounding_and_never_has_all_logits(
     module: str, options: Any, inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from further import a_few
 from harness.checking.contract import Case, export_is_what_was_trained
 from harness.checking.tiny import tiny_inputs, tiny_training
 from harness.forecasting.run_forecast import forecast_run
@@ -59,13 +60,16 @@ def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 @pytest.mark.parametrize(
     ("module", "options"),
-    [
-        ("grass", {"active_layers": 2, "sample_every": 3, "sampler": "fixed"}),
-        ("lisa", {"active_layers": 2, "sample_every": 3, "state": "reset"}),
-        ("ows", {"active_layers": 2, "sample_every": 4, "calibration_rows": 8}),
-        ("badam", {"sample_every": 2}),
-        ("dora", {"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj")}),
-    ],
+    a_few(
+        [
+            ("grass", {"active_layers": 2, "sample_every": 3, "sampler": "fixed"}),
+            ("lisa", {"active_layers": 2, "sample_every": 3, "state": "reset"}),
+            ("ows", {"active_layers": 2, "sample_every": 4, "calibration_rows": 8}),
+            ("badam", {"sample_every": 2}),
+            ("dora", {"rank": 4, "alpha": 8, "targets": ("q_proj", "v_proj")}),
+        ],
+        one_in=4,
+    ),
 )
 def test_sound_runs_on_layers_of_unequal_size_are_ok(module: str, options: Any, hybrid: Inputs, tmp_path: Path) -> None:
     record = Case(module, options, hybrid, tmp_path).standard()
