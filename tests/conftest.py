@@ -56,7 +56,7 @@ def _test(item: pytest.Item) -> tuple[Any, Any]:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     """What was left out; by which check each planted defect was caught; how many sound scripts were let through."""
     if left := config.stash.get(LEFT, 0):
-        terminalreporter.section(f"{left} further cases are left to `make exhaustive`")
+        terminalreporter.section(f"further cases left to `make exhaustive`: {left}")
     calls = [
         report
         for outcome in ("passed", "failed")

@@ -23,15 +23,17 @@ from safetensors.torch import load_file
 
 OPEN = "org/open"
 PROGRAM = """
-import sys, time
+import os, sys
 from pathlib import Path
-time.sleep = lambda seconds: None  # the client tries again at once
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1024  # of 10 MB otherwise: what is less is not kept when a download breaks off
 from harness.errors import UserError
 from harness.inputs.make_models import make_model
 from harness.study.jobs import ModelJob
 for text in sys.argv[2:]:
+    if text.startswith("HF_TOKEN="):
+        os.environ["HF_TOKEN"] = text.removeprefix("HF_TOKEN=")
+        continue
     job = ModelJob.model_validate_json(text)
     try:
         print(make_model(job, Path(sys.argv[1]) / job.name).model_dump_json())
@@ -50,11 +52,15 @@ def hub_model(repo: str = OPEN, revision: str = COMMIT) -> ModelJob:
     return ModelJob(label="m", source=HubModel(kind="hub", repo=repo, revision=revision))
 
 
-def made(folder: Path, *jobs: ModelJob, **environment: str) -> list[Any]:
-    """What a process of its own makes of each, since the client reads its settings as it is imported."""
+def made(folder: Path, *jobs: ModelJob | str, **environment: str) -> list[Any]:
+    """What a process of its own makes of each, since the client reads its settings as it is imported.
+
+    The token alone is read at each request: "HF_TOKEN=..." among the jobs sets it for those after it.
+    """
+    words = [job if isinstance(job, str) else job.model_dump_json() for job in jobs]
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "MIRROR"))}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "results", *(job.model_dump_json() for job in jobs)],
+        [sys.executable, "-c", PROGRAM, "results", *words],
         env=clean | {"HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"} | environment,
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -85,9 +91,9 @@ def test_a_model_comes_from_the_hub_and_what_is_wrong_is_one_line(tmp_path: Path
         hub_model("no/such/name"),
     ]
     with running(hub):
-        fetched, main, *said = made(tmp_path, *jobs, HF_ENDPOINT=hub.address)
-        (token,) = made(tmp_path, hub_model("org/gated"), HF_ENDPOINT=hub.address, HF_TOKEN="hf_none")
-        (again,) = made(tmp_path, jobs[5], HF_ENDPOINT=hub.address)
+        fetched, main, *said, again, token = made(
+            tmp_path, *jobs, jobs[5], "HF_TOKEN=hf_none", hub_model("org/gated"), HF_ENDPOINT=hub.address
+        )
     assert (fetched["came_from"], fetched["revision"]) == ("hub", COMMIT)
     assert fetched["folder"] == f"results/{jobs[0].name}/model"
     assert set(fetched["files_sha256"]) == set(files)
