@@ -18,8 +18,10 @@ from harness.checking.contract import (
     loss_falls,
     observer_leaves_no_trace,
     one_seed_repeats,
+    options_survive_the_config,
     promises_hold,
     resume_equals_straight,
+    schedule_reaches_every_group,
     two_seeds_differ,
 )
 from harness.checking.tiny import FAMILIES, WIDTH, tiny_inputs
@@ -55,11 +57,15 @@ EVERY = range(len(CASES))
 FIRST = [number for number in EVERY if number == 0 or CASES[number - 1][0] != CASES[number][0]]
 
 
-DETAILED = {loss_falls, one_seed_repeats, two_seeds_differ, observer_leaves_no_trace, accumulation_changes_nothing}
-"""Checks that train once more; of a method's further options they are asked with --exhaustive alone.
+AT_ONCE = {options_survive_the_config, schedule_reaches_every_group}
+"""Checks that train nothing."""
+LONG = {loss_falls, one_seed_repeats, two_seeds_differ, observer_leaves_no_trace, accumulation_changes_nothing}
+"""Checks that train once more, beside the run that all share."""
 
-That a seed repeats, resuming shows for every case.
-"""
+
+def with_every_change(number: int, check: Any) -> bool:
+    """All of a method's first options, most of GRASS's others; that the rest train, golden losses see."""
+    return number in FIRST or check in AT_ONCE or (CASES[number][0] == "grass" and check not in LONG)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,7 @@ That a seed repeats, resuming shows for every case.
             number,
             check,
             id=f"{CASES[number][0]}-{number}-{check.__name__}",
-            marks=further(number in FIRST or check not in DETAILED),
+            marks=further(with_every_change(number, check)),
         )
         for number in EVERY
         for check in CHECKS

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import importlib.util
 import json
 import os
@@ -34,6 +33,7 @@ from typing import Any
 from harness.records import provenance
 from harness.records.code import DATA, code_of
 from harness.workers.client import LENGTH, STATUS
+from harness.workers.imports import import_for
 
 PATIENCE_S = 10.0
 """For a client to say what it wants; it has it ready."""
@@ -216,12 +216,7 @@ def _import(stages: list[str], environment: dict[str, str]) -> None:
     own: Any = sys.stderr
     sys.stderr = _WhateverIsStderr(own)  # type: ignore[assignment]
     try:
-        modules = [importlib.import_module(f"harness.stages.{stage}") for stage in stages]
-        for module in modules:
-            os.environ.update(getattr(module, "ENVIRONMENT", {}))
-        names = [name for module in modules for name in getattr(module, "IMPORTS", ())]
-        for name in names:
-            importlib.import_module(name)
+        names = import_for(stages)
     finally:
         sys.stderr = own
     # reads the sources, for the hash that every record has
