@@ -23,7 +23,8 @@ $(BIN)/snakemake --cores $(CORES) --quiet progress rules host --config STUDY=con
 @echo "report: results/$(1)/report.html"
 endef
 
-pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+# files in their order: otherwise those with one long test come last, to one of the workers
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 .DEFAULT_GOAL := quick
 .PHONY: help quick embedded test exhaustive lint types schema format clean

@@ -93,6 +93,7 @@ def test_energy_is_of_the_timed_steps_and_of_the_probe(
 
     monkeypatch.setattr(CellRun, "prepare", counted("probe", CellRun.prepare))
     monkeypatch.setattr(CellRun, "step", counted("steps", CellRun.step))
+    monkeypatch.setattr(energy, "SHORTEST_S", 3600.0)
     short = execute(data.job(entries[method], "timing"), meters).timing
     monkeypatch.setattr(energy, "SHORTEST_S", 0.0)
     block = execute(data.job(entries[method], "timing"), meters).timing
@@ -103,7 +104,7 @@ def test_energy_is_of_the_timed_steps_and_of_the_probe(
     none = (None, "the method measures nothing before its first step")
     assert (block.probe_energy_j, block.probe_energy_why) == ((2.0, None) if block.probe_batches else none)
     assert (short.window_energy_j, short.energy_j_per_1000_tokens) == (None, None)
-    assert str(short.energy_why).endswith("s were measured, and the card's energy counter needs 2 s")
+    assert str(short.energy_why).endswith("s were measured, and the card's energy counter needs 3600 s")
     meters.close()
 
 

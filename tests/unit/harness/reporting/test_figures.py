@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import reporting_data as data
 from harness.errors import UserError
-from harness.reporting.figures import write_figures
+from harness.reporting.figures import draw, write_figures
 from harness.reporting.frames import Frames, write_frames
 from harness.reporting.importance_figures import active_spans, agreement_curves, importance_map
 from harness.reporting.page import flagged_runs, write_page
-from harness.reporting.style import Drawing, looks, styled
+from harness.reporting.style import Drawing, looks, save, styled
 from harness.reporting.tables import write_tables
 from harness.reporting.training_figures import smoothed, window_steps
 from matplotlib import pyplot as plt
@@ -41,12 +41,22 @@ def folder(frames: Frames, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_figures_repeat_byte_for_byte(frames: Frames, folder: Path, tmp_path: Path) -> None:
-    write_figures(frames, STUDY, tmp_path / "figures")
-    first = {p.name: p.read_bytes() for p in (folder / "figures").iterdir()}
-    assert first == {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()}
+@pytest.mark.parametrize("begins", ["importance--tiny--grass", pytest.param("", marks=pytest.mark.exhaustive)])
+def test_figures_repeat_byte_for_byte(begins: str, frames: Frames, folder: Path, tmp_path: Path) -> None:
+    with styled():
+        for drawing in draw(frames, STUDY):
+            if drawing.name.startswith(begins):
+                save(drawing, tmp_path)
+            plt.close(drawing.figure)
+    again = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(again) >= 4
+    assert again == {p.name: p.read_bytes() for p in (folder / "figures").glob(f"{begins}*")}
+
+
+def test_every_figure_is_there_in_both_forms_and_has_its_words(folder: Path) -> None:
+    first = {p.name for p in (folder / "figures").iterdir()}
     captions = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
-    assert set(first) == {f"{name}.{s}" for name in captions for s in ("svg", "png")}
+    assert first == {f"{name}.{s}" for name in captions for s in ("svg", "png")}
     assert {f"importance--tiny--{m}" for m in ("lisa", "grass-static", "grass")} < captions.keys()
     assert all(texts["caption"] and texts["alt"] for texts in captions.values())
 
