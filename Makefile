@@ -2,8 +2,8 @@
 # A target's line of `make help` stands above it, behind two hashes.
 PYTHON ?= python3
 CORES ?= 2
-# of the tests: one more than cores, since some wait for servers and schedulers
-WORKERS ?= 3
+# of the tests: with one more than cores all of them lose more to each other's caches than waiting ones gain
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet
