@@ -71,7 +71,7 @@ format: $(READY)
 	$(BIN)/python -m harness schema
 
 # The pip that Python comes with takes three times as long to resolve as today's. Either would compile 18,000 files; the
-# stages import 4,000, which that compiles. setuptools warns of every editable package beside other folders.
+# stages import 4,000, and are imported once for that. setuptools warns of every editable package beside other folders.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --constraint constraints.txt --upgrade pip
