@@ -5,7 +5,6 @@ The summary stands here, since with several workers only this file is known to t
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -79,23 +78,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_small_runs() -> Iterator[None]:
-    """Half of the time of a tiny run goes into three things that only a long one needs, left out in this process.
-
-    One is the search for dead models of earlier runs, which may stay here; another is waiting for the disk; the third
-    is the kernel's walk over all pages of this process, which holds what every test before imported.
-    """
-    from harness.measuring import meters
-    from harness.records import atomic
-    from harness.training import engagement
-
-    def begin_census() -> None:
-        gc.collect()  # only what was made since the last freeze
-        gc.freeze()
+    """Of every test in this process; what starts processes of its own has the whole of it."""
+    from quick_runs import quicken
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engagement, "begin_census", begin_census)
-        patch.setattr(atomic, "_flush", lambda path: None)
-        patch.setattr(meters, "proportional_set", lambda: (None, "not read in tests"))
+        quicken(patch)
         yield
 
 

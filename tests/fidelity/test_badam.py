@@ -58,7 +58,6 @@ def package_by_hand(order: str, dtype: torch.dtype, steps: int, *, extras: bool 
                 optimizer.step()
                 model.zero_grad()
                 losses.append(float(loss.detach()))
-    gc.unfreeze()
     return model, losses
 
 
