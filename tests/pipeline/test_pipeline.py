@@ -202,40 +202,55 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(
     assert left == []
 
 
-def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(study: Study, tmp_path: Path) -> None:
-    """A probe, a search, a run and its scores: the command of a job, without the client before it."""
+STAGES = {
+    "probe": "probes/*/probe.json",
+    "search": "searches/*/search.json",
+    "train": "runs/*/train.json",
+    "evaluate": "runs/*/eval/*.json",
+}
+"""Stages that work in warm workers, and what each writes."""
+
+
+@pytest.mark.parametrize(
+    "stages", [["train", "evaluate"], pytest.param(list(STAGES), marks=pytest.mark.exhaustive)], ids="-".join
+)
+def test_a_fresh_process_writes_the_bits_that_a_warm_worker_wrote(
+    stages: list[str], study: Study, tmp_path: Path
+) -> None:
+    """The command of a job, without the client before it; what is not made again is copied."""
     fresh, warm = tmp_path / "results", tmp_path / "warm"
     shutil.copytree(study.folder / "results", warm)
     kept = study.run("grass").name
     for other in warm.glob("runs/*"):
         if other.name != kept:
             shutil.rmtree(other)
-    shutil.copytree(study.folder / "results" / "inputs", fresh / "inputs")
-    shutil.copytree(study.folder / "results" / "evals", fresh / "evals")
+    folders = {stage: written.partition("/")[0] for stage, written in STAGES.items()}
+    made = {folders[stage] for stage in stages}
+    for folder in {"inputs", "evals", *folders.values()} - made:
+        shutil.copytree(warm / folder, fresh / folder)
     for spec in warm.glob("*/*/spec.json"):
-        (fresh / spec.relative_to(warm)).parent.mkdir(parents=True)
-        shutil.copy(spec, fresh / spec.relative_to(warm))
+        if spec.relative_to(warm).parts[0] in made:
+            (fresh / spec.relative_to(warm)).parent.mkdir(parents=True)
+            shutil.copy(spec, fresh / spec.relative_to(warm))
     threads, every = ["--threads", "1"], ["--checkpoint-every", "3"]
-    jobs = [["probe", "--spec", spec, *threads] for spec in fresh.glob("probes/*/spec.json")]
-    jobs += [["search", "--spec", spec, *threads, *every] for spec in fresh.glob("searches/*/spec.json")]
-    jobs += [["train", "--spec", spec, *threads, *every] for spec in fresh.glob("runs/*/spec.json")]
     (evaluation,) = fresh.glob("evals/*.json")
-    for run in fresh.glob("runs/*"):
-        out = run / "eval" / evaluation.name
-        jobs.append(["evaluate", "--spec", evaluation, "--run", run, "--out", out, *threads, "--batch-size", "32"])
-    for job in jobs:
+    for stage in stages:
+        (at,) = (fresh / folders[stage]).glob("*")
+        if stage == "evaluate":
+            job = ["--spec", evaluation, "--run", at, "--out", at / "eval" / evaluation.name]
+            job += [*threads, "--batch-size", "32"]
+        else:
+            job = ["--spec", at / "spec.json", *threads, *(every if stage != "probe" else [])]
         # paths as Snakemake gives them: a record names its model relative to where the job works
         words = [str(word.relative_to(tmp_path)) if isinstance(word, Path) else word for word in job]
-        subprocess.run([sys.executable, "-m", "harness", *words], cwd=tmp_path, check=True)
+        subprocess.run([sys.executable, "-m", "harness", stage, *words], cwd=tmp_path, check=True)
     assert differences(fresh, warm) == []
-    for folder, process in ((warm, "worker"), (fresh, "fresh")):
-        records = [*folder.glob("*/*/train.json"), *folder.glob("*/*/search.json"), *folder.glob("*/*/probe.json")]
-        records += folder.glob("runs/*/eval/*.json")
-        assert len(records) == len(jobs) == 4
-        assert {json.loads(file.read_text())["provenance"]["process"] for file in records} == {process}
-    for run in fresh.glob("runs/*"):
-        peaks = [_host_peak(folder / "runs" / run.name) for folder in (fresh, warm)]
-        assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
+    for where, process in ((warm, "worker"), (fresh, "fresh")):
+        for stage in stages:
+            (record,) = where.glob(STAGES[stage])
+            assert json.loads(record.read_text())["provenance"]["process"] == process
+    peaks = [_host_peak(where / "runs" / kept) for where in (fresh, warm)]
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
 
 
 def _host_peak(run: Path) -> float:

@@ -62,7 +62,7 @@ class Case:
             folder=self.folder / name,
             state_folder=state,
             checkpoint_every=4,
-            observation=Observation(every_steps=4, rows=8) if observe else None,
+            observation=Observation(every_steps=4, rows=2) if observe else None,
         )
 
     def method_class(self) -> type[Method]:
@@ -98,7 +98,7 @@ def promises_hold(case: Case) -> str | None:
 
 def loss_falls(case: Case) -> str | None:
     """Thirty steps on 64 rows lower the loss by at least 2 %; a method that takes no step leaves it unchanged."""
-    record = case.train("falls", steps=30)
+    record = case.train("falls", steps=30, observe=False)
     steps = read_jsonl(case.folder / "falls" / "steps.jsonl")
     if not case.method_class().TRAINS:
         return None if not steps and record.steps_done == 0 else "steps were taken"
@@ -114,7 +114,7 @@ def one_seed_repeats(case: Case) -> str | None:
 
 def two_seeds_differ(case: Case) -> str | None:
     """Another seed gives other weights, unless no step is taken."""
-    case.standard(), case.train("seed-1", seed=1)
+    case.standard(), case.train("seed-1", seed=1, observe=False)
     same = _difference(case, STANDARD, "seed-1") is None
     return "seeds 0 and 1 end in the same weights" if same and case.method_class().TRAINS else None
 
@@ -196,7 +196,7 @@ def schedule_reaches_every_group(case: Case) -> str | None:
 
 def accumulation_changes_nothing(case: Case) -> str | None:
     """Two micro-batches of 4 rows train like one of 8 as long as both choose the same layers; or the method refuses."""
-    refusal = case.train("halves", micro_batch_size=4)
+    refusal = case.train("halves", micro_batch_size=4, observe=False)
     if refusal.status == "skipped":
         said = "accumulation" in (refusal.status_why or "")
         return None if said else f"refused without naming accumulation: {refusal.status_why}"
