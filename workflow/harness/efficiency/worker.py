@@ -7,6 +7,7 @@ goes to stderr.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -56,6 +57,8 @@ def _start(device: DeviceKind | None) -> tuple[Hello, Execute]:
     from harness.efficiency.measure import execute
 
     hello = Hello(device=meters.describe())
+    # garbage is collected before each block, and is not looked for among all that was imported
+    gc.freeze()
     # what libraries hold once the device was used is no cell's
     meters.clean()
     return hello, lambda job: execute(job, meters)
