@@ -47,11 +47,15 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return found
 
 
-def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("then", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
+def test_two_processes_are_stopped_by_sigterm_and_go_on(then: int, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     (run,) = [name for name in plan.runs if "--fixed--" in name]
     state, log = Paths().state(run), Path("train.log")
-    common = ["train", "--spec", str(Paths().spec(TRAIN, run)), "--threads", "2", "--log", str(log)]
-    command = [*common, "--checkpoint-every", "1", "--gpus", "2"]
+
+    def train(processes: int) -> int:
+        given = ["--spec", str(Paths().spec(TRAIN, run)), "--log", str(log), "--checkpoint-every", "1"]
+        return main(["train", *given, "--threads", str(processes), "--gpus", str(processes)])
+
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
 
     def end_it() -> None:
@@ -65,19 +69,19 @@ def test_two_processes_are_stopped_by_sigterm_and_go_on(plan: Plan, monkeypatch:
     usual = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     threading.Thread(target=end_it, daemon=True).start()
     try:
-        assert main(command) == 128 + signal.SIGTERM
+        assert train(2) == 128 + signal.SIGTERM
         said = log.read_text()
         (stopped,) = re.findall(rf"\[rank 0\] {run}, after step (\d+): stopped by SIGTERM", said)
         assert "Traceback" not in said
         assert "[rank 1]" not in said, "rank 0 alone speaks"
         assert not Paths().output(TRAIN, run).exists()
-        assert main(command) == 0, log.read_text()
+        assert train(then) == 0, log.read_text()
     finally:
         # torchrun leaves its own
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), usual, strict=True):
             signal.signal(number, handler)
     record = read(Paths().output(TRAIN, run), TrainRecord)
-    assert (record.status, record.processes, record.steps_done) == ("ok", 2, 60)
+    assert (record.status, record.processes, record.steps_done) == ("ok", then, 60)
     assert f"resumed after step {stopped}" in record.notes
     # a record from before several processes could train a run
     old = {k: v for k, v in record.model_dump(mode="json").items() if k != "processes" and not k.startswith("rank_")}
