@@ -53,6 +53,23 @@ def test_figures_repeat_byte_for_byte(begins: str, frames: Frames, folder: Path,
     assert again == {p.name: p.read_bytes() for p in (folder / "figures").glob(f"{begins}*")}
 
 
+def test_a_picture_stands_as_it_would_had_it_been_laid_out_by_itself(frames: Frames, tmp_path: Path) -> None:
+    """The layout of the SVG is kept for the PNG, where nothing may stand a letter's height (1 %) from its place."""
+    found = []
+    for layout_is_kept in (True, False):
+        with styled():
+            drawing = importance_map(frames, STUDY, data.MODEL, "grass")
+        figure, before = drawing.figure, [axes.get_position().bounds for axes in drawing.figure.axes]
+        if layout_is_kept:
+            save(drawing, tmp_path)
+        else:
+            figure.savefig(tmp_path / "alone.png")
+            plt.close(figure)
+        found.append([axes.get_position().bounds for axes in figure.axes])
+        assert found[-1] != before, "nothing was laid out"
+    assert np.array(found[0]) == pytest.approx(np.array(found[1]), abs=0.01)
+
+
 def test_every_figure_is_there_in_both_forms_and_has_its_words(folder: Path) -> None:
     first = {p.name for p in (folder / "figures").iterdir()}
     captions = json.loads((folder / "figures.json").read_text(encoding="utf-8"))
