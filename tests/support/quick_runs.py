@@ -8,6 +8,9 @@ import pytest
 from harness.measuring import meters
 from harness.records import atomic
 
+UNFREEZE = gc.unfreeze
+"""As it is outside tests."""
+
 
 def quicken(patch: pytest.MonkeyPatch) -> None:
     """Leave out the search for garbage among all imports, waits for the disk, and the walk over the process's pages.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from harness.measuring import census
 from harness.measuring.census import begin_census, fingerprint, live_bytes_outside, state_bytes, storage_bytes
 from hypothesis import given
 from hypothesis import strategies as st
+from quick_runs import UNFREEZE
 from torch import nn
 
 from grass.adamw import AdamW
@@ -55,6 +58,20 @@ def test_a_gradient_left_alive_is_counted_even_if_python_never_saw_it() -> None:
     assert live_bytes_outside(model) == 4 * 6 * 5
     model.weight.grad = None
     assert live_bytes_outside(model) == 0
+
+
+def test_what_died_after_a_census_is_freed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that refers to itself, of an earlier run, which the first census had hidden from the collector."""
+    monkeypatch.setattr(gc, "unfreeze", UNFREEZE)
+    model = small_model()
+    model.itself = [model]  # type: ignore[assignment]
+    alive = weakref.ref(model)
+    begin_census()
+    del model
+    gc.collect()
+    assert alive() is not None
+    begin_census()
+    assert alive() is None
 
 
 def test_the_census_ignores_the_model_and_what_was_alive_before() -> None:
