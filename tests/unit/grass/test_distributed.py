@@ -9,19 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from grass_ranks import (
-    CASES,
-    COMMON,
-    RESUMED,
-    SIZES,
-    STEPS,
-    WHOLE,
-    exact_probe,
-    forked,
-    half,
-    mixed_gradients,
-    run_case,
-)
+from grass_rank_collectives import SIZES, mixed_gradients
+from grass_rank_runs import CASES, COMMON, RESUMED, STEPS, WHOLE, exact_probe, forked, half, run_case
 from grass_tiny import llama, same, weights
 from rank_scripts import run_script
 from torch import Tensor, nn
