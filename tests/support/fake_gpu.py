@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from harness.measuring.gpu import Device
 from harness.measuring.meters import Meters
 
 MIB = 2**20
+A, B = Device(0, "GPU-aa", "Card A", "GPU-aa"), Device(1, "GPU-bb", "Card B", "GPU-bb")
+PARTS = [Device(2, "MIG-1", "Card C, MIG", "GPU-cc"), Device(2, "MIG-2", "Card C, MIG", "GPU-cc")]
 
 
 class NVMLError(Exception):
