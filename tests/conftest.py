@@ -79,7 +79,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 @pytest.fixture(scope="session", autouse=True)
 def quick_small_runs() -> Iterator[None]:
     """Of every test in this process; what starts processes of its own has the whole of it."""
-    from quick_runs import quicken
+    from quick_runs import quicken  # here, since the first of several processes needs no torch
 
     with pytest.MonkeyPatch.context() as patch:
         quicken(patch)
